@@ -1,0 +1,150 @@
+"""How the entries of one tensor are replicated, and the algebra that replicates and slices them.
+
+Nothing here knows about modules. A channel axis of the dynamic teacher is the student's with every entry repeated
+``ratio`` times in place; activations are repeated and never rescaled, so a weight that sums over replicated inputs is
+divided by their replication (inverse reparameterization, Sec. 3.2 of arXiv 2410.04140, in an interleaved layout).
+"""
+from dataclasses import dataclass
+from typing import Iterator, NamedTuple, Optional, Tuple
+
+import torch
+
+__all__ = ['Segment', 'AxisMap', 'TensorMap']
+
+
+class Segment(NamedTuple):
+    """``size`` consecutive student entries, replicated ``ratio`` times in runs of ``block``.
+
+    Student index ``(n, block)`` becomes teacher index ``(n, ratio, block)``: block 1 repeats every entry in place,
+    block ``head_dim`` repeats whole attention heads.
+    """
+    size: int
+    ratio: int
+    block: int = 1
+
+    @property
+    def teacher_size(self) -> int:
+        return self.size * self.ratio
+
+
+class AxisMap(Tuple[Segment, ...]):
+    """The segments of one axis, in order. Nearly always there is just one."""
+
+    @classmethod
+    def uniform(cls, size: int, ratio: int, block: int = 1) -> 'AxisMap':
+        """One segment for the whole axis.
+
+        Raises:
+            ValueError: if ``block`` does not divide ``size``.
+        """
+        if size % block:
+            raise ValueError(f'a block of {block} does not divide an axis of {size} entries')
+        return cls((Segment(size, ratio, block),))
+
+    @property
+    def size(self) -> int:
+        return sum(segment.size for segment in self)
+
+    @property
+    def teacher_size(self) -> int:
+        return sum(segment.teacher_size for segment in self)
+
+    @property
+    def ratio(self) -> int:
+        """The largest replication on the axis."""
+        return max(segment.ratio for segment in self)
+
+    def replica_index(self, device: Optional[torch.device] = None) -> torch.Tensor:
+        """Which replica every teacher entry is, shape ``(teacher_size,)``; the student is where it is 0."""
+        return torch.cat([
+            torch.arange(segment.ratio, device=device).repeat_interleave(segment.block)
+            .repeat(segment.size // segment.block)
+            for segment in self
+        ])
+
+    def replicate(self, tensor: torch.Tensor, axis: int) -> torch.Tensor:
+        """Student axis to teacher axis."""
+        parts = [
+            part.unflatten(axis, (-1, 1, segment.block))
+            .repeat_interleave(segment.ratio, dim=axis + 1)
+            .flatten(axis, axis + 2)
+            for segment, part in self._split(tensor, axis, [segment.size for segment in self])
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, axis)
+
+    def first_replica(self, tensor: torch.Tensor, axis: int) -> torch.Tensor:
+        """Teacher axis to student axis: replica 0 of every entry. A view wherever strides allow one."""
+        parts = [
+            part.unflatten(axis, (-1, segment.ratio, segment.block)).select(axis + 1, 0).flatten(axis, axis + 1)
+            for segment, part in self._split(tensor, axis, [segment.teacher_size for segment in self])
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, axis)
+
+    def _split(self, tensor: torch.Tensor, axis: int, sizes) -> Iterator[Tuple[Segment, torch.Tensor]]:
+        return zip(self, tensor.split(sizes, axis) if len(self) > 1 else (tensor,))
+
+
+@dataclass(frozen=True)
+class TensorMap:
+    """How one tensor of the student becomes the dynamic teacher's.
+
+    Attributes:
+        shape: the student's shape.
+        axes: ``(axis, AxisMap)`` for every replicated axis.
+        sum_axis: the axis that the layer sums over; the weight is divided by its ratio. None where there is no such
+            axis: norms, biases, depthwise kernels, tokens.
+    """
+    shape: Tuple[int, ...]
+    axes: Tuple[Tuple[int, AxisMap], ...]
+    sum_axis: Optional[int] = None
+
+    @property
+    def factor(self) -> int:
+        """What the replicated weight is divided by so that the teacher's activations equal the student's."""
+        return dict(self.axes)[self.sum_axis].ratio if self.sum_axis in dict(self.axes) else 1
+
+    @property
+    def teacher_shape(self) -> Tuple[int, ...]:
+        sizes = {axis: axis_map.teacher_size for axis, axis_map in self.axes}
+        return tuple(sizes.get(axis, size) for axis, size in enumerate(self.shape))
+
+    def replicate(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Repeats a student tensor along its channel axes, without the factor."""
+        for axis, axis_map in self.axes:
+            tensor = axis_map.replicate(tensor, axis)
+        return tensor
+
+    def first_replica(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Slices replica 0 out of a teacher tensor, without the factor. Differentiable."""
+        for axis, axis_map in self.axes:
+            tensor = axis_map.first_replica(tensor, axis)
+        return tensor
+
+    def noise_like(self, tensor: torch.Tensor, std: float) -> torch.Tensor:
+        """Noise for a replicated tensor that changes neither the teacher's function nor the extracted student.
+
+        It sums to zero over the input replicas of each output, and is zero where the student is sliced from, so equal
+        inputs give equal outputs. Exact replicas would otherwise receive equal gradients for ever.
+
+        Args:
+            tensor: a teacher tensor, shape ``teacher_shape``.
+            std: standard deviation of the noise before its mean over the replicas is removed.
+
+        Returns:
+            A tensor of the same shape; zeros where no such noise exists (nothing is summed over replicas).
+        """
+        if self.factor == 1 or not tensor.is_floating_point():
+            return torch.zeros_like(tensor)
+        free = torch.zeros(tensor.shape, dtype=torch.bool, device=tensor.device)
+        for axis, axis_map in self.axes:
+            shape = [1] * tensor.dim()
+            shape[axis] = -1
+            free |= (axis_map.replica_index(tensor.device) > 0).view(shape)
+        noise = torch.randn_like(tensor) * std * free
+        # Shape (..., n, replica, block, ...): the sum over `replica` must vanish, spread over the free entries.
+        segment, = dict(self.axes)[self.sum_axis]
+        split = (-1, segment.ratio, segment.block)
+        noise, free = noise.unflatten(self.sum_axis, split), free.unflatten(self.sum_axis, split)
+        replica_axis = self.sum_axis + 1
+        noise = noise - free * (noise.sum(replica_axis, keepdim=True) / free.sum(replica_axis, keepdim=True))
+        return noise.flatten(self.sum_axis, self.sum_axis + 2)

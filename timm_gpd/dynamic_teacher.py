@@ -1,0 +1,266 @@
+"""The dynamic teacher: one set of parameters that runs as a wide teacher and as the student inside it."""
+import copy
+from typing import Any, Dict, List, Optional, Tuple
+
+import torch
+import torch.nn as nn
+from torch.func import functional_call
+
+from .model_copy import parameterless_copy, wide_copy
+from .plan import ExpansionPlan
+from .planner import check_positive_int, plan_expansion
+from .verify import verify_plan
+
+__all__ = ['DynamicTeacher', 'StudentView', 'expand', 'SCALES']
+
+SCALES = ('student', 'teacher')
+
+
+def expand(
+        student: nn.Module,
+        ratio: int = 2,
+        num_branches: int = 1,
+        noise: float = 0.0,
+        scale: str = 'student',
+) -> 'DynamicTeacher':
+    """Builds the dynamic teacher of a student by inverse reparameterization (Sec. 3.2 of arXiv 2410.04140).
+
+    The teacher starts as exactly the student's function. This is checked on a random batch in float64, with randomised
+    weights, before anything is returned.
+
+    Args:
+        student: a timm model with a classifier. It is not modified.
+        ratio: expansion ratio r of the channels.
+        num_branches: branches per convolution; 1 is a plain convolution.
+        noise: standard deviation, relative to each weight's own, of noise that tells replicas apart without changing
+            the teacher's function or the student. Exact replicas of everything but replica 0 receive equal gradients.
+        scale: what is stored. ``'student'`` stores the student's own weights in replica 0, and the student's learning
+            rate and weight decay mean what they mean in plain training. ``'teacher'`` (the authors') stores the
+            teacher's weights, and the student's are r times a slice of them.
+
+    Returns:
+        The dynamic teacher, on the student's device, in its dtype and mode.
+
+    Raises:
+        ValueError: if an argument is out of range.
+        UnsupportedModelError: if a module cannot be widened exactly.
+    """
+    check_positive_int('num_branches', num_branches)
+    if num_branches > 1:
+        raise ValueError(f'num_branches must be 1 in this version, but is {num_branches}')
+    if not noise >= 0:
+        raise ValueError(f'noise must be a number of at least 0, but is {noise!r}')
+    if scale not in SCALES:
+        raise ValueError(f'scale must be one of {", ".join(SCALES)}, but is {scale!r}')
+    plan = plan_expansion(student, ratio)
+    verify_plan(student, plan)
+    return DynamicTeacher(student, plan, noise=noise, scale=scale)
+
+
+class DynamicTeacher(nn.Module):
+    """A student's wide copy, with the student inside it.
+
+    The only parameters are those of ``wide``; the student's are computed from them whenever it runs. ``student`` owns
+    nothing but its own buffers, such as BatchNorm statistics. Build it with :func:`expand`.
+
+    Attributes:
+        wide: the student's class with wider tensors. Under ``scale='student'`` its weights are stored times the
+            factor that the plan divides them by, and divided when it runs.
+        student: the student's class without parameters.
+        plan: how one maps to the other.
+        scale: ``'student'`` or ``'teacher'``, see :func:`expand`.
+    """
+
+    def __init__(self, student: nn.Module, plan: ExpansionPlan, noise: float = 0.0, scale: str = 'student') -> None:
+        super().__init__()
+        self.plan = plan
+        self.scale = scale
+        self._factors = {name: tensor_map.factor for name, tensor_map in plan.tensors.items() if tensor_map.factor > 1}
+        self._tied, self._requires_grad = _parameter_layout(student)
+        self.wide = wide_copy(student, plan, self._stored)
+        self.student = parameterless_copy(student)
+        if noise:
+            self._add_noise(noise)
+        self.train(student.training)
+
+    # -- the two models ---------------------------------------------------------------------------------------------
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Dynamic teacher's logits.
+
+        Args:
+            x: images, shape (B, in_chans, H, W).
+
+        Returns:
+            Logits, shape (B, num_classes).
+        """
+        return self._run_teacher(self.teacher_parameters(), x)
+
+    def joint(self, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+        """Student and dynamic teacher on one batch, from one shared set of parameters.
+
+        Args:
+            x: images, shape (B, in_chans, H, W).
+
+        Returns:
+            Student logits and dynamic teacher logits, each of shape (B, num_classes).
+        """
+        return self.forward_student(x), self(x)
+
+    def forward_student(self, x: torch.Tensor) -> torch.Tensor:
+        """Student's logits, shape (B, num_classes), for images of shape (B, in_chans, H, W)."""
+        return functional_call(self.student, self.student_parameters(), (x,), tie_weights=False)
+
+    def _run_teacher(self, parameters: Dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        return functional_call(self.wide, parameters, (x,)) if self._rescaled else self.wide(x)
+
+    # -- parameters -------------------------------------------------------------------------------------------------
+
+    @property
+    def _rescaled(self) -> bool:
+        """Whether what is stored differs from what the teacher runs on."""
+        return self.scale == 'student' and bool(self._factors)
+
+    def _stored(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """What is stored for a tensor of the student: shape of the teacher's, in the convention of ``scale``."""
+        tensor_map = self.plan.tensors.get(name)
+        if tensor_map is None:
+            return tensor.clone()
+        wide = tensor_map.replicate(tensor)
+        return wide / tensor_map.factor if self.scale == 'teacher' and tensor_map.factor > 1 else wide
+
+    def teacher_parameters(self) -> Dict[str, torch.Tensor]:
+        """What the teacher runs on, by the student's parameter names. Differentiable."""
+        parameters = dict(self.wide.named_parameters())
+        if self._rescaled:
+            names = [name for name in parameters if name in self._factors]
+            scaled = torch._foreach_mul(
+                [parameters[name] for name in names], [1 / self._factors[name] for name in names])
+            parameters.update(zip(names, scaled))
+        return parameters
+
+    def student_parameters(self) -> Dict[str, torch.Tensor]:
+        """The student's parameters, computed from the stored ones by slicing. Differentiable (Sec. 3.3)."""
+        student = {}
+        for name, parameter in self.wide.named_parameters():
+            tensor_map = self.plan.tensors.get(name)
+            narrow = parameter if tensor_map is None else tensor_map.first_replica(parameter)
+            if self.scale == 'teacher' and name in self._factors:
+                narrow = narrow * self._factors[name]
+            for alias in self._tied[name]:
+                student[alias] = narrow
+        return student
+
+    @torch.no_grad()
+    def load_student(self, state_dict: Dict[str, torch.Tensor], strict: bool = True):
+        """Starts again from a student's weights: the teacher becomes exactly that student's function.
+
+        Args:
+            state_dict: a plain student's ``state_dict``.
+            strict: whether all keys must match.
+
+        Returns:
+            What ``load_state_dict`` of a student returns: missing and unexpected keys.
+        """
+        plain = self.extract_student()
+        result = plain.load_state_dict(state_dict, strict=strict)
+        wide = dict(_named_tensors(self.wide))
+        buffers = dict(self.student.named_buffers())
+        for name, tensor in _named_tensors(plain):
+            wide[name].copy_(self._stored(name, tensor))
+            if name in buffers:
+                buffers[name].copy_(tensor)
+        return result
+
+    @torch.no_grad()
+    def extract_student(self) -> nn.Module:
+        """The student as an ordinary model of its class, with its own BatchNorm statistics (Sec. 3.3).
+
+        Returns:
+            A new model, in this module's mode, that shares no memory with it.
+        """
+        student = copy.deepcopy(self.student)
+        owners = dict(student.named_modules())
+        made: Dict[str, nn.Parameter] = {}
+        first = {alias: name for name, aliases in self._tied.items() for alias in aliases}
+        for name, tensor in self.student_parameters().items():
+            if first[name] not in made:
+                made[first[name]] = nn.Parameter(
+                    tensor.detach().clone(memory_format=torch.contiguous_format), self._requires_grad[first[name]])
+            owner, _, key = name.rpartition('.')
+            owners[owner]._parameters[key] = made[first[name]]
+        return student
+
+    @torch.no_grad()
+    def _add_noise(self, noise: float) -> None:
+        for name, parameter in self.wide.named_parameters():
+            if name in self._factors:
+                parameter += self.plan.tensors[name].noise_like(parameter, noise * parameter.std().item())
+
+    # -- what timm's optimizer factory asks a model -----------------------------------------------------------------
+
+    def no_weight_decay(self) -> set:
+        """Names of parameters that the student's class exempts from weight decay."""
+        exempt = self.wide.no_weight_decay() if hasattr(self.wide, 'no_weight_decay') else set()
+        return {f'wide.{name}' for name in exempt}
+
+    def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
+        """The student's layer groups, for layer-wise learning rate decay."""
+        def prefixed(pattern):
+            if isinstance(pattern, str):
+                return '^wide\\.' + pattern[1:] if pattern.startswith('^') else '^wide\\..*' + pattern
+            return [(prefixed(p[0]), *p[1:]) if isinstance(p, tuple) else prefixed(p) for p in pattern]
+
+        return {group: prefixed(pattern) for group, pattern in self.wide.group_matcher(coarse=coarse).items()}
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recomputes activations in the backward pass, in both models."""
+        self.wide.set_grad_checkpointing(enable)
+        self.student.set_grad_checkpointing(enable)
+
+    def extra_repr(self) -> str:
+        return f'ratio={self.plan.ratio}, scale={self.scale}'
+
+
+class StudentView(nn.Module):
+    """The student inside a dynamic teacher, as a model of its own that is always up to date.
+
+    ``forward`` gives the student's logits, ``state_dict`` a plain student's, and ``load_state_dict`` expands one into
+    the dynamic teacher. It owns nothing.
+    """
+
+    def __init__(self, dynamic_teacher: DynamicTeacher) -> None:
+        super().__init__()
+        object.__setattr__(self, 'dynamic_teacher', dynamic_teacher)  # a reference, not a submodule
+        self.training = dynamic_teacher.student.training
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Student's logits, shape (B, num_classes)."""
+        return self.dynamic_teacher.forward_student(x)
+
+    def train(self, mode: bool = True) -> 'StudentView':
+        self.dynamic_teacher.student.train(mode)
+        return super().train(mode)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Dict[str, torch.Tensor]:
+        """A plain student's ``state_dict``."""
+        return self.dynamic_teacher.extract_student().state_dict(*args, **kwargs)
+
+    def load_state_dict(self, state_dict: Dict[str, torch.Tensor], strict: bool = True, assign: bool = False):
+        """Expands a plain student's ``state_dict`` into the dynamic teacher."""
+        return self.dynamic_teacher.load_student(state_dict, strict=strict)
+
+
+def _named_tensors(model: nn.Module) -> List[Tuple[str, torch.Tensor]]:
+    return [*model.named_parameters(), *model.named_buffers()]
+
+
+def _parameter_layout(model: nn.Module) -> Tuple[Dict[str, List[str]], Dict[str, bool]]:
+    """All names of every parameter, and whether it is trained, by its first name."""
+    first: Dict[int, str] = {}
+    tied: Dict[str, List[str]] = {}
+    requires_grad: Dict[str, bool] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        tied.setdefault(first.setdefault(id(parameter), name), []).append(name)
+        requires_grad.setdefault(first[id(parameter)], parameter.requires_grad)
+    return tied, requires_grad

@@ -1,0 +1,58 @@
+"""Copies of a model whose tensors are exchanged on the way: no tensor is copied only to be thrown away."""
+import copy
+from typing import Any, Callable, Dict
+
+import torch
+import torch.nn as nn
+
+from .plan import ExpansionPlan
+
+__all__ = ['copy_model', 'meta_copy', 'parameterless_copy', 'wide_copy']
+
+
+def copy_model(model: nn.Module, substitute: Callable[[str, torch.Tensor], torch.Tensor]) -> nn.Module:
+    """A deep copy in which ``substitute(name, tensor)`` stands for every parameter and buffer. Ties are kept."""
+    memo: Dict[int, Any] = {}
+    for name, parameter in model.named_parameters():
+        memo[id(parameter)] = nn.Parameter(substitute(name, parameter), requires_grad=parameter.requires_grad)
+    for name, buffer in model.named_buffers():
+        memo[id(buffer)] = substitute(name, buffer)
+    return copy.deepcopy(model, memo)
+
+
+def meta_copy(model: nn.Module) -> nn.Module:
+    """A copy that allocates nothing: every tensor lives on the meta device."""
+    return copy_model(model, lambda name, tensor: torch.empty_like(tensor, device='meta'))
+
+
+@torch.no_grad()
+def wide_copy(
+        student: nn.Module,
+        plan: ExpansionPlan,
+        expand: Callable[[str, torch.Tensor], torch.Tensor],
+) -> nn.Module:
+    """The student's class with a plan applied: wider tensors, and the attributes that count them.
+
+    Args:
+        student: the model that was planned for.
+        plan: its plan.
+        expand: the teacher's tensor for a student's, of shape ``plan.tensors[name].teacher_shape``.
+    """
+    wide = copy_model(student, expand)
+    modules = dict(wide.named_modules())
+    for name, changes in plan.attributes.items():
+        for attribute, (_, value) in changes.items():
+            setattr(modules[name], attribute, value)
+    return wide
+
+
+@torch.no_grad()
+def parameterless_copy(model: nn.Module) -> nn.Module:
+    """A copy that keeps its buffers and has an empty slot for every parameter, to be filled whenever it runs."""
+    buffers = {name for name, _ in model.named_buffers()}
+    bare = copy_model(
+        model, lambda name, tensor: tensor.clone() if name in buffers else torch.empty_like(tensor, device='meta'))
+    for module in bare.modules():
+        for key in module._parameters:
+            module._parameters[key] = None
+    return bare

@@ -1,0 +1,96 @@
+"""The expansion plan: one piece of data, two directions."""
+from dataclasses import dataclass
+from typing import Any, Dict, Mapping, Tuple
+
+import torch
+
+from .axes import TensorMap
+
+__all__ = ['ExpansionPlan']
+
+
+@dataclass(frozen=True)
+class ExpansionPlan:
+    """How a student becomes a dynamic teacher, and how the student is read back. Pure data.
+
+    Attributes:
+        ratio: the expansion ratio that was asked for.
+        tensors: parameter or buffer name -> :class:`TensorMap`. Tensors that are not listed stay as they are.
+        attributes: module name -> attribute -> (student's value, teacher's value), such as head counts.
+        notes: what the planner had to do out of the ordinary, one line each.
+    """
+    ratio: int
+    tensors: Mapping[str, TensorMap]
+    attributes: Mapping[str, Mapping[str, Tuple[Any, Any]]]
+    notes: Tuple[str, ...] = ()
+
+    def expand(self, state_dict: Mapping[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
+        """Inverse reparameterization: student tensors to teacher tensors (Sec. 3.2 of arXiv 2410.04140).
+
+        Args:
+            state_dict: student tensors by name, shapes as in ``plan.tensors[name].shape``.
+
+        Returns:
+            New tensors under the same names, shapes as in ``plan.tensors[name].teacher_shape``.
+
+        Raises:
+            ValueError: if a tensor does not have the shape that was planned for.
+        """
+        return {name: self.expand_tensor(name, tensor) for name, tensor in state_dict.items()}
+
+    def expand_tensor(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """:meth:`expand` of one tensor; a copy where the plan leaves it as it is."""
+        tensor_map = self.tensors.get(name)
+        if tensor_map is None:
+            return tensor.clone()
+        self._check(name, tensor, tensor_map.shape)
+        wide = tensor_map.replicate(tensor)
+        return wide / tensor_map.factor if tensor_map.factor > 1 else wide
+
+    def extract(self, state_dict: Mapping[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
+        """Channel-branch reparameterization: teacher tensors to student tensors (Sec. 3.3). Differentiable.
+
+        Args:
+            state_dict: teacher tensors by name, branches already merged.
+
+        Returns:
+            Student tensors under the same names. Views of the teacher's where no factor applies and strides allow.
+
+        Raises:
+            ValueError: if a tensor does not have the shape that was planned for.
+        """
+        student = {}
+        for name, tensor in state_dict.items():
+            tensor_map = self.tensors.get(name)
+            if tensor_map is None:
+                student[name] = tensor
+                continue
+            self._check(name, tensor, tensor_map.teacher_shape)
+            narrow = tensor_map.first_replica(tensor)
+            student[name] = narrow * tensor_map.factor if tensor_map.factor > 1 else narrow
+        return student
+
+    @staticmethod
+    def _check(name: str, tensor: torch.Tensor, shape: Tuple[int, ...]) -> None:
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f'{name} has shape {tuple(tensor.shape)}, but the plan was made for {shape}: plan again')
+
+    def __str__(self) -> str:
+        lines = [f'ExpansionPlan(ratio={self.ratio}): {len(self.tensors)} tensors widen']
+        width = max((len(name) for name in self.tensors), default=0)
+        for name, tensor_map in self.tensors.items():
+            blocks = [
+                f'axis {axis}: ' + ' + '.join(f'{s.size}x{s.ratio}' + (f' in blocks of {s.block}' if s.block > 1 else '')
+                                              for s in axis_map)
+                for axis, axis_map in tensor_map.axes
+                if len(axis_map) > 1 or axis_map[0].block > 1
+            ]
+            notes = ([f'divided by {tensor_map.factor}'] if tensor_map.factor > 1 else []) + blocks
+            lines.append(
+                f'  {name:<{width}}  {tensor_map.shape} -> {tensor_map.teacher_shape}'
+                + (f'  ({"; ".join(notes)})' if notes else '')
+            )
+        for module, changes in self.attributes.items():
+            lines.append(f'  {module or "(root)"}: ' + ', '.join(
+                f'{attribute} {before} -> {after}' for attribute, (before, after) in changes.items()))
+        return '\n'.join(lines + [f'  note: {note}' for note in self.notes])

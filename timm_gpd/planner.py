@@ -1,0 +1,611 @@
+"""Infers the expansion plan of a model from a shape-only dry run.
+
+One idea: **a tensor widens when what it meets is wider.** The student runs once on the meta device, where nothing is
+computed. Every torch function that its forward calls is seen on the way in. A weight, bias, norm or token that meets an
+input wider than itself has just shown which of its axes carry channels, so it is replaced by a wider one, its own
+output becomes wider, and the widening flows on to the classifier, which keeps its classes. Since functions are watched
+rather than layer classes, a model that calls ``F.linear(x, self.qkv.weight)`` by hand is read as well as ``nn.Linear``.
+What shapes cannot tell (head counts, split sizes) comes from :mod:`timm_gpd.rules`.
+"""
+from typing import Any, Callable, Dict, Iterable, List, Mapping, Optional, Sequence, Set, Tuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
+
+from .axes import AxisMap, TensorMap
+from .errors import UnsupportedModelError
+from .model_copy import meta_copy
+from .plan import ExpansionPlan
+from .rules import find_rule
+
+__all__ = ['plan_expansion', 'input_shape', 'check_positive_int']
+
+
+def plan_expansion(student: nn.Module, ratio: int = 2) -> ExpansionPlan:
+    """Plans how every tensor and attribute of a student widens; allocates neither a student nor a teacher.
+
+    Args:
+        student: a timm model with a classifier.
+        ratio: expansion ratio r of the channels, a positive integer.
+
+    Returns:
+        The plan; ``print(plan)`` shows it.
+
+    Raises:
+        ValueError: if ``ratio`` is not a positive integer.
+        UnsupportedModelError: if the model has no classifier, or a module cannot be widened.
+    """
+    check_positive_int('ratio', ratio)
+    return _DryRun(student, ratio).plan()
+
+
+def check_positive_int(name: str, value: Any) -> None:
+    """Raises a one-line ValueError unless ``value`` is an integer of at least 1."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f'{name} must be a positive integer, but is {value!r}')
+
+
+def input_shape(model: nn.Module) -> Tuple[int, int, int]:
+    """Channels, height and width (pixels) of the images that a timm model was made for."""
+    channels, height, width = (getattr(model, 'pretrained_cfg', None) or {}).get('input_size', (3, 224, 224))
+    img_size = getattr(getattr(model, 'patch_embed', None), 'img_size', None)
+    if img_size is not None:
+        height, width = img_size  # what the instance was made for; its config only knows the default
+    return getattr(model, 'in_chans', None) or channels, height, width
+
+
+def classifier_names(model: nn.Module) -> Set[str]:
+    """Names of the modules that produce class logits, as the model's own ``get_classifier()`` tells.
+
+    Raises:
+        UnsupportedModelError: if there is none.
+    """
+    classifiers = model.get_classifier() if hasattr(model, 'get_classifier') else None
+    classifiers = classifiers if isinstance(classifiers, (tuple, list)) else (classifiers,)
+    wanted = {id(module) for module in classifiers if isinstance(module, nn.Module)}
+    names = {
+        name for name, module in model.named_modules()
+        if id(module) in wanted and any(True for _ in module.parameters())
+    }
+    if not names:
+        raise UnsupportedModelError(
+            f'{type(model).__name__} has no classifier: create it with num_classes > 0 to distil logits')
+    return names
+
+
+class _DryRun(TorchFunctionMode):
+    """Runs the student on the meta device and widens what meets wider inputs."""
+
+    def __init__(self, student: nn.Module, ratio: int) -> None:
+        super().__init__()
+        self.student_name = type(student).__name__
+        self.ratio = ratio
+        self.kept = classifier_names(student)
+        self.model = meta_copy(student)
+        self.tensors: Dict[str, TensorMap] = {}
+        self.attributes: Dict[str, Dict[str, Tuple[Any, Any]]] = {}
+        self.blocks: Dict[Tuple[str, str], int] = {}
+        self.ruled: Set[str] = set()
+        self.touched: Set[str] = set()
+        self.stack: List[str] = ['']
+        self.modules_by_name = dict(self.model.named_modules())
+
+        # A tensor may stand under several names (tied weights); all of them widen together.
+        self.names: Dict[str, List[str]] = {}
+        first_name: Dict[int, str] = {}
+        for module_name, module in self.model.named_modules():
+            for key, tensor in [*module._parameters.items(), *module._buffers.items()]:
+                if tensor is None:
+                    continue
+                name = f'{module_name}.{key}' if module_name else key
+                first = first_name.setdefault(id(tensor), name)
+                self.names.setdefault(first, []).append(name)
+                tensor.gpd_sources = (first,)
+                tensor.gpd_is_own = True
+        for name, module in self.model.named_modules():
+            module.register_forward_pre_hook(self._enter(name))
+            module.register_forward_hook(self._leave)
+
+    # -- the run --------------------------------------------------------------------------------------------------
+
+    def plan(self) -> ExpansionPlan:
+        self._forward(training=False)
+        parameters = {names[0] for names in self.names.values()} & {n for n, _ in self.model.named_parameters()}
+        if parameters - self.touched:
+            # Auxiliary heads and the like run in training only.
+            try:
+                self._forward(training=True)
+            except UnsupportedModelError:
+                if parameters - self.touched:
+                    raise
+        return ExpansionPlan(self.ratio, self.tensors, self.attributes)
+
+    def _forward(self, training: bool) -> None:
+        self.model.train(training)
+        self.stack = ['']
+        x = torch.empty(2, *input_shape(self.model), device='meta')
+        try:
+            with torch.no_grad(), self:
+                self.model(x)
+        except UnsupportedModelError:
+            raise
+        except Exception as error:
+            raise self.unsupported(f'{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ""}')
+
+    def _enter(self, name: str) -> Callable:
+        def pre_hook(module: nn.Module, inputs: Tuple[Any, ...]) -> None:
+            self.stack.append(name)
+            self.apply_rule(name)
+        return pre_hook
+
+    def _leave(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        self.stack.pop()
+
+    def unsupported(self, reason: str) -> UnsupportedModelError:
+        name = self.stack[-1]
+        cls = type(self.modules_by_name[name])
+        return UnsupportedModelError(
+            f'{self.student_name} cannot be widened: module {name or "(root)"!r} of class '
+            f'{cls.__module__}.{cls.__qualname__}: {reason} (register_rule can teach it)')
+
+    # -- rules ----------------------------------------------------------------------------------------------------
+
+    def apply_rule(self, name: str) -> None:
+        """Applies the rule of a module, once, before anything of it runs."""
+        if name in self.ruled:
+            return
+        self.ruled.add(name)
+        module = self.modules_by_name[name]
+        rule = find_rule(module)
+        if rule is None:
+            return
+        for target, block in rule.blocks.items():
+            child, _, side = target.rpartition('.')
+            if self.has(name, child):
+                size = block(module) if callable(block) else getattr(module, block) if isinstance(block, str) else block
+                self.blocks[join(name, child), side] = size
+        for child in rule.keep:
+            if self.has(name, child):
+                self.kept.add(join(name, child))
+        for attribute in rule.multiply:
+            self.scale_attribute(name, attribute, lambda value: value * self.ratio)
+        for attribute in rule.divide:
+            self.scale_attribute(name, attribute, lambda value: value / self.ratio)
+        for key, axes in rule.params.items():
+            tensor = getattr(module, key, None)
+            if isinstance(tensor, torch.Tensor):
+                self.widen(tensor, {axis: self.ratio for axis in ((axes,) if isinstance(axes, int) else axes)})
+        if rule.code is not None:
+            rule.code(RuleContext(self, name, module))
+
+    def has(self, name: str, child: str) -> bool:
+        return getattr_path(self.modules_by_name[name], child) is not None
+
+    def scale_attribute(self, name: str, attribute: str, scale: Callable[[Any], Any]) -> None:
+        """Scales a number, or every number in a tuple or list, that is an attribute of a module."""
+        path, _, attribute = attribute.rpartition('.')
+        owner = join(name, path)
+        module = self.modules_by_name.get(owner)
+        value = getattr(module, attribute, None)
+        if value is not None:
+            self.set_attribute(owner, attribute, tree_map_only((int, float), scale, value))
+
+    def set_attribute(self, name: str, attribute: str, value: Any) -> None:
+        """Sets an attribute of a module in the dry run and notes it for the teacher."""
+        module = self.modules_by_name[name]
+        before = getattr(module, attribute)
+        if before != value:
+            changes = self.attributes.setdefault(name, {})
+            changes[attribute] = (changes.get(attribute, (before,))[0], value)
+            setattr(module, attribute, value)
+
+    # -- widening -------------------------------------------------------------------------------------------------
+
+    def out_ratio(self, weight: torch.Tensor, outputs: int) -> int:
+        """How much a layer's outputs widen. A single output channel is a mask that broadcasts, so it stays one."""
+        owner = self.owner(weight)
+        kept = any(owner == name or owner.startswith(f'{name}.') for name in self.kept)
+        return 1 if kept or outputs == 1 else self.ratio
+
+    def owner(self, tensor: torch.Tensor) -> str:
+        """Name of the module that owns a parameter or buffer."""
+        return tensor.gpd_sources[0].rpartition('.')[0]
+
+    def is_new(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor is a parameter or buffer itself, seen for the first time."""
+        return _is_own(tensor) and tensor.gpd_sources[0] not in self.touched
+
+    def block(self, tensor: torch.Tensor, side: str) -> int:
+        return self.blocks.get((self.owner(tensor), side), 1)
+
+    def widen(
+            self,
+            tensor: torch.Tensor,
+            ratios: Mapping[int, int],
+            sum_axis: Optional[int] = None,
+            blocks: Mapping[int, int] = {},
+    ) -> torch.Tensor:
+        """Replaces a parameter or buffer by a wider one, under all its names, and notes how.
+
+        Args:
+            tensor: the parameter or buffer.
+            ratios: axis -> ratio; axes of ratio 1 are left out.
+            sum_axis: the axis that the layer sums over.
+            blocks: axis -> block, 1 where not given.
+        """
+        first, = tensor.gpd_sources
+        self.touched.add(first)
+        if first in self.tensors:
+            return tensor
+        axes = {}
+        for axis, ratio in sorted(ratios.items()):
+            axis %= tensor.dim()
+            if ratio > 1:
+                block = blocks.get(axis, 1)
+                if tensor.shape[axis] % block:
+                    raise self.unsupported(f'{first} has {tensor.shape[axis]} entries, not a multiple of {block}')
+                axes[axis] = AxisMap.uniform(tensor.shape[axis], ratio, block)
+        if not axes:
+            return tensor
+        return self.replace(tensor, TensorMap(tuple(tensor.shape), tuple(axes.items()), sum_axis))
+
+    def replace(self, tensor: torch.Tensor, tensor_map: TensorMap) -> torch.Tensor:
+        """Puts a meta tensor of the teacher's shape in the place of a parameter or buffer."""
+        first, = tensor.gpd_sources
+        wide = torch.empty(tensor_map.teacher_shape, dtype=tensor.dtype, device='meta')
+        if isinstance(tensor, nn.Parameter):
+            wide = nn.Parameter(wide, requires_grad=tensor.requires_grad)
+        wide.gpd_sources, wide.gpd_is_own = (first,), True
+        self.touched.add(first)
+        for name in self.names[first]:
+            owner, _, key = name.rpartition('.')
+            module = self.modules_by_name[owner]
+            (module._parameters if key in module._parameters else module._buffers)[key] = wide
+            self.tensors[name] = tensor_map
+        return wide
+
+    def widen_derived(self, tensor: torch.Tensor, ratios: Mapping[int, int]) -> torch.Tensor:
+        """Widens the parameter that a tensor was computed from, and the tensor along with it.
+
+        Which axis of the parameter an axis of the result came from is told by its size, which must be unique.
+        """
+        if getattr(tensor, 'gpd_is_own', False):
+            return self.widen(tensor, ratios, blocks={
+                axis % tensor.dim(): self.block(tensor, 'out') for axis in ratios})
+        shape = list(tensor.shape)
+        for axis, ratio in ratios.items():
+            size = shape[axis]
+            found = []
+            for source in tensor.gpd_sources:
+                parameter = self.parameter(source)
+                tensor_map = self.tensors.get(source)
+                student_shape = tensor_map.shape if tensor_map else tuple(parameter.shape)
+                found += [(source, index) for index, entries in enumerate(student_shape) if entries == size]
+            if len(found) != 1:
+                raise self.unsupported(
+                    f'an axis of {size} entries, computed from {", ".join(tensor.gpd_sources)}, met one of '
+                    f'{size * ratio}, and its origin is not clear')
+            source, index = found[0]
+            self.widen(self.parameter(source), {index: ratio})
+            shape[axis] = size * ratio
+        wide = torch.empty(shape, dtype=tensor.dtype, device='meta')
+        wide.gpd_sources = tensor.gpd_sources
+        return wide
+
+    def parameter(self, name: str) -> torch.Tensor:
+        owner, _, key = name.rpartition('.')
+        return getattr(self.modules_by_name[owner], key)
+
+    def ratio_of(self, actual: int, expected: int, what: str) -> int:
+        if actual % expected:
+            raise self.unsupported(f'{what} expects {expected} channels and got {actual}')
+        return actual // expected
+
+    # -- the functions that are watched -----------------------------------------------------------------------------
+
+    def __torch_function__(self, func: Callable, types: Any, args: Tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        args, kwargs = tree_map_only(torch.Tensor, _to_meta, (args, kwargs))
+        handler = _HANDLERS.get(func) or _HANDLERS_BY_NAME.get(getattr(func, '__name__', '').strip('_'))
+        if handler is not None:
+            args, kwargs = handler(self, func, args, kwargs)
+        output = func(*args, **kwargs)
+        self._note_origin(args, kwargs, output)
+        return output
+
+    @staticmethod
+    def _note_origin(args: Any, kwargs: Any, output: Any) -> None:
+        """A tensor computed from parameters alone still carries their channels: remember which they were."""
+        sources: List[str] = []
+        for tensor in _tensors((args, kwargs)):
+            own = getattr(tensor, 'gpd_sources', None)
+            if own is None:
+                if tensor.is_floating_point():
+                    return
+                continue  # an index
+            sources += [source for source in own if source not in sources]
+        if sources:
+            for tensor in _tensors(output):
+                if not hasattr(tensor, 'gpd_sources'):
+                    tensor.gpd_sources = tuple(sources)
+
+
+class RuleContext:
+    """What a rule's code may do: look at the module, and say how its parts widen."""
+
+    def __init__(self, run: _DryRun, name: str, module: nn.Module) -> None:
+        self._run, self._name = run, name
+        self.module = module
+        self.ratio = run.ratio
+
+    def set(self, attribute: str, value: Any) -> None:
+        """Sets an attribute of the module, or of a child by its dotted name, in the teacher."""
+        path, _, attribute = attribute.rpartition('.')
+        self._run.set_attribute(join(self._name, path), attribute, value)
+
+    def widen(
+            self,
+            tensor: str,
+            ratios: Mapping[int, int],
+            sum_axis: Optional[int] = None,
+            blocks: Mapping[int, int] = {},
+    ) -> None:
+        """Widens a parameter or buffer, by its dotted name: axis -> ratio, axis -> block."""
+        self._run.widen(self._run.parameter(join(self._name, tensor)), ratios, sum_axis, blocks)
+
+    def block(self, child: str, side: str, size: int) -> None:
+        """Replicates the 'in' or 'out' axis of a child's weight in runs of ``size`` entries."""
+        self._run.blocks[join(self._name, child), side] = size
+
+    def keep(self, child: str) -> None:
+        """Leaves the outputs of a child at the student's width."""
+        self._run.kept.add(join(self._name, child))
+
+
+def join(name: str, child: str) -> str:
+    return f'{name}.{child}' if name and child else name or child
+
+
+def getattr_path(module: nn.Module, path: str) -> Any:
+    for key in filter(None, path.split('.')):
+        module = getattr(module, key, None)
+    return module
+
+
+def _to_meta(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor if tensor.device.type == 'meta' else tensor.to('meta')
+
+
+def _tensors(tree: Any) -> Iterable[torch.Tensor]:
+    if isinstance(tree, torch.Tensor):
+        yield tree
+    elif isinstance(tree, (tuple, list)):
+        for item in tree:
+            yield from _tensors(item)
+    elif isinstance(tree, dict):
+        yield from _tensors(tuple(tree.values()))
+
+
+def _is_own(tensor: Any) -> bool:
+    """Whether a tensor is a parameter or buffer itself, not something computed from one."""
+    return isinstance(tensor, torch.Tensor) and getattr(tensor, 'gpd_is_own', False)
+
+
+def _from_parameters(tensor: Any) -> bool:
+    return isinstance(tensor, torch.Tensor) and hasattr(tensor, 'gpd_sources')
+
+
+_HANDLERS: Dict[Callable, Callable] = {}
+_HANDLERS_BY_NAME: Dict[str, Callable] = {}
+
+
+def _watch(*functions: Callable, names: Sequence[str] = ()) -> Callable:
+    """Registers a handler ``(run, arguments)`` that edits a function's arguments, by name, before it is called."""
+    def register(handler: Callable) -> Callable:
+        def handle(run: _DryRun, func: Callable, args: Tuple[Any, ...], kwargs: Dict[str, Any]):
+            arguments = {**dict(zip(names, args)), **kwargs}
+            handler(run, arguments)
+            return (), arguments
+        for function in functions:
+            _HANDLERS[function] = handle
+        return handler
+    return register
+
+
+_CONV = ('input', 'weight', 'bias', 'stride', 'padding', 'dilation', 'groups')
+_CONV_TRANSPOSE = ('input', 'weight', 'bias', 'stride', 'padding', 'output_padding', 'groups', 'dilation')
+
+
+@_watch(F.conv1d, F.conv2d, F.conv3d, names=_CONV)
+def _conv(run: _DryRun, a: Dict[str, Any]) -> None:
+    weight, bias, groups = a['weight'], a.get('bias'), a.get('groups', 1)
+    if not run.is_new(weight):
+        return
+    outputs, inputs = weight.shape[0], weight.shape[1] * groups
+    in_ratio = run.ratio_of(a['input'].shape[1 - weight.dim()], inputs, 'a convolution')
+    owner = run.owner(weight)
+    if groups == inputs == outputs and groups > 1:
+        # Depthwise: nothing is summed over channels, so there are more groups and no factor.
+        out_ratio = in_ratio
+        ratios, sum_axis = {0: out_ratio}, None
+        a['groups'] = groups * in_ratio
+        if in_ratio > 1:
+            run.set_attribute(owner, 'groups', a['groups'])
+    else:
+        out_ratio = run.out_ratio(weight, outputs)
+        ratios, sum_axis = {0: out_ratio, 1: in_ratio}, 1
+    blocks = {0: run.block(weight, 'out'), 1: run.block(weight, 'in')}
+    _set_sizes(run, owner, in_channels=inputs * in_ratio, out_channels=outputs * out_ratio)
+    a['weight'] = run.widen(weight, ratios, sum_axis, blocks)
+    if _is_own(bias):
+        a['bias'] = run.widen(bias, {0: out_ratio}, blocks=blocks)
+
+
+@_watch(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, names=_CONV_TRANSPOSE)
+def _conv_transpose(run: _DryRun, a: Dict[str, Any]) -> None:
+    weight, bias, groups = a['weight'], a.get('bias'), a.get('groups', 1)
+    if not run.is_new(weight):
+        return
+    inputs, outputs = weight.shape[0], weight.shape[1] * groups
+    in_ratio = run.ratio_of(a['input'].shape[1 - weight.dim()], inputs, 'a transposed convolution')
+    out_ratio = run.out_ratio(weight, outputs)
+    _set_sizes(run, run.owner(weight), in_channels=inputs * in_ratio, out_channels=outputs * out_ratio)
+    a['weight'] = run.widen(weight, {0: in_ratio, 1: out_ratio}, 0)
+    if _is_own(bias):
+        a['bias'] = run.widen(bias, {0: out_ratio})
+
+
+@_watch(F.linear, names=('input', 'weight', 'bias'))
+def _linear(run: _DryRun, a: Dict[str, Any]) -> None:
+    weight, bias = a['weight'], a.get('bias')
+    if not run.is_new(weight):
+        return
+    outputs, inputs = weight.shape
+    in_ratio = run.ratio_of(a['input'].shape[-1], inputs, 'a linear layer')
+    out_ratio = run.out_ratio(weight, outputs)
+    blocks = {0: run.block(weight, 'out'), 1: run.block(weight, 'in')}
+    _set_sizes(run, run.owner(weight), in_features=inputs * in_ratio, out_features=outputs * out_ratio)
+    a['weight'] = run.widen(weight, {0: out_ratio, 1: in_ratio}, 1, blocks)
+    if _is_own(bias):
+        a['bias'] = run.widen(bias, {0: out_ratio}, blocks=blocks)
+
+
+@_watch(F.embedding, names=('input', 'weight'))
+def _embedding(run: _DryRun, a: Dict[str, Any]) -> None:
+    if run.is_new(a['weight']):
+        _, size = a['weight'].shape
+        _set_sizes(run, run.owner(a['weight']), embedding_dim=size * run.ratio)
+        a['weight'] = run.widen(a['weight'], {1: run.ratio})
+
+
+@_watch(F.batch_norm, names=(
+    'input', 'running_mean', 'running_var', 'weight', 'bias', 'training', 'momentum', 'eps'))
+def _batch_norm(run: _DryRun, a: Dict[str, Any]) -> None:
+    _norm(run, a, ('running_mean', 'running_var', 'weight', 'bias'), axis=1, size_name='num_features')
+
+
+@_watch(F.instance_norm, names=(
+    'input', 'running_mean', 'running_var', 'weight', 'bias', 'use_input_stats', 'momentum', 'eps'))
+def _instance_norm(run: _DryRun, a: Dict[str, Any]) -> None:
+    _norm(run, a, ('running_mean', 'running_var', 'weight', 'bias'), axis=1, size_name='num_features')
+
+
+@_watch(F.group_norm, names=('input', 'num_groups', 'weight', 'bias', 'eps'))
+def _group_norm(run: _DryRun, a: Dict[str, Any]) -> None:
+    _norm(run, a, ('weight', 'bias'), axis=1, size_name='num_channels')
+
+
+@_watch(F.prelu, names=('input', 'weight'))
+def _prelu(run: _DryRun, a: Dict[str, Any]) -> None:
+    if a['weight'].numel() > 1:
+        _norm(run, a, ('weight',), axis=1, size_name='num_parameters')
+
+
+def _norm(run: _DryRun, a: Dict[str, Any], keys: Sequence[str], axis: int, size_name: str) -> None:
+    """Per-channel tensors along one axis of the input."""
+    for key in keys:
+        if _is_own(a.get(key)):
+            tensor = a[key]
+            ratio = run.ratio_of(a['input'].shape[axis], tensor.shape[0], 'a norm')
+            _set_sizes(run, run.owner(tensor), **{size_name: tensor.shape[0] * ratio})
+            a[key] = run.widen(tensor, {0: ratio}, blocks={0: run.block(tensor, 'out')})
+
+
+@_watch(F.layer_norm, names=('input', 'normalized_shape', 'weight', 'bias', 'eps'))
+def _layer_norm(run: _DryRun, a: Dict[str, Any]) -> None:
+    shape = a['normalized_shape']
+    shape = (shape,) if isinstance(shape, int) else tuple(shape)
+    actual = tuple(a['input'].shape[-len(shape):])
+    ratios = {axis: run.ratio_of(actual[axis], shape[axis], 'a norm') for axis in range(len(shape))}
+    for key in ('weight', 'bias'):
+        if _is_own(a.get(key)) and tuple(a[key].shape) == shape:
+            a[key] = run.widen(a[key], ratios, blocks={len(shape) - 1: run.block(a[key], 'out')})
+    if actual != shape:
+        name = run.stack[-1]
+        before = run.modules_by_name[name].normalized_shape
+        run.set_attribute(name, 'normalized_shape', type(before)(actual))
+        a['normalized_shape'] = actual
+
+
+@_watch(F.rms_norm, names=('input', 'normalized_shape', 'weight', 'eps'))
+def _rms_norm(run: _DryRun, a: Dict[str, Any]) -> None:
+    _layer_norm(run, a)
+
+
+@_watch(F.scaled_dot_product_attention, names=('query', 'key', 'value', 'attn_mask'))
+def _attention(run: _DryRun, a: Dict[str, Any]) -> None:
+    mask = a.get('attn_mask')
+    if _from_parameters(mask):
+        scores = (*a['query'].shape[:-1], a['key'].shape[-2])
+        ratios = _mismatch(run, mask.shape, scores)
+        if ratios:
+            a['attn_mask'] = run.widen_derived(mask, ratios)
+
+
+def _elementwise(run: _DryRun, func: Callable, args: Tuple[Any, ...], kwargs: Dict[str, Any]):
+    """Parameters that are added to or multiplied with wider activations."""
+    tensors = [tensor for tensor in _tensors((args, kwargs))]
+    if len(tensors) < 2:
+        return args, kwargs
+
+    def fit(tensor: torch.Tensor) -> torch.Tensor:
+        if not _from_parameters(tensor):
+            return tensor
+        run.touched.update(tensor.gpd_sources)
+        for other in tensors:
+            if other is not tensor:
+                ratios = _mismatch(run, tensor.shape, other.shape)
+                if ratios:
+                    return run.widen_derived(tensor, ratios)
+        return tensor
+
+    return tree_map_only(torch.Tensor, fit, (args, kwargs))
+
+
+def _concatenate(run: _DryRun, func: Callable, args: Tuple[Any, ...], kwargs: Dict[str, Any]):
+    """Tokens that are put beside wider ones."""
+    tensors = list(_tensors((args, kwargs)))
+    dim = kwargs.get('dim', args[1] if len(args) > 1 else 0)
+
+    def fit(tensor: torch.Tensor) -> torch.Tensor:
+        if not _from_parameters(tensor):
+            return tensor
+        run.touched.update(tensor.gpd_sources)
+        for other in tensors:
+            if other is not tensor and other.dim() == tensor.dim():
+                shape = list(other.shape)
+                shape[dim] = tensor.shape[dim]
+                ratios = _mismatch(run, tensor.shape, shape)
+                if ratios:
+                    return run.widen_derived(tensor, ratios)
+        return tensor
+
+    return tree_map_only(torch.Tensor, fit, (args, kwargs))
+
+
+_HANDLERS_BY_NAME.update({
+    **dict.fromkeys(
+        ('add', 'radd', 'iadd', 'sub', 'rsub', 'isub', 'mul', 'rmul', 'imul', 'div', 'truediv', 'rtruediv', 'itruediv',
+         'addcmul', 'where', 'maximum', 'minimum', 'lerp'),
+        _elementwise),
+    **dict.fromkeys(('cat', 'concat'), _concatenate),
+})
+
+
+def _mismatch(run: _DryRun, shape: Sequence[int], other: Sequence[int]) -> Dict[int, int]:
+    """Axes, counted from the end, on which ``other`` is ``ratio`` times as wide and does not broadcast."""
+    return {
+        -k: run.ratio for k in range(1, min(len(shape), len(other)) + 1)
+        if shape[-k] > 1 and other[-k] == shape[-k] * run.ratio
+    }
+
+
+def _set_sizes(run: _DryRun, owner: str, **sizes: int) -> None:
+    """Keeps a layer's own record of its sizes true."""
+    module = run.modules_by_name[owner]
+    for attribute, size in sizes.items():
+        if isinstance(getattr(module, attribute, None), int):
+            run.set_attribute(owner, attribute, size)

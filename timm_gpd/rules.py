@@ -1,0 +1,90 @@
+"""What a module's forward does not say by itself.
+
+The planner (:mod:`timm_gpd.planner`) reads nearly everything off a dry run: a tensor widens when what it meets is wider.
+A rule adds what shapes alone cannot tell: integers that count heads or channels, axes replicated in blocks, children
+that mix something other than channels. Rules know no training; most are data.
+"""
+from dataclasses import dataclass, field
+from typing import Any, Callable, Dict, Mapping, Optional, Tuple, Type, Union
+
+import torch.nn as nn
+
+__all__ = ['Rule', 'find_rule', 'register_rule']
+
+Block = Union[int, str, Callable[[nn.Module], int]]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How one class of module widens, beyond what its forward shows.
+
+    Names are relative to the module and may be dotted; those that an instance lacks are skipped, so that one rule
+    serves every class that shares a layout.
+
+    Attributes:
+        multiply: attributes that are multiplied by the ratio: integers, or tuples and lists of integers.
+        divide: number attributes that are divided by the ratio.
+        blocks: ``'<child>.in'`` or ``'<child>.out'`` -> the run of entries that is replicated as a whole on that axis:
+            a number, an attribute of the module, or a function of the module.
+        params: own parameter or buffer -> its channel axis, or a tuple of them.
+        keep: children that keep their width, such as those that mix tokens.
+        code: for what data cannot say. Called with the planner's view of the module, before its first forward.
+    """
+    multiply: Tuple[str, ...] = ()
+    divide: Tuple[str, ...] = ()
+    blocks: Mapping[str, Block] = field(default_factory=dict)
+    params: Mapping[str, Union[int, Tuple[int, ...]]] = field(default_factory=dict)
+    keep: Tuple[str, ...] = ()
+    code: Optional[Callable[[Any], None]] = None
+
+
+_RULES: Dict[str, Rule] = {}
+
+
+def register_rule(module_class: Union[str, Type[nn.Module]], rule: Rule) -> Rule:
+    """Tells the planner how a class of module widens.
+
+    Args:
+        module_class: the class, or its qualified name (``'timm.models.levit.Attention'``), which imports nothing.
+            Subclasses inherit the rule unless they have one of their own.
+        rule: what the class's forward does not say by itself.
+
+    Example:
+        >>> class HeadMixer(nn.Module):
+        ...     def forward(self, x):  # x: (B, N, C)
+        ...         return self.mix(x.unflatten(-1, (self.num_heads, -1)).mean(2))
+        >>> register_rule(HeadMixer, Rule(multiply=('num_heads',)))
+    """
+    _RULES[module_class if isinstance(module_class, str) else _qualified_name(module_class)] = rule
+    return rule
+
+
+def find_rule(module: nn.Module) -> Optional[Rule]:
+    """The rule of the module's class, or of the nearest base class that has one."""
+    for cls in type(module).__mro__:
+        rule = _RULES.get(_qualified_name(cls))
+        if rule is not None:
+            return rule
+    return None
+
+
+def _qualified_name(cls: type) -> str:
+    return f'{cls.__module__}.{cls.__qualname__}'
+
+
+def _head_dim(attention: nn.Module) -> int:
+    """Entries per head, for classes that do not store it."""
+    return attention.qkv.out_features // (3 * attention.num_heads)
+
+
+# Attention replicates whole heads: scores, softmax, RoPE and q/k norms then work on an unchanged head_dim.
+register_rule('timm.layers.attention.Attention', Rule(
+    multiply=('num_heads', 'attn_dim'),
+    blocks={'qkv.out': 'head_dim', 'gate.out': 'head_dim', 'norm.out': 'head_dim', 'proj.in': 'head_dim'},
+))
+
+register_rule('timm.models.swin_transformer.WindowAttention', Rule(
+    multiply=('num_heads',),
+    blocks={'qkv.out': _head_dim, 'proj.in': _head_dim},
+    params={'relative_position_bias_table': 1},
+))
