@@ -1,4 +1,13 @@
+"""Gap Preserving Distillation (arXiv 2410.04140) as an extension of timm."""
+from . import models
 from .dynamic_teacher import DynamicTeacher, expand
 from .errors import UnsupportedModelError
 from .plan import ExpansionPlan
 from .planner import plan_expansion
+from .rules import Rule, register_rule
+from .task import GapPreservingTask
+
+__all__ = [
+    'DynamicTeacher', 'ExpansionPlan', 'GapPreservingTask', 'Rule', 'UnsupportedModelError', 'expand',
+    'plan_expansion', 'register_rule',
+]

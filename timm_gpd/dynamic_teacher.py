@@ -1,6 +1,6 @@
 """The dynamic teacher: one set of parameters that runs as a wide teacher and as the student inside it."""
 import copy
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Tuple, Union
 
 import torch
 import torch.nn as nn
@@ -85,16 +85,22 @@ class DynamicTeacher(nn.Module):
 
     # -- the two models ---------------------------------------------------------------------------------------------
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Dynamic teacher's logits.
+    def forward(
+            self,
+            x: torch.Tensor,
+            joint: bool = False,
+    ) -> Union[torch.Tensor, Tuple[torch.Tensor, torch.Tensor]]:
+        """Dynamic teacher's logits, or with ``joint`` those of student and teacher.
 
         Args:
             x: images, shape (B, in_chans, H, W).
+            joint: whether to run the student too; a flag, so that wrappers such as DDP see one forward.
 
         Returns:
-            Logits, shape (B, num_classes).
+            Teacher logits, shape (B, num_classes), or student logits and teacher logits.
         """
-        return self._run_teacher(self.teacher_parameters(), x)
+        teacher_logits = functional_call(self.wide, self.teacher_parameters(), (x,)) if self._rescaled else self.wide(x)
+        return (self.forward_student(x), teacher_logits) if joint else teacher_logits
 
     def joint(self, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
         """Student and dynamic teacher on one batch, from one shared set of parameters.
@@ -105,14 +111,11 @@ class DynamicTeacher(nn.Module):
         Returns:
             Student logits and dynamic teacher logits, each of shape (B, num_classes).
         """
-        return self.forward_student(x), self(x)
+        return self(x, joint=True)
 
     def forward_student(self, x: torch.Tensor) -> torch.Tensor:
         """Student's logits, shape (B, num_classes), for images of shape (B, in_chans, H, W)."""
         return functional_call(self.student, self.student_parameters(), (x,), tie_weights=False)
-
-    def _run_teacher(self, parameters: Dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-        return functional_call(self.wide, parameters, (x,)) if self._rescaled else self.wide(x)
 
     # -- parameters -------------------------------------------------------------------------------------------------
 

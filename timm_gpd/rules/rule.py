@@ -70,21 +70,3 @@ def find_rule(module: nn.Module) -> Optional[Rule]:
 
 def _qualified_name(cls: type) -> str:
     return f'{cls.__module__}.{cls.__qualname__}'
-
-
-def _head_dim(attention: nn.Module) -> int:
-    """Entries per head, for classes that do not store it."""
-    return attention.qkv.out_features // (3 * attention.num_heads)
-
-
-# Attention replicates whole heads: scores, softmax, RoPE and q/k norms then work on an unchanged head_dim.
-register_rule('timm.layers.attention.Attention', Rule(
-    multiply=('num_heads', 'attn_dim'),
-    blocks={'qkv.out': 'head_dim', 'gate.out': 'head_dim', 'norm.out': 'head_dim', 'proj.in': 'head_dim'},
-))
-
-register_rule('timm.models.swin_transformer.WindowAttention', Rule(
-    multiply=('num_heads',),
-    blocks={'qkv.out': _head_dim, 'proj.in': _head_dim},
-    params={'relative_position_bias_table': 1},
-))
