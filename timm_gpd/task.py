@@ -79,7 +79,8 @@ class GapPreservingTask(TrainingTask):
         self.criterion = criterion if criterion is not None else nn.CrossEntropyLoss()
         self.settings = dict(ratio=ratio, num_branches=num_branches, scale=scale)
 
-        self.static_teacher = None if static_teacher is None else self._resolve_teacher(static_teacher, student)
+        # Under the name that timm's distillation tasks use.
+        self.teacher = None if static_teacher is None else self._resolve_teacher(static_teacher, student)
         cfg = getattr(student, 'pretrained_cfg', None) or {}
         for key, default in (('mean', (0.485, 0.456, 0.406)), ('std', (0.229, 0.224, 0.225))):
             value = torch.tensor(cfg.get(key, default), device=self.device, dtype=self.dtype).view(1, -1, 1, 1)
@@ -128,10 +129,10 @@ class GapPreservingTask(TrainingTask):
         }
         loss = self.task_loss_weight * (terms['task_loss'] + terms['teacher_task_loss'])
         loss = loss + self.gpd_weight * terms['gpd_loss']
-        if self.static_teacher is not None:
+        if self.teacher is not None:
             with torch.no_grad():
-                static_output = self.static_teacher(
-                    self.static_teacher.normalize_input(input, self.student_mean, self.student_std))
+                static_output = self.teacher(
+                    self.teacher.normalize_input(input, self.student_mean, self.student_std))
             terms['kd_loss'] = kd_loss(output, static_output, self.temperature)
             terms['teacher_kd_loss'] = kd_loss(teacher_output, static_output, self.temperature)
             loss = loss + self.distill_loss_weight * (terms['kd_loss'] + terms['teacher_kd_loss'])
@@ -139,8 +140,8 @@ class GapPreservingTask(TrainingTask):
 
     def train(self, mode: bool = True) -> 'GapPreservingTask':
         super().train(mode)
-        if self.static_teacher is not None:
-            self.static_teacher.eval()
+        if self.teacher is not None:
+            self.teacher.eval()
         return self
 
     def get_dynamic_teacher(self, ema: bool = False) -> DynamicTeacher:
