@@ -1,5 +1,6 @@
 """The dynamic teacher: one set of parameters that runs as a wide teacher and as the student inside it."""
 import copy
+import re
 from typing import Any, Dict, List, Tuple, Union
 
 import torch
@@ -147,7 +148,8 @@ class DynamicTeacher(nn.Module):
         student = {}
         for name, parameter in self.wide.named_parameters():
             tensor_map = self.plan.tensors.get(name)
-            narrow = parameter if tensor_map is None else tensor_map.first_replica(parameter)
+            # Contiguous: in channels_last memory, the CPU BatchNorm backward of torch 2.15 misreads a strided weight.
+            narrow = parameter if tensor_map is None else tensor_map.first_replica(parameter).contiguous()
             if self.scale == 'teacher' and name in self._factors:
                 narrow = narrow * self._factors[name]
             for alias in self._tied[name]:
@@ -210,8 +212,8 @@ class DynamicTeacher(nn.Module):
     def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
         """The student's layer groups, for layer-wise learning rate decay."""
         def prefixed(pattern):
-            if isinstance(pattern, str):
-                return '^wide\\.' + pattern[1:] if pattern.startswith('^') else '^wide\\..*' + pattern
+            if isinstance(pattern, str):  # matched from the start of a name, every alternative of it
+                return r'^wide\.(?:' + re.sub(r'(^|[|(])\^', r'\1', pattern) + ')'
             return [(prefixed(p[0]), *p[1:]) if isinstance(p, tuple) else prefixed(p) for p in pattern]
 
         return {group: prefixed(pattern) for group, pattern in self.wide.group_matcher(coarse=coarse).items()}

@@ -13,6 +13,7 @@ from .version import __version__
 
 __all__ = ['save_student']
 
+_OF_OTHER_WEIGHTS = ('tag', 'license', 'origin_url', 'paper_name', 'paper_ids', 'notes')
 _PAPER = 'https://arxiv.org/abs/2410.04140'
 
 
@@ -36,6 +37,9 @@ def save_student(
     parent = os.path.dirname(os.path.abspath(folder))
     partial = tempfile.mkdtemp(prefix='.student-', dir=parent)
     os.chmod(partial, 0o755)
+    # These weights are new: what the config says of the ones that it came with is no longer true.
+    student.pretrained_cfg = {
+        key: value for key, value in student.pretrained_cfg.items() if key not in _OF_OTHER_WEIGHTS}
     save_for_hf(student, partial, model_args=dict(recipe.get('model_kwargs') or {}), safe_serialization=True)
     _model_card(student, recipe, metrics or {}).save(os.path.join(partial, 'README.md'))
     if os.path.isdir(folder):

@@ -599,7 +599,7 @@ def _mismatch(run: _DryRun, shape: Sequence[int], other: Sequence[int]) -> Dict[
     """Axes, counted from the end, on which ``other`` is ``ratio`` times as wide and does not broadcast."""
     return {
         -k: run.ratio for k in range(1, min(len(shape), len(other)) + 1)
-        if shape[-k] > 1 and other[-k] == shape[-k] * run.ratio
+        if run.ratio > 1 and shape[-k] > 1 and other[-k] == shape[-k] * run.ratio
     }
 
 

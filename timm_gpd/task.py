@@ -4,11 +4,12 @@ from typing import Any, Dict, Optional, Union
 
 import torch
 import torch.nn as nn
-from timm.task import DistillationTeacher, TrainingTask
+from timm.task import TrainingTask
 from timm.utils import unwrap_model
 
 from .dynamic_teacher import DynamicTeacher, StudentView, expand
 from .losses import GPD_LOSSES, kd_loss
+from .static_teacher import resolve_static_teacher
 
 __all__ = ['GapPreservingTask']
 
@@ -80,7 +81,8 @@ class GapPreservingTask(TrainingTask):
         self.settings = dict(ratio=ratio, num_branches=num_branches, scale=scale)
 
         # Under the name that timm's distillation tasks use.
-        self.teacher = None if static_teacher is None else self._resolve_teacher(static_teacher, student)
+        self.teacher = None if static_teacher is None else (
+            resolve_static_teacher(static_teacher, student, self.device, self.dtype))
         cfg = getattr(student, 'pretrained_cfg', None) or {}
         for key, default in (('mean', (0.485, 0.456, 0.406)), ('std', (0.229, 0.224, 0.225))):
             value = torch.tensor(cfg.get(key, default), device=self.device, dtype=self.dtype).view(1, -1, 1, 1)
@@ -95,19 +97,6 @@ class GapPreservingTask(TrainingTask):
                 f'distill_loss_weight={self.distill_loss_weight if static_teacher is not None else None}; '
                 f'dynamic teacher of {count} parameters over a student of '
                 f'{sum(p.numel() for p in student.parameters())}')
-
-    def _resolve_teacher(self, teacher: Union[str, nn.Module], student: nn.Module) -> DistillationTeacher:
-        if not isinstance(teacher, DistillationTeacher):
-            teacher = DistillationTeacher(
-                teacher, student.num_classes, student.in_chans, device=self.device, dtype=self.dtype)
-        model = unwrap_model(teacher.model)
-        classes = (getattr(model, 'pretrained_cfg', None) or {}).get('num_classes', student.num_classes)
-        for count in (getattr(model, 'num_classes', student.num_classes), classes):
-            if count != student.num_classes:
-                raise ValueError(
-                    f'the static teacher has {count} classes and the student {student.num_classes}: '
-                    'give one that was trained on the same classes')
-        return teacher.requires_grad_(False)
 
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> Dict[str, torch.Tensor]:
         """Joint forward pass and loss.

@@ -15,7 +15,9 @@ SUFFIX = '_gpd'
 
 
 def plain_name(model_name: str) -> str:
-    """The architecture behind a variant's name; other names come back as they are. A tag is kept."""
+    """The architecture behind a variant's name, its tag kept; other names, a folder's among them, come back as is."""
+    if ':' in model_name:
+        return model_name
     arch, dot, tag = model_name.partition('.')
     return arch.removesuffix(SUFFIX) + dot + tag
 

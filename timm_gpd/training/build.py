@@ -11,6 +11,7 @@ from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTarget
 from timm.task import ClassificationTask, LogitDistillationTask, TrainingTask
 
 from ..errors import UsageError, usage_errors
+from ..static_teacher import resolve_static_teacher
 from ..task import GapPreservingTask
 from .data import uses_mixup
 
@@ -102,7 +103,8 @@ def create_task(args: argparse.Namespace, student: nn.Module, device: torch.devi
                 **common,
             )
         if args.kd_model_name:
-            return LogitDistillationTask(student, args.kd_model_name, **static, **common)
+            teacher = resolve_static_teacher(args.kd_model_name, student, device)
+            return LogitDistillationTask(student, teacher, **static, **common)
     return ClassificationTask(student, **common)
 
 

@@ -1,0 +1,126 @@
+"""Training dynamics: what the student learns, and that it is what is extracted."""
+import copy
+
+import pytest
+import timm
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from timm.optim import create_optimizer_v2
+
+from conftest import TINY_RESNET
+from timm_gpd import GapPreservingTask, expand
+from timm_gpd.verify import randomize_, relative_error
+
+
+def batches(count, batch_size=8):
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(count):
+        yield (torch.randn(batch_size, 1, 32, 32, generator=generator),
+               torch.randint(10, (batch_size,), generator=generator))
+
+
+OPTIMIZERS = [
+    ('sgd', dict(lr=0.1, momentum=0.9, weight_decay=1e-2)),
+    ('adamw', dict(lr=1e-3, weight_decay=0.1)),
+]
+
+
+@pytest.mark.parametrize('opt, hyperparameters', OPTIMIZERS, ids=[opt for opt, _ in OPTIMIZERS])
+def test_student_scale_without_teacher_losses_is_plain_training(opt, hyperparameters):
+    # Smooth activations: at ReLU's kink a rounding error of 1e-17 changes the gradient.
+    student = timm.create_model('test_resnet', act_layer='silu', zero_init_last=False, **TINY_RESNET).double()
+    plain = copy.deepcopy(student).train()
+    teacher = expand(student, ratio=2, noise=0.1, scale='student').train()
+    plain_optimizer = create_optimizer_v2(plain, opt=opt, **hyperparameters)
+    optimizer = create_optimizer_v2(teacher, opt=opt, **hyperparameters)
+    for x, target in batches(5):
+        x = x.double()
+        for model, opt_ in ((plain, plain_optimizer), (teacher, optimizer)):
+            logits = model(x) if model is plain else model.joint(x)[0]
+            opt_.zero_grad()
+            F.cross_entropy(logits, target).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            opt_.step()
+        extracted = teacher.extract_student().state_dict()
+        for name, tensor in plain.state_dict().items():
+            torch.testing.assert_close(extracted[name], tensor, rtol=1e-9, atol=1e-12, msg=name)
+
+
+def test_teacher_scale_moves_the_student_r_squared_times_as_fast(tiny_student):
+    x, target = next(batches(1))
+    moved = {}
+    for scale in ('student', 'teacher'):
+        teacher = expand(tiny_student.double(), ratio=2, scale=scale).train()
+        before = teacher.extract_student().layer2[0].conv2.weight
+        F.cross_entropy(teacher.joint(x.double())[0], target).backward()
+        torch.optim.SGD(teacher.parameters(), lr=0.1).step()
+        moved[scale] = teacher.extract_student().layer2[0].conv2.weight - before
+    torch.testing.assert_close(moved['teacher'], 4 * moved['student'], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize('scale', ('student', 'teacher'))
+def test_scales_start_as_the_same_functions(tiny_student, scale):
+    x = torch.randn(4, 1, 32, 32)
+    teacher = expand(tiny_student.eval(), ratio=3, noise=0.2, scale=scale)
+    for logits in teacher.joint(x):
+        assert relative_error(logits, tiny_student(x)) <= 1e-5
+
+
+@pytest.mark.parametrize('scale', ('student', 'teacher'))
+def test_the_extracted_student_is_the_one_that_trained(tiny_student, scale):
+    task = GapPreservingTask(tiny_student, ratio=2, noise=0.1, scale=scale, verbose=False).train()
+    optimizer = create_optimizer_v2(task.get_trainable_module(), opt='sgd', lr=0.05, momentum=0.9)
+    for x, target in batches(6):
+        optimizer.zero_grad()
+        task(x, target)['loss'].backward()
+        optimizer.step()
+    teacher = task.get_dynamic_teacher().eval()
+    x = torch.randn(4, 1, 32, 32)
+    student = teacher.extract_student()
+    with torch.no_grad():
+        assert relative_error(student(x), teacher.joint(x)[0]) <= 1e-5
+        assert relative_error(task.get_eval_model()(x), student(x)) <= 1e-5
+        # The two models have parted, and so have their statistics.
+        assert relative_error(teacher(x), student(x)) > 1e-2
+    assert not torch.equal(teacher.wide.bn1.running_mean[::2], student.bn1.running_mean)
+
+
+def test_noise_tells_replicas_apart(tiny_student):
+    x, target = next(batches(1))
+
+    def gradients_differ(noise):
+        teacher = expand(randomize_(tiny_student), ratio=4, noise=noise).train()
+        F.cross_entropy(teacher(x), target).backward()
+        gradient_OI = teacher.wide.layer2[0].conv2.weight.grad
+        return not torch.allclose(gradient_OI[1::4], gradient_OI[2::4], rtol=1e-3)
+
+    assert not gradients_differ(0.0)
+    assert gradients_differ(0.5)
+
+
+def test_tied_and_frozen_parameters():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem = nn.Linear(3, 8)
+            self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+            self.b.weight = self.a.weight
+            self.fc = nn.Linear(8, 5)
+            self.fc.bias.requires_grad_(False)
+            self.num_classes, self.in_chans = 5, 3
+
+        def get_classifier(self):
+            return self.fc
+
+        def forward(self, x):
+            return self.fc(self.b(self.a(self.stem(x.mean((2, 3))))))
+
+    teacher = expand(Tied(), ratio=2)
+    x = torch.randn(2, 3, 8, 8)
+    student_logits, teacher_logits = teacher.joint(x)
+    assert relative_error(teacher_logits, student_logits) < 1e-5
+    student = teacher.extract_student()
+    assert student.b.weight is student.a.weight
+    assert not student.fc.bias.requires_grad and not teacher.wide.fc.bias.requires_grad
+    assert relative_error(student(x), student_logits) < 1e-5

@@ -1,0 +1,171 @@
+"""Expansion is exact, and extraction gives the student back."""
+import copy
+import pickle
+
+import pytest
+import timm
+import torch
+import torch.nn as nn
+
+from exactness import expansion_errors
+from timm_gpd import Rule, UnsupportedModelError, expand, plan_expansion, register_rule
+from timm_gpd.verify import relative_error
+
+# Architecture, image size in pixels, further arguments.
+MODELS = [
+    ('resnet18', 32, {}),
+    ('resnet34', 32, {}),
+    ('resnet50', 32, {}),
+    ('mobilenetv1_100', 64, {}),
+    ('mobilenetv3_small_100', 64, {}),
+    ('efficientnet_b0', 64, {}),
+    ('convnext_atto', 64, {}),
+    ('densenet121', 64, {}),
+    ('vit_tiny_patch16_224', 32, {'img_size': 32}),
+    ('deit_tiny_patch16_224', 48, {'img_size': 48}),
+    ('swin_tiny_patch4_window7_224', 56, {'img_size': 56}),
+]
+
+
+@pytest.mark.parametrize('ratio', (1, 2, 3, 4))
+@pytest.mark.parametrize('name, size, kwargs', MODELS, ids=[model[0] for model in MODELS])
+def test_expansion_is_exact(name, size, kwargs, ratio):
+    student = timm.create_model(name, **kwargs)
+    errors = expansion_errors(student, plan_expansion(student, ratio), torch.randn(3, 3, size, size))
+    assert max(errors.values()) <= 1e-12, errors
+
+
+@pytest.mark.parametrize('name, kwargs, size', [
+    ('resnet18', {'in_chans': 1, 'num_classes': 5}, (40, 56)),
+    ('resnet18', {'in_chans': 8, 'num_classes': 2, 'global_pool': 'max'}, (33, 64)),
+    ('efficientnet_b0', {'in_chans': 4, 'num_classes': 3, 'drop_path_rate': 0.2}, (64, 48)),
+    ('vit_tiny_patch16_224', {'in_chans': 2, 'num_classes': 4, 'img_size': (32, 64), 'global_pool': 'avg'}, (32, 64)),
+    ('vit_tiny_patch16_224', {'num_classes': 4, 'dynamic_img_size': True, 'qk_norm': True, 'init_values': 1e-6},
+     (48, 48)),
+    ('swin_tiny_patch4_window7_224', {'num_classes': 4, 'img_size': (64, 32), 'window_size': 4}, (64, 32)),
+])
+def test_any_input_and_classes(name, kwargs, size):
+    student = timm.create_model(name, **kwargs)
+    x = torch.randn(3, kwargs.get('in_chans', 3), *size)
+    errors = expansion_errors(student, plan_expansion(student), x)
+    assert max(errors.values()) <= 1e-12, errors
+
+
+@pytest.mark.parametrize('scale', ('student', 'teacher'))
+@pytest.mark.parametrize('name', ('resnet18', 'mobilenetv3_small_100', 'convnext_atto', 'vit_tiny_patch16_224'))
+def test_float32(name, scale):
+    student = timm.create_model(name, num_classes=10).eval()
+    teacher = expand(student, ratio=2, noise=0.3, scale=scale)
+    x = torch.randn(2, 3, 224, 224)
+    with torch.no_grad():
+        expected = student(x)
+        student_logits, teacher_logits = teacher.joint(x)
+        assert relative_error(teacher_logits, expected) <= 1e-5
+        assert relative_error(student_logits, expected) <= 1e-5
+        assert torch.equal(teacher(x), teacher_logits)
+        extracted = teacher.extract_student()
+        assert type(extracted) is type(student)
+        assert relative_error(extracted(x), expected) <= 1e-5
+    for name, tensor in student.state_dict().items():
+        torch.testing.assert_close(extracted.state_dict()[name], tensor, rtol=1e-6, atol=0)
+
+
+def test_the_student_given_is_not_modified(tiny_student):
+    before = copy.deepcopy(tiny_student.state_dict())
+    attributes = {name: dict(vars(module)) for name, module in tiny_student.named_modules()}
+    expand(tiny_student, ratio=3, noise=0.1)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in tiny_student.state_dict().items())
+    assert {name: dict(vars(module)) for name, module in tiny_student.named_modules()}.keys() == attributes.keys()
+    assert tiny_student.conv1[0].out_channels == attributes['conv1.0']['out_channels']
+    assert not any(module._forward_pre_hooks for module in tiny_student.modules())
+
+
+def test_planning_leaves_the_random_state_alone(tiny_student):
+    torch.manual_seed(1)
+    expected = torch.rand(3)
+    torch.manual_seed(1)
+    expand(tiny_student)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_a_plan_is_readable_data(tiny_student):
+    plan = plan_expansion(tiny_student, 2)
+    text = str(plan)
+    assert 'conv1.0.weight' in text and '(4, 1, 3, 3) -> (8, 1, 3, 3)' in text and 'divided by 2' in text
+    assert pickle.loads(pickle.dumps(plan)) == plan
+
+
+def test_a_wrong_shape_is_told_by_name(tiny_student):
+    plan = plan_expansion(tiny_student)
+    with pytest.raises(ValueError, match='fc.weight has shape'):
+        plan.expand({'fc.weight': torch.zeros(3, 3)})
+
+
+@pytest.mark.parametrize('kwargs, message', [
+    ({'ratio': 0}, 'ratio must be a positive integer'),
+    ({'ratio': 1.5}, 'ratio must be a positive integer'),
+    ({'ratio': True}, 'ratio must be a positive integer'),
+    ({'num_branches': 0}, 'num_branches must be a positive integer'),
+    ({'noise': -1.0}, 'noise must be'),
+    ({'scale': 'both'}, 'scale must be one of student, teacher'),
+])
+def test_bad_arguments(tiny_student, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        expand(tiny_student, **kwargs)
+
+
+def test_no_classifier():
+    with pytest.raises(UnsupportedModelError, match='no classifier'):
+        expand(timm.create_model('test_resnet', num_classes=0))
+
+
+class ChannelReverse(nn.Module):
+    """Reverses channels by an index of its own: right at student width, silently wrong at twice the width."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.channels = channels
+
+    def forward(self, x):
+        return torch.cat([x[:, :self.channels].flip(1), x[:, self.channels:]], 1)
+
+
+class ReversingNet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3)
+        self.reverse = ChannelReverse(8)
+        self.conv2 = nn.Conv2d(8, 8, 3)
+        self.fc = nn.Linear(8, 5)
+        self.num_classes, self.in_chans = 5, 3
+
+    def get_classifier(self):
+        return self.fc
+
+    def forward(self, x):
+        return self.fc(self.conv2(self.reverse(self.conv(x))).mean((2, 3)))
+
+
+def test_a_silent_error_is_refused_and_a_rule_mends_it():
+    student = ReversingNet()
+    with pytest.raises(UnsupportedModelError, match='differs from the student'):
+        expand(student)
+    register_rule(ChannelReverse, Rule(multiply=('channels',)))
+    teacher = expand(student)
+    x = torch.randn(2, 3, 16, 16)
+    assert relative_error(teacher(x), student(x)) < 1e-5
+
+
+class ThirdsNet(ReversingNet):
+    def __init__(self) -> None:
+        super().__init__()
+        self.reverse = nn.Identity()
+
+    def forward(self, x):
+        a, b = self.conv(x).split([3, 5], 1)
+        return self.fc(self.conv2(torch.cat([b, a], 1)).mean((2, 3)))
+
+
+def test_the_module_that_stops_the_plan_is_named():
+    with pytest.raises(UnsupportedModelError, match=r"module '\(root\)' of class .*ThirdsNet: .*split"):
+        expand(ThirdsNet())
