@@ -1,0 +1,233 @@
+"""The scripts, run as a user runs them."""
+import contextlib
+import csv
+import io
+import json
+import logging
+import os
+import runpy
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import timm
+import torch
+import yaml
+from PIL import Image
+
+from timm_gpd.training.digits import write_digits
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+QUICK = ['--epochs', '2', '--digits-train-size', '100', '--warmup-epochs', '0']
+
+
+def run(script, *arguments, code=0):
+    """Runs a script in this process, as ``python script arguments``: starting Python and torch anew takes seconds."""
+    logging.getLogger().handlers.clear()
+    stdout, stderr, argv = io.StringIO(), io.StringIO(), sys.argv
+    sys.argv = [script, *map(str, arguments)]
+    exit_code = 0
+    try:
+        with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
+            runpy.run_path(os.path.join(ROOT, script), run_name='__main__')
+    except SystemExit as exit:
+        exit_code = exit.code
+    finally:
+        sys.argv = argv
+    assert exit_code == code, stderr.getvalue()[-3000:]
+    return SimpleNamespace(stdout=stdout.getvalue(), stderr=stderr.getvalue())
+
+
+def train(tmp_path, *arguments, config='digits_gpd', **kwargs):
+    return run('train.py', '-c', os.path.join(ROOT, 'configs', f'{config}.yaml'), '--data-dir', tmp_path.parent / 'data',
+               '--output', tmp_path, *QUICK, *arguments, **kwargs)
+
+
+def summary(folder):
+    with open(folder / 'summary.csv', newline='') as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+    """One run with everything on; its log."""
+    folder = tmp_path_factory.mktemp('runs')
+    result = train(folder, '--experiment', 'run', '--gpd-noise', '0.1', '--log-interval', '1')
+    return folder / 'run', result
+
+
+def test_a_run_leaves_what_it_takes_to_repeat_it(trained):
+    folder, result = trained
+    rows = summary(folder)
+    assert [row['epoch'] for row in rows] == ['0', '1']
+    assert float(rows[-1]['eval_gap']) == pytest.approx(
+        float(rows[-1]['eval_teacher_top1']) - float(rows[-1]['eval_top1']))
+    assert {'train_loss', 'train_gpd_loss', 'eval_loss', 'eval_top5', 'lr'} <= rows[0].keys()
+    with open(folder / 'args.yaml') as file:
+        args = yaml.safe_load(file)
+    assert args['seed'] == 42 and args['gpd_noise'] == 0.1 and args['dataset'] == 'digits'
+    assert args['versions']['timm'] == timm.__version__
+    assert Image.open(folder / 'gap.png').size[0] > 400
+    assert (folder / 'model_best.pth.tar').exists() and (folder / 'last.pth.tar').exists()
+    assert 'Train: 0 [   0/2' in result.stderr and 'Test (teacher): ' in result.stderr and 'Acc@1' in result.stderr
+    results = json.loads(result.stdout.split('--result\n')[1])
+    assert {round(row['validation']['top1'], 6) for row in results} == {
+        round(float(row['eval_top1']), 6) for row in rows}
+
+
+def test_its_args_repeat_it(trained, tmp_path):
+    folder, _ = trained
+    run('train.py', '-c', folder / 'args.yaml', '--output', tmp_path, '--experiment', 'again')
+    assert [row['eval_top1'] for row in summary(tmp_path / 'again')] == [row['eval_top1'] for row in summary(folder)]
+    first, second = (torch.load(path / 'last.pth.tar', weights_only=False) for path in (folder, tmp_path / 'again'))
+    assert all(torch.equal(first['state_dict'][name], second['state_dict'][name]) for name in first['state_dict'])
+
+
+def test_plain_timm_loads_the_student(trained):
+    folder, _ = trained
+    code = ('import sys, timm; student = timm.create_model("local-dir:%s/student", pretrained=True); '
+            'assert "timm_gpd" not in sys.modules; print(type(student).__name__, student.num_classes, '
+            'student.pretrained_cfg["input_size"])' % folder)
+    result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd='/')
+    assert result.stdout.split() == ['ResNet', '10', '(1,', '32,', '32)'], result.stderr
+    checkpoint = torch.load(folder / 'last.pth.tar', weights_only=False)
+    student = timm.create_model(f'local-dir:{folder}/student', pretrained=True)
+    assert all(torch.equal(checkpoint['state_dict'][name], tensor) for name, tensor in student.state_dict().items())
+    assert sorted(os.listdir(folder / 'student')) == ['README.md', 'config.json', 'model.safetensors']
+    card = (folder / 'student' / 'README.md').read_text()
+    assert 'library_name: timm' in card and 'dynamic teacher of ratio 2' in card
+    assert f'{float(summary(folder)[-1]["eval_top1"]):.2f}' in card
+
+
+def test_validate_agrees_with_training(trained, tmp_path):
+    folder, _ = trained
+    data = ['--dataset', 'digits', '--digits-train-size', '100', '--data-dir', folder.parent.parent / 'data',
+            '--device', 'cpu', '--workers', '0', '--results-file', tmp_path / 'results.json']
+    run('validate.py', '--model', f'local-dir:{folder}/student', '--pretrained', *data)
+    results = json.loads((tmp_path / 'results.json').read_text())
+    assert results['top1'] == pytest.approx(float(summary(folder)[-1]['eval_top1']), abs=1e-6)
+
+
+def test_gpd_name_and_flag_mean_the_same(tmp_path):
+    train(tmp_path, '--epochs', '1', '--experiment', 'flag')
+    train(tmp_path, '--epochs', '1', '--experiment', 'name', '--model', 'test_resnet_gpd')
+    assert summary(tmp_path / 'flag') == summary(tmp_path / 'name')
+
+
+def test_plain_run_with_a_static_teacher_and_without(trained, tmp_path):
+    folder, _ = trained
+    train(tmp_path, '--experiment', 'plain', '--epochs', '1', config='digits')
+    row = summary(tmp_path / 'plain')[0]
+    assert 'eval_teacher_top1' not in row and 'eval_static_top1' not in row
+    teacher = f'local-dir:{folder}/student'
+    train(tmp_path, '--experiment', 'kd', '--epochs', '1', '--kd-model-name', teacher, config='digits')
+    assert float(summary(tmp_path / 'kd')[0]['eval_static_top1']) == pytest.approx(
+        float(summary(folder)[-1]['eval_top1']), abs=1e-4)
+    train(tmp_path, '--experiment', 'gpd', '--epochs', '1', '--kd-model-name', teacher)
+    assert {'train_kd_loss', 'train_teacher_kd_loss', 'eval_static_top1'} <= summary(tmp_path / 'gpd')[0].keys()
+
+
+def test_the_rest_of_the_recipe(tmp_path):
+    """Mixup, moving average, accumulation, clipping, mixed precision, channels_last: together, for one epoch."""
+    train(tmp_path, '--experiment', 'all', '--epochs', '1', '--mixup', '0.2', '--cutmix', '1.0', '--model-ema',
+          '--model-ema-decay', '0.5', '--grad-accum-steps', '2', '--clip-grad', '1.0', '--amp', '--amp-dtype', 'bfloat16',
+          '--channels-last', '--opt', 'adamw', '--lr', '1e-3', '--gpd-ratio', '3', '--gpd-scale', 'teacher',
+          '--gpd-loss', 'kl', '--recovery-interval', '1', '--workers', '1')
+    checkpoint = torch.load(tmp_path / 'all' / 'last.pth.tar', weights_only=False)
+    assert {'state_dict_ema', 'task_state', 'task_state_ema'} <= checkpoint.keys()
+    student = timm.create_model(f'local-dir:{tmp_path}/all/student', pretrained=True)
+    assert all(torch.equal(checkpoint['state_dict_ema'][name], tensor)
+               for name, tensor in student.state_dict().items())
+
+
+def test_resume_goes_on_where_the_run_stopped(tmp_path):
+    train(tmp_path, '--experiment', 'run', '--epochs', '1')
+    checkpoint = tmp_path / 'run' / 'last.pth.tar'
+    train(tmp_path, '--experiment', 'run', '--epochs', '2', '--resume', checkpoint)
+    assert [row['epoch'] for row in summary(tmp_path / 'run')] == ['0', '1']
+
+
+def files(folder):
+    return {path: path.read_bytes() for path in sorted(folder.rglob('*')) if path.is_file()}
+
+
+@pytest.mark.parametrize('arguments, message', [
+    (['--gpd-ratio', '0'], '--gpd-ratio must be a positive integer'),
+    (['--gpd-ratio', '1.5'], 'argument --gpd-ratio: invalid int value'),
+    (['--gpd-branches', '-1'], '--gpd-branches must be a positive integer'),
+    (['--gpd-loss', 'huber'], 'argument --gpd-loss: invalid choice'),
+    (['--model', 'resnet19'], 'Unknown model'),
+    (['--num-classes', '0'], 'no classifier'),
+    (['--num-classes', '7'], 'has 10 classes and the model 7'),
+    (['--dataset', '', '--data-dir', '/does/not/exist'], 'does not exist: check --data-dir'),
+    (['--dataset', '', '--data-dir', 'EMPTY'], 'Found 0 images'),
+    (['--digits-train-size', '5'], '--digits-train-size must be between'),
+    (['--kd-model-name', 'local-dir:TEACHER7'], 'static teacher has 7 classes'),
+    (['--kd-model-name', 'resnet19'], 'Unknown model'),
+    (['--resume', 'missing.pth.tar'], 'does not exist: check --resume'),
+    (['--resume', 'OTHER'], 'does not fit --model test_resnet'),
+    (['--resume', 'BROKEN'], 'cannot be read as a checkpoint'),
+    (['--output', '/proc/nothing'], 'cannot write to /proc/nothing'),
+    (['--experiment', 'run'], 'holds another run'),
+    (['--device', 'cuda:7'], 'device cuda:7 cannot be used'),
+    (['-c', 'missing.yaml'], 'config file missing.yaml does not exist'),
+    (['--no-such-flag'], 'unrecognized arguments: --no-such-flag'),
+])
+def test_bad_input_is_one_line_and_overwrites_nothing(trained, tmp_path, arguments, message):
+    folder, _ = trained
+    if 'EMPTY' in arguments:
+        (tmp_path / 'empty').mkdir()
+    if 'OTHER' in arguments:
+        torch.save({'state_dict': timm.create_model('test_efficientnet').state_dict()}, tmp_path / 'other.pth.tar')
+    if 'BROKEN' in arguments:
+        (tmp_path / 'broken.pth.tar').write_bytes(b'no checkpoint')
+    if 'local-dir:TEACHER7' in arguments:
+        from timm.models import save_for_hf
+        teacher = timm.create_model('test_resnet', num_classes=7, in_chans=1)
+        teacher.pretrained_cfg['num_classes'] = 7
+        save_for_hf(teacher, str(tmp_path / 'teacher7'), safe_serialization=True)
+    replaced = {'EMPTY': tmp_path / 'empty', 'OTHER': tmp_path / 'other.pth.tar',
+                'BROKEN': tmp_path / 'broken.pth.tar', 'local-dir:TEACHER7': f'local-dir:{tmp_path}/teacher7'}
+    before = files(folder)
+    result = train(folder.parent, *(replaced.get(argument, argument) for argument in arguments), code=2)
+    error, = [line for line in result.stderr.splitlines() if line.startswith('train.py: error: ')]
+    assert message in error
+    assert 'Traceback' not in result.stderr and result.stderr.splitlines()[-1] == error
+    assert files(folder) == before
+
+
+def test_image_folder_of_the_users_own(tmp_path):
+    for split, count in (('train', 8), ('validation', 4)):
+        for label in ('cat', 'dog'):
+            (tmp_path / 'pets' / split / label).mkdir(parents=True)
+            for index in range(count):
+                pixels = np.random.RandomState(index).randint(0, 255, (40, 40, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / 'pets' / split / label / f'{index}.png')
+    run('train.py', tmp_path / 'pets', '--model', 'test_vit_gpd', '--gpd', '--num-classes', '2', '--epochs', '1',
+        '--batch-size', '8', '--device', 'cpu', '--workers', '0', '--output', tmp_path / 'out', '--experiment', 'pets')
+    student = timm.create_model(f'local-dir:{tmp_path}/out/pets/student', pretrained=True)
+    assert student(torch.randn(1, 3, 160, 160)).shape == (1, 2)
+
+
+def test_exit_code_and_one_line_in_a_process_of_its_own(tmp_path):
+    command = [sys.executable, os.path.join(ROOT, 'train.py'), '--gpd', '--device', 'cpu', '--output', str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, 'PYTHONPATH': ROOT})
+    assert result.returncode == 2
+    assert result.stderr.splitlines()[-1] == 'train.py: error: no dataset: give --data-dir, or --dataset digits'
+    assert 'Traceback' not in result.stderr and not result.stdout
+
+
+def test_digits_are_stratified_and_written_once(tmp_path):
+    folder = write_digits(str(tmp_path), 100, seed=3)
+    counts = {split: [len(os.listdir(os.path.join(folder, split, str(digit)))) for digit in range(10)]
+              for split in ('train', 'validation')}
+    assert sum(counts['train']) == 100 and set(counts['train']) <= {9, 10, 11}
+    assert sum(counts['validation']) == 1697
+    image = os.path.join(folder, 'train', '0', os.listdir(os.path.join(folder, 'train', '0'))[0])
+    before = os.stat(image).st_mtime_ns
+    assert write_digits(str(tmp_path), 100, seed=3) == folder
+    assert os.stat(image).st_mtime_ns == before
+    assert Image.open(image).size == (8, 8)
+    assert write_digits(str(tmp_path), 100, seed=4) != folder
