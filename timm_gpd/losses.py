@@ -132,13 +132,16 @@ def ofa_loss(
         eps: float = 1.0,
         temperature: float = 1.0,
 ) -> torch.Tensor:
-    """OFA-KD (arXiv 2310.19444, Eq. 6): cross-entropy in which the target class counts (1 + its probability) ** eps.
+    """OFA-KD (arXiv 2310.19444, Eq. 6) without its hard-label part, which the task loss is.
+
+    Cross-entropy with the teacher's probabilities p as labels, where that of the target class is ``(1 + p) ** eps - 1``
+    and that of another class ``p ** eps``. For ``eps`` of 1 these are p.
 
     Args:
         student_logits: shape (B, num_classes).
         teacher_logits: shape (B, num_classes). Gradients do not flow into them.
         target: class indices, shape (B,), or class probabilities, shape (B, num_classes), for their largest.
-        eps: exponent of the modulation; other classes count their probability ** eps.
+        eps: how much more a confident teacher counts.
         temperature: divides both logits. The loss is not multiplied by its square.
 
     Returns:
