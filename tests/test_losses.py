@@ -1,0 +1,255 @@
+"""Losses against formulas written out image by image, and against numbers measured from the code of their authors."""
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from timm_gpd.losses import (
+    GPD_LOSSES, at_loss, check_finite, dist_loss, dkd_loss, hcl_loss, kd_loss, nd_loss, ofa_loss, rkd_loss,
+    soft_target_cross_entropy)
+
+CLASSES = 10
+
+
+def wave(*shape, pitch):
+    """Reproducible inputs without a random generator."""
+    return 2 * torch.sin(pitch * torch.arange(math.prod(shape), dtype=torch.float64)).reshape(shape)
+
+
+@pytest.fixture
+def logits():
+    return wave(6, CLASSES, pitch=0.7), wave(6, CLASSES, pitch=1.3)
+
+
+@pytest.fixture
+def target():
+    return torch.tensor([3, 0, 9, 3, 5, 1])
+
+
+@pytest.fixture
+def embeddings():
+    return wave(6, 8, pitch=0.9), wave(6, 8, pitch=1.7)
+
+
+@pytest.fixture
+def maps():
+    return (
+        [wave(2, 4, 8, 8, pitch=0.3), wave(2, 6, 4, 4, pitch=0.5), wave(2, 6, 1, 1, pitch=0.7)],
+        [wave(2, 4, 8, 8, pitch=0.9), wave(2, 6, 4, 4, pitch=1.1), wave(2, 6, 1, 1, pitch=1.3)])
+
+
+def close(actual, expected, rtol=1e-9):
+    torch.testing.assert_close(actual, torch.as_tensor(expected, dtype=actual.dtype), rtol=rtol, atol=0)
+
+
+def kl(p, q):
+    return sum(a * math.log(a / b) for a, b in zip(p, q))
+
+
+def softmax(row, temperature=1.0):
+    powers = [math.exp(value / temperature) for value in row]
+    return [power / sum(powers) for power in powers]
+
+
+class TestAgainstTheAuthorsCode:
+    """Values measured in float64 from the published code on these inputs.
+
+    kd and nd: KD++ (WangYZ1608/Knowledge-Distillation-via-ND); dkd, rkd, hcl and at: megvii-research/mdistiller;
+    dist and ofa: Hao840/OFAKD.
+    """
+
+    def test_logits(self, logits, target):
+        close(kd_loss(*logits), 1.9386299969883496)
+        close(dkd_loss(*logits, target, alpha=1.0, beta=2.0, temperature=3.0), 3.9869007322945644)
+        close(dist_loss(*logits, beta=1.0, gamma=2.0, temperature=3.0), 27.517683123396125)
+        close(ofa_loss(*logits, target, eps=1.5, temperature=2.0), 1.1703477802909057)
+
+    def test_embeddings(self, embeddings, target):
+        centers = wave(CLASSES, 8, pitch=2.3)
+        close(nd_loss(*embeddings, centers, target), 1.0238732298024136)
+        mixed = 0.3 * F.one_hot(target, CLASSES).double() + 0.7 * F.one_hot(target.flip(0), CLASSES).double()
+        close(nd_loss(*embeddings, centers, mixed), 0.9975291881896338)
+        close(rkd_loss(embeddings[0], wave(6, 12, pitch=1.1)), 1.880794261992222)
+
+    def test_maps(self, maps):
+        close(hcl_loss(*maps), 8.647524913313001)
+        teacher = [wave(2, 3, 6, 6, pitch=0.9), wave(2, 5, 7, 7, pitch=1.1), wave(2, 2, 1, 1, pitch=1.3)]
+        close(at_loss(maps[0], teacher), 0.02830029050682171)
+
+
+class TestAgainstThePapersFormulas:
+    def test_soft_target_cross_entropy(self, logits):
+        expected = 0.0
+        for s, t in zip(*map(torch.Tensor.tolist, logits)):
+            labels = [0.8 * p + 0.2 / CLASSES for p in softmax(t)]
+            expected -= sum(label * math.log(p) for label, p in zip(labels, softmax(s))) / 6
+        close(soft_target_cross_entropy(*logits, smoothing=0.2), expected)
+
+    def test_kd(self, logits):
+        expected = sum(kl(softmax(t, 2), softmax(s, 2)) * 4 / 6 for s, t in zip(*map(torch.Tensor.tolist, logits)))
+        close(kd_loss(*logits, temperature=2.0), expected)
+
+    def test_dkd(self, logits, target):
+        expected = 0.0
+        for s, t, c in zip(*map(torch.Tensor.tolist, logits), target.tolist()):
+            p, q = softmax(t, 1.5), softmax(s, 1.5)
+            binary = kl([p[c], 1 - p[c]], [q[c], 1 - q[c]])
+            others = kl(softmax(t[:c] + t[c + 1:], 1.5), softmax(s[:c] + s[c + 1:], 1.5))
+            expected += (0.3 * binary + 4 * others) * 1.5 ** 2 / 6
+        close(dkd_loss(*logits, target, alpha=0.3, beta=4.0, temperature=1.5), expected)
+
+    def test_dist(self, logits):
+        p, q = (x.softmax(-1) for x in logits)
+
+        def distance(a, b):
+            return 1 - sum(torch.corrcoef(torch.stack(rows))[0, 1] for rows in zip(a, b)) / len(a)
+
+        close(dist_loss(*logits, beta=0.5, gamma=3.0), 0.5 * distance(p, q) + 3 * distance(p.T, q.T), rtol=1e-5)
+
+    def test_ofa(self, logits, target):
+        expected = 0.0
+        for s, t, c in zip(*map(torch.Tensor.tolist, logits), target.tolist()):
+            p, q = softmax(t), softmax(s)
+            expected -= sum((p[k] ** 1.4 if k != c else (1 + p[k]) ** 1.4 - 1) * math.log(q[k]) for k in range(CLASSES))
+        close(ofa_loss(*logits, target, eps=1.4), expected / 6)
+
+    def test_nd(self, embeddings, target):
+        centers = wave(CLASSES, 8, pitch=2.3)
+        expected = 0.0
+        for s, t, c in zip(*embeddings, target):
+            cosine = (s @ centers[c]) / (s.norm() * centers[c].norm())
+            expected += (1 - cosine * s.norm() / max(s.norm(), t.norm())) / 6
+        close(nd_loss(*embeddings, centers, target), expected)
+
+    def test_rkd(self, embeddings):
+        def huber(x, y):
+            return (x - y) ** 2 / 2 if abs(x - y) < 1 else abs(x - y) - 0.5
+
+        def distances(e):
+            d = [[(a - b).norm().item() for b in e] for a in e]
+            mean = sum(map(sum, d)) / 30
+            return [x / mean for row in d for x in row]
+
+        def angles(e):
+            unit = [[F.normalize(b - a, dim=0) for b in e] for a in e]
+            return [(unit[i][j] @ unit[i][k]).item() for i in range(6) for j in range(6) for k in range(6)]
+
+        s, t = embeddings[0], wave(6, 12, pitch=1.1)
+        distance = sum(map(huber, distances(s), distances(t))) / 36
+        angle = sum(map(huber, angles(s), angles(t))) / 216
+        close(rkd_loss(s, t, distance_weight=2.0, angle_weight=3.0), 2 * distance + 3 * angle)
+
+    def test_hcl(self, maps):
+        def cells(x, count):
+            step = x.shape[-1] // count
+            return torch.stack([
+                x[:, :, i * step:(i + 1) * step, j * step:(j + 1) * step].mean((2, 3))
+                for i in range(count) for j in range(count)])
+
+        expected = 0.0
+        for (s, t), counts in zip(zip(*maps), ([4, 2, 1], [2, 1], [])):
+            levels = [((s - t) ** 2).mean()] + [((cells(s, n) - cells(t, n)) ** 2).mean() for n in counts]
+            weights = [0.5 ** level for level in range(len(levels))]
+            expected += sum(w * x for w, x in zip(weights, levels)) / sum(weights)
+        close(hcl_loss(*maps), expected)
+
+    def test_at(self, maps):
+        expected = 0.0
+        for s, t in zip(*maps):
+            a, b = ((x.abs() ** 3).mean(1).flatten(1) for x in (s, t))
+            expected += ((a / a.norm(dim=1, keepdim=True) - b / b.norm(dim=1, keepdim=True)) ** 2).mean()
+        close(at_loss(*maps, p=3.0), expected)
+
+
+class TestProperties:
+    def test_zero_for_a_perfect_student(self, logits, target, embeddings, maps):
+        teacher = logits[1]
+        perfect = [
+            kd_loss(teacher, teacher), dkd_loss(teacher, teacher, target), dist_loss(teacher, teacher),
+            rkd_loss(embeddings[1] * 3, embeddings[1]),  # relations do not see the scale
+            hcl_loss(maps[1], maps[1]), at_loss([5 * x for x in maps[1]], maps[1]),
+            nd_loss(embeddings[1], embeddings[1], embeddings[1] * 7, torch.arange(6)),
+        ]
+        for loss in perfect:
+            assert abs(loss.item()) < 1e-5  # DIST divides by a norm plus 1e-8
+
+    def test_no_gradient_for_the_teacher(self, logits, target, embeddings, maps):
+        def losses(s, t, e, f, a, b):
+            yield from (loss(s, t) for loss in GPD_LOSSES.values())
+            yield from (kd_loss(s, t), dkd_loss(s, t, target), dist_loss(s, t), ofa_loss(s, t, target))
+            yield from (nd_loss(e, f, wave(CLASSES, 8, pitch=2.3), target), rkd_loss(e, f))
+            yield from (hcl_loss([a], [b]), at_loss([a], [b]))
+
+        tensors = [x.clone().requires_grad_() for x in (*logits, *embeddings, maps[0][0], maps[1][0])]
+        for loss in losses(*tensors):
+            loss.backward()
+        for student, teacher in zip(tensors[::2], tensors[1::2]):
+            assert student.grad.norm() > 0
+            assert teacher.grad is None
+
+    def test_dkd_reweights_kd(self, logits, target):
+        """Eq. 6 of its paper: KD is DKD with beta = 1 - the teacher's probability of the target."""
+        for s, t, c in zip(*logits, target):
+            beta = 1 - t.softmax(-1)[c].item()
+            close(dkd_loss(s[None], t[None], c[None], alpha=1.0, beta=beta), kd_loss(s[None], t[None], 1.0))
+
+    def test_dkd_of_a_saturated_student_is_finite(self):
+        student = torch.tensor([[200.0, -200.0, 0.0]], requires_grad=True)
+        loss = dkd_loss(student, torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([0]))
+        loss.backward()
+        assert loss.isfinite() and student.grad.isfinite().all() and student.grad.norm() > 0
+
+    def test_gradients(self, logits, target, embeddings):
+        assert torch.autograd.gradcheck(lambda s: dkd_loss(s, logits[1], target), logits[0].clone().requires_grad_())
+        assert torch.autograd.gradcheck(lambda s: dist_loss(s, logits[1]), logits[0].clone().requires_grad_())
+        assert torch.autograd.gradcheck(
+            lambda s: rkd_loss(s, embeddings[1]), embeddings[0].clone().requires_grad_())
+
+    def test_ofa_with_eps_1_is_soft_cross_entropy(self, logits, target):
+        close(ofa_loss(*logits, target), soft_target_cross_entropy(*logits, smoothing=0.0))
+
+    def test_rkd_keeps_its_precision_under_autocast(self, embeddings):
+        s, t = (x.float() for x in embeddings)
+        with torch.autocast('cpu', torch.bfloat16):
+            close(rkd_loss(s, t), rkd_loss(*embeddings).item(), rtol=1e-5)
+
+    def test_one_hot_targets_are_indices(self, logits, target, embeddings):
+        one_hot = F.one_hot(target, CLASSES).double()
+        close(dkd_loss(*logits, one_hot), dkd_loss(*logits, target))
+        close(ofa_loss(*logits, one_hot), ofa_loss(*logits, target))
+        centers = wave(CLASSES, 8, pitch=2.3)
+        close(nd_loss(*embeddings, centers, one_hot), nd_loss(*embeddings, centers, target))
+
+    def test_mixed_targets_count_for_their_most_probable_class(self, logits, target):
+        mixed = 0.6 * F.one_hot(target, CLASSES) + 0.4 * F.one_hot(target.flip(0), CLASSES)
+        close(dkd_loss(*logits, mixed), dkd_loss(*logits, target))
+        close(ofa_loss(*logits, mixed), ofa_loss(*logits, target))
+
+    def test_nd_of_a_class_without_centre(self, embeddings, target):
+        close(nd_loss(*embeddings, torch.zeros(CLASSES, 8, dtype=torch.float64), target), 1.0)
+
+
+class TestErrors:
+    @pytest.mark.parametrize('bad', [torch.zeros(5).long(), torch.zeros(6), torch.zeros(6, 9), torch.zeros(6, 10, 1)])
+    def test_targets(self, logits, embeddings, bad):
+        for loss in (lambda: dkd_loss(*logits, bad), lambda: ofa_loss(*logits, bad),
+                     lambda: nd_loss(*embeddings, torch.zeros(CLASSES, 8).double(), bad)):
+            with pytest.raises(ValueError, match=r'target must hold class indices, shape \(6,\)'):
+                loss()
+
+    def test_shapes(self, embeddings, maps):
+        with pytest.raises(ValueError, match='8 .student., 7 .teacher'):
+            nd_loss(embeddings[0], embeddings[1][:, :7], torch.zeros(CLASSES, 8), torch.zeros(6).long())
+        with pytest.raises(ValueError, match='3 of the student and 2 of the teacher'):
+            hcl_loss(maps[0], maps[1][:2])
+        with pytest.raises(ValueError, match='maps of one shape'):
+            hcl_loss(maps[0][:1], maps[1][1:2])
+        with pytest.raises(ValueError, match='at least 2'):
+            rkd_loss(embeddings[0][:1], embeddings[1][:1])
+
+    def test_check_finite_names_the_terms(self):
+        fine = torch.tensor(1.0)
+        check_finite({'task': fine, 'dkd': fine})
+        with pytest.raises(FloatingPointError, match='^dkd is nan, nd is inf: '):
+            check_finite({'task': fine, 'dkd': fine * float('nan'), 'nd': fine / 0})

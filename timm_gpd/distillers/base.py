@@ -1,0 +1,56 @@
+"""What all distillers share."""
+import inspect
+from typing import Any, Callable, Dict, FrozenSet, Sequence, Tuple
+
+import torch
+import torch.nn as nn
+
+from .tap import ModelOutput
+
+__all__ = ['Distiller', 'deepest_pairs', 'loss_defaults']
+
+
+class Distiller(nn.Module):
+    """A loss between one learner and one teacher, with whatever it needs to compare the two.
+
+    Built from the outputs of both on an example, whose shapes tell widths and sizes.
+
+    Args:
+        learner: output of the model that learns.
+        teacher: output of the static teacher on the same images.
+        hyperparameters: those of ``defaults`` that differ.
+
+    Attributes:
+        learner_needs: what the learner must be tapped for, of ``'stages'`` and ``'embedding'``.
+        teacher_needs: the same of the teacher.
+        defaults: hyperparameters with the values of the paper or its code.
+        weight: factor of the loss where several are added up.
+    """
+
+    learner_needs: FrozenSet[str] = frozenset()
+    teacher_needs: FrozenSet[str] = frozenset()
+    defaults: Dict[str, Any] = {}
+    weight = 1.0
+
+    def __init__(self, learner: ModelOutput, teacher: ModelOutput, **hyperparameters: Any) -> None:
+        super().__init__()
+        self.hyperparameters = {**self.defaults, **hyperparameters}
+
+    def forward(self, learner: ModelOutput, teacher: ModelOutput, target: torch.Tensor) -> torch.Tensor:
+        """Scalar loss of a batch; ``target`` holds class indices or probabilities."""
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        return ', '.join(f'{name}={value}' for name, value in self.hyperparameters.items())
+
+
+def loss_defaults(loss: Callable[..., torch.Tensor]) -> Dict[str, Any]:
+    """Hyperparameters of a loss function: its arguments that have defaults."""
+    parameters = inspect.signature(loss).parameters.values()
+    return {parameter.name: parameter.default for parameter in parameters if parameter.default is not parameter.empty}
+
+
+def deepest_pairs(learner: Sequence[Any], teacher: Sequence[Any]) -> Tuple[Sequence[Any], Sequence[Any]]:
+    """As many of the deepest stages of each as both have."""
+    count = min(len(learner), len(teacher))
+    return learner[-count:], teacher[-count:]

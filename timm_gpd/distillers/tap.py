@@ -1,0 +1,179 @@
+"""Logits, stages and embedding of a timm model out of one forward pass."""
+import contextlib
+from typing import Callable, Iterator, List, Mapping, NamedTuple, Optional, Tuple
+
+import torch
+import torch.nn as nn
+
+__all__ = ['ModelOutput', 'Tap', 'example_output', 'model_name', 'stage_indices']
+
+MAX_STAGES = 4
+# Where an isotropic model's stages end, as shares of its depth: blocks 2, 4, 10 and 12 of 12. These are the proportions
+# of the usual pyramids (2, 2, 6 and 2 blocks), and the choice of OFA-KD for its ViTs.
+ISOTROPIC_STAGES = (1 / 6, 1 / 3, 5 / 6, 1)
+
+
+class ModelOutput(NamedTuple):
+    """What a model computed for a batch of B images.
+
+    Attributes:
+        logits: shape (B, num_classes).
+        stages: feature maps from shallow to deep, each of shape (B, C, H, W); empty if they were not asked for.
+        embedding: the classifier's input, shape (B, D); None if it was not asked for.
+    """
+    logits: torch.Tensor
+    stages: Tuple[torch.Tensor, ...] = ()
+    embedding: Optional[torch.Tensor] = None
+
+    def detach(self) -> 'ModelOutput':
+        """The same output without its history."""
+        return ModelOutput(
+            self.logits.detach(),
+            tuple(stage.detach() for stage in self.stages),
+            None if self.embedding is None else self.embedding.detach())
+
+
+class Tap(nn.Module):
+    """Runs a timm model once for its logits and for what losses need besides.
+
+    Stages come from ``forward_intermediates``, the embedding is what the classifier receives in the same pass. The
+    logits are those of ``model(x)``, which :meth:`verify` checks. It adds no parameter, and asked for nothing it is the
+    model itself.
+
+    Args:
+        model: timm model.
+        needs: of ``'stages'`` and ``'embedding'``, those that are asked for, each with the names of the losses that
+            need it.
+
+    Raises:
+        ValueError: if the model does not offer what is needed.
+    """
+
+    def __init__(self, model: nn.Module, needs: Mapping[str, str]) -> None:
+        super().__init__()
+        self.model = model
+        self.needs = dict(needs)
+        if not needs:
+            return
+        self._require('forward_features', ', '.join(needs.values()))
+        self._require('forward_head', ', '.join(needs.values()))
+        if 'stages' in needs:
+            self._require('forward_intermediates', needs['stages'])
+            self._require('feature_info', needs['stages'])
+            self.indices = stage_indices(model)
+        if 'embedding' in needs:
+            self._require('get_classifier', needs['embedding'])
+            if not self._classifiers():
+                self._fail('no classifier to take an embedding from', needs['embedding'])
+
+    def forward(self, x: torch.Tensor) -> ModelOutput:
+        """Output for images of shape (B, in_chans, H, W)."""
+        if not self.needs:
+            return ModelOutput(self.model(x))
+        stages: List[torch.Tensor] = []
+        if 'stages' in self.needs:
+            features, stages = self.model.forward_intermediates(x, indices=self.indices, output_fmt='NCHW')
+        else:
+            features = self.model.forward_features(x)
+        if 'embedding' not in self.needs:
+            return ModelOutput(self.model.forward_head(features), tuple(stages))
+        with self._classifier_inputs() as inputs:
+            logits = self.model.forward_head(features)
+        if len({x.shape for x in inputs}) != 1 or inputs[0].shape[:2].numel() != inputs[0].numel():
+            self._fail('no single embedding', self.needs['embedding'])
+        embeddings = [x.flatten(1) for x in inputs]
+        return ModelOutput(
+            logits, tuple(stages), torch.stack(embeddings).mean(0) if len(embeddings) > 1 else embeddings[0])
+
+    @torch.no_grad()
+    def verify(self, x: torch.Tensor) -> None:
+        """Checks that tapping the model does not change it.
+
+        Args:
+            x: images, shape (B, in_chans, H, W).
+
+        Raises:
+            ValueError: if the logits are not those of ``model(x)``.
+        """
+        with _evaluation(self.model):
+            expected, logits = self.model(x), self(x).logits
+        if not torch.allclose(logits, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item()):
+            self._fail('features that lead to other logits than its forward does', ', '.join(self.needs.values()))
+
+    def _classifiers(self) -> List[nn.Module]:
+        """The classifier, or with a distillation token the two whose logits are averaged."""
+        classifier = self.model.get_classifier()
+        modules = classifier if isinstance(classifier, (tuple, list, nn.ModuleList)) else [classifier]
+        # of some models it is the whole head, pooling included
+        return [getattr(module, 'fc', module) for module in modules if isinstance(module, nn.Module)]
+
+    @contextlib.contextmanager
+    def _classifier_inputs(self) -> Iterator[List[torch.Tensor]]:
+        # forward_head(pre_logits=True) would be a second pass through the head, with another dropout mask and another
+        # update of its BatchNorm statistics
+        inputs: List[torch.Tensor] = []
+        handles = [module.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+                   for module in self._classifiers()]
+        try:
+            yield inputs
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _require(self, attribute: str, losses: str) -> None:
+        if not hasattr(self.model, attribute):
+            self._fail(f'no {attribute}', losses)
+
+    def _fail(self, what: str, losses: str) -> None:
+        raise ValueError(f'{model_name(self.model)} has {what}, which {losses} would need: '
+                         'choose another model or another loss')
+
+
+@torch.no_grad()
+def example_output(
+        module: nn.Module,
+        example_input: torch.Tensor,
+        run: Optional[Callable[[torch.Tensor], ModelOutput]] = None,
+) -> ModelOutput:
+    """A model's output in evaluation mode, from which distillers take their shapes. Leaves the model as it was.
+
+    Args:
+        module: the tap, or the module that ``run`` runs.
+        example_input: images, shape (B, in_chans, H, W).
+        run: how to run it, if it is not called directly.
+    """
+    with _evaluation(module):
+        return (run or module)(example_input)
+
+
+def stage_indices(model: nn.Module) -> List[int]:
+    """Which of a model's features to take as its stages, from shallow to deep, at most four.
+
+    The last one of each resolution, or of a model with a single resolution those at fixed shares of its depth.
+    """
+    reductions = [info['reduction'] for info in _feature_dicts(model)]
+    last = {reduction: index for index, reduction in enumerate(reductions)}
+    if len(last) > 1:
+        return sorted(last.values())[-MAX_STAGES:]
+    return sorted({max(round(len(reductions) * share) - 1, 0) for share in ISOTROPIC_STAGES})
+
+
+def model_name(model: nn.Module) -> str:
+    """Architecture as timm calls it, or the class."""
+    return (getattr(model, 'pretrained_cfg', None) or {}).get('architecture') or type(model).__name__
+
+
+def _feature_dicts(model: nn.Module) -> List[dict]:
+    info = model.feature_info
+    return info.info if hasattr(info, 'info') else info
+
+
+@contextlib.contextmanager
+def _evaluation(module: nn.Module) -> Iterator[None]:
+    modes = {m: m.training for m in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for m, training in modes.items():
+            m.training = training
