@@ -7,7 +7,7 @@ output becomes wider, and the widening flows on to the classifier, which keeps i
 rather than layer classes, a model that calls ``F.linear(x, self.qkv.weight)`` by hand is read as well as ``nn.Linear``.
 What shapes cannot tell (head counts, split sizes) comes from :mod:`timm_gpd.rules`.
 """
-from typing import Any, Callable, Dict, Iterable, List, Mapping, Optional, Sequence, Set, Tuple
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, Optional, Sequence, Set, Tuple, Union
 
 import torch
 import torch.nn as nn
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
-from .axes import AxisMap, TensorMap
+from .axes import AxisMap, Segment, TensorMap
 from .errors import UnsupportedModelError
 from .model_copy import meta_copy
 from .plan import ExpansionPlan
@@ -87,7 +87,7 @@ class _DryRun(TorchFunctionMode):
         self.model = meta_copy(student)
         self.tensors: Dict[str, TensorMap] = {}
         self.attributes: Dict[str, Dict[str, Tuple[Any, Any]]] = {}
-        self.blocks: Dict[Tuple[str, str], int] = {}
+        self.layouts: Dict[Tuple[str, str], Union[int, AxisMap]] = {}
         self.ruled: Set[str] = set()
         self.touched: Set[str] = set()
         self.stack: List[str] = ['']
@@ -163,13 +163,11 @@ class _DryRun(TorchFunctionMode):
         if rule is None:
             return
         for target, block in rule.blocks.items():
-            child, _, side = target.rpartition('.')
-            if self.has(name, child):
-                size = block(module) if callable(block) else getattr(module, block) if isinstance(block, str) else block
-                self.blocks[join(name, child), side] = size
-        for child in rule.keep:
-            if self.has(name, child):
-                self.kept.add(join(name, child))
+            size = block(module) if callable(block) else getattr(module, block) if isinstance(block, str) else block
+            for key in self.layout_keys(name, target):
+                self.layouts[key] = size
+        for pattern in rule.keep:
+            self.kept.update(self.children(name, pattern))
         for attribute in rule.multiply:
             self.scale_attribute(name, attribute, lambda value: value * self.ratio)
         for attribute in rule.divide:
@@ -177,21 +175,37 @@ class _DryRun(TorchFunctionMode):
         for key, axes in rule.params.items():
             tensor = getattr(module, key, None)
             if isinstance(tensor, torch.Tensor):
-                self.widen(tensor, {axis: self.ratio for axis in ((axes,) if isinstance(axes, int) else axes)})
+                self.widen(tensor, {
+                    axis: self.axis(tensor, '', tensor.shape[axis], self.ratio)
+                    for axis in ((axes,) if isinstance(axes, int) else axes)})
         if rule.code is not None:
             rule.code(RuleContext(self, name, module))
 
-    def has(self, name: str, child: str) -> bool:
-        return getattr_path(self.modules_by_name[name], child) is not None
+    def children(self, name: str, pattern: str) -> Iterator[str]:
+        """Full names of the modules that a rule's dotted name stands for; ``*`` is any child, '' the module itself."""
+        found = [(name, self.modules_by_name[name])]
+        for key in filter(None, pattern.split('.')):
+            found = [
+                (join(path, child), module)
+                for path, parent in found for child, module in parent._modules.items()
+                if module is not None and key in (child, '*')
+            ]
+        return iter([path for path, _ in found])
+
+    def layout_keys(self, name: str, target: str) -> Iterator[Tuple[str, str]]:
+        """What a rule's ``'<child>.in'``, ``'<child>.out'`` or own ``'<parameter>'`` stands for."""
+        child, _, side = target.rpartition('.')
+        if side in ('in', 'out'):
+            return ((path, side) for path in self.children(name, child))
+        return iter([(join(name, target), '')])
 
     def scale_attribute(self, name: str, attribute: str, scale: Callable[[Any], Any]) -> None:
         """Scales a number, or every number in a tuple or list, that is an attribute of a module."""
         path, _, attribute = attribute.rpartition('.')
-        owner = join(name, path)
-        module = self.modules_by_name.get(owner)
-        value = getattr(module, attribute, None)
-        if value is not None:
-            self.set_attribute(owner, attribute, tree_map_only((int, float), scale, value))
+        for owner in self.children(name, path):
+            value = getattr(self.modules_by_name[owner], attribute, None)
+            if value is not None:
+                self.set_attribute(owner, attribute, tree_map_only((int, float), scale, value))
 
     def set_attribute(self, name: str, attribute: str, value: Any) -> None:
         """Sets an attribute of a module in the dry run and notes it for the teacher."""
@@ -204,12 +218,6 @@ class _DryRun(TorchFunctionMode):
 
     # -- widening -------------------------------------------------------------------------------------------------
 
-    def out_ratio(self, weight: torch.Tensor, outputs: int) -> int:
-        """How much a layer's outputs widen. A single output channel is a mask that broadcasts, so it stays one."""
-        owner = self.owner(weight)
-        kept = any(owner == name or owner.startswith(f'{name}.') for name in self.kept)
-        return 1 if kept or outputs == 1 else self.ratio
-
     def owner(self, tensor: torch.Tensor) -> str:
         """Name of the module that owns a parameter or buffer."""
         return tensor.gpd_sources[0].rpartition('.')[0]
@@ -218,39 +226,67 @@ class _DryRun(TorchFunctionMode):
         """Whether a tensor is a parameter or buffer itself, seen for the first time."""
         return _is_own(tensor) and tensor.gpd_sources[0] not in self.touched
 
-    def block(self, tensor: torch.Tensor, side: str) -> int:
-        return self.blocks.get((self.owner(tensor), side), 1)
+    def axis(self, tensor: torch.Tensor, side: str, size: int, ratio: int) -> AxisMap:
+        """How an axis of ``size`` entries is replicated: plainly, or as a rule says for it or for a module around it.
+
+        A rule for a whole subtree holds wherever its block divides the axis: the same size gets the same layout.
+        """
+        owner = self.owner(tensor)
+        layout = self.layouts.get((tensor.gpd_sources[0], '')) or self.layouts.get((owner, side or 'out'))
+        if layout is None:
+            layout = 1
+            while owner and layout == 1:
+                owner = owner.rpartition('.')[0]
+                inherited = self.layouts.get((owner, side or 'out'), 1)
+                layout = inherited if isinstance(inherited, AxisMap) or size % inherited == 0 else 1
+        if isinstance(layout, AxisMap):
+            if layout.size != size:
+                raise self.unsupported(f'a rule describes {layout.size} entries of an axis that has {size}')
+            return layout
+        if size % layout:
+            raise self.unsupported(f'{tensor.gpd_sources[0]} has {size} entries, not a multiple of {layout}')
+        return AxisMap.uniform(size, ratio, layout)
+
+    def axis_like(self, tensor: torch.Tensor, side: str, size: int, actual: int, what: str) -> AxisMap:
+        """How an axis is replicated that meets ``actual`` channels.
+
+        Raises:
+            UnsupportedModelError: if no replication of it has that size.
+        """
+        axis_map = self.axis(tensor, side, size, max(actual // size, 1))
+        if axis_map.teacher_size != actual:
+            raise self.unsupported(f'{what} expects {size} channels and got {actual}')
+        return axis_map
+
+    def out_axis(self, weight: torch.Tensor, size: int) -> AxisMap:
+        """How a layer's outputs are replicated. A single output is a mask that broadcasts, so it stays one."""
+        owner = self.owner(weight)
+        kept = any(not name or owner == name or owner.startswith(f'{name}.') for name in self.kept)
+        return AxisMap.uniform(size, 1) if kept or size == 1 else self.axis(weight, 'out', size, self.ratio)
 
     def widen(
             self,
             tensor: torch.Tensor,
-            ratios: Mapping[int, int],
+            axes: Mapping[int, AxisMap],
             sum_axis: Optional[int] = None,
-            blocks: Mapping[int, int] = {},
     ) -> torch.Tensor:
         """Replaces a parameter or buffer by a wider one, under all its names, and notes how.
 
         Args:
             tensor: the parameter or buffer.
-            ratios: axis -> ratio; axes of ratio 1 are left out.
+            axes: axis -> how it is replicated.
             sum_axis: the axis that the layer sums over.
-            blocks: axis -> block, 1 where not given.
         """
         first, = tensor.gpd_sources
         self.touched.add(first)
         if first in self.tensors:
             return tensor
-        axes = {}
-        for axis, ratio in sorted(ratios.items()):
-            axis %= tensor.dim()
-            if ratio > 1:
-                block = blocks.get(axis, 1)
-                if tensor.shape[axis] % block:
-                    raise self.unsupported(f'{first} has {tensor.shape[axis]} entries, not a multiple of {block}')
-                axes[axis] = AxisMap.uniform(tensor.shape[axis], ratio, block)
-        if not axes:
+        wider = {axis % tensor.dim(): axis_map for axis, axis_map in axes.items() if axis_map.ratio > 1}
+        if not wider:
             return tensor
-        return self.replace(tensor, TensorMap(tuple(tensor.shape), tuple(axes.items()), sum_axis))
+        if sum_axis in wider and len({segment.ratio for segment in wider[sum_axis]}) > 1:
+            raise self.unsupported(f'{first} sums over entries of different ratios')
+        return self.replace(tensor, TensorMap(tuple(tensor.shape), tuple(sorted(wider.items())), sum_axis))
 
     def replace(self, tensor: torch.Tensor, tensor_map: TensorMap) -> torch.Tensor:
         """Puts a meta tensor of the teacher's shape in the place of a parameter or buffer."""
@@ -270,26 +306,24 @@ class _DryRun(TorchFunctionMode):
     def widen_derived(self, tensor: torch.Tensor, ratios: Mapping[int, int]) -> torch.Tensor:
         """Widens the parameter that a tensor was computed from, and the tensor along with it.
 
-        Which axis of the parameter an axis of the result came from is told by its size, which must be unique.
+        Which axis of a parameter an axis of the result came from is told by its size, which must be unique there.
         """
-        if getattr(tensor, 'gpd_is_own', False):
-            return self.widen(tensor, ratios, blocks={
-                axis % tensor.dim(): self.block(tensor, 'out') for axis in ratios})
+        if _is_own(tensor):
+            return self.widen(tensor, {
+                axis: self.axis(tensor, '', tensor.shape[axis], ratio) for axis, ratio in ratios.items()})
         shape = list(tensor.shape)
         for axis, ratio in ratios.items():
             size = shape[axis]
-            found = []
             for source in tensor.gpd_sources:
                 parameter = self.parameter(source)
                 tensor_map = self.tensors.get(source)
                 student_shape = tensor_map.shape if tensor_map else tuple(parameter.shape)
-                found += [(source, index) for index, entries in enumerate(student_shape) if entries == size]
-            if len(found) != 1:
-                raise self.unsupported(
-                    f'an axis of {size} entries, computed from {", ".join(tensor.gpd_sources)}, met one of '
-                    f'{size * ratio}, and its origin is not clear')
-            source, index = found[0]
-            self.widen(self.parameter(source), {index: ratio})
+                if student_shape.count(size) != 1:
+                    raise self.unsupported(
+                        f'an axis of {size} entries, computed from {", ".join(tensor.gpd_sources)}, met one of '
+                        f'{size * ratio}, and its origin is not clear')
+                index = student_shape.index(size)
+                self.widen(parameter, {index: self.axis(parameter, '', size, ratio)})
             shape[axis] = size * ratio
         wide = torch.empty(shape, dtype=tensor.dtype, device='meta')
         wide.gpd_sources = tensor.gpd_sources
@@ -298,11 +332,6 @@ class _DryRun(TorchFunctionMode):
     def parameter(self, name: str) -> torch.Tensor:
         owner, _, key = name.rpartition('.')
         return getattr(self.modules_by_name[owner], key)
-
-    def ratio_of(self, actual: int, expected: int, what: str) -> int:
-        if actual % expected:
-            raise self.unsupported(f'{what} expects {expected} channels and got {actual}')
-        return actual // expected
 
     # -- the functions that are watched -----------------------------------------------------------------------------
 
@@ -346,33 +375,23 @@ class RuleContext:
         path, _, attribute = attribute.rpartition('.')
         self._run.set_attribute(join(self._name, path), attribute, value)
 
-    def widen(
-            self,
-            tensor: str,
-            ratios: Mapping[int, int],
-            sum_axis: Optional[int] = None,
-            blocks: Mapping[int, int] = {},
-    ) -> None:
-        """Widens a parameter or buffer, by its dotted name: axis -> ratio, axis -> block."""
-        self._run.widen(self._run.parameter(join(self._name, tensor)), ratios, sum_axis, blocks)
+    def widen(self, tensor: str, axes: Mapping[int, AxisMap], sum_axis: Optional[int] = None) -> None:
+        """Widens a parameter or buffer, by its dotted name: axis -> how it is replicated."""
+        self._run.widen(self._run.parameter(join(self._name, tensor)), axes, sum_axis)
 
-    def block(self, child: str, side: str, size: int) -> None:
-        """Replicates the 'in' or 'out' axis of a child's weight in runs of ``size`` entries."""
-        self._run.blocks[join(self._name, child), side] = size
+    def layout(self, target: str, *segments: Tuple[int, int, int]) -> None:
+        """Says how an axis is replicated, where not all of it is alike.
 
-    def keep(self, child: str) -> None:
-        """Leaves the outputs of a child at the student's width."""
-        self._run.kept.add(join(self._name, child))
+        Args:
+            target: ``'<child>.in'``, ``'<child>.out'`` or an own ``'<parameter>'``, as in ``Rule.blocks``.
+            segments: ``(size, ratio, block)`` of each run of entries, in order.
+        """
+        for key in self._run.layout_keys(self._name, target):
+            self._run.layouts[key] = AxisMap(Segment(*segment) for segment in segments)
 
 
 def join(name: str, child: str) -> str:
     return f'{name}.{child}' if name and child else name or child
-
-
-def getattr_path(module: nn.Module, path: str) -> Any:
-    for key in filter(None, path.split('.')):
-        module = getattr(module, key, None)
-    return module
 
 
 def _to_meta(tensor: torch.Tensor) -> torch.Tensor:
@@ -425,23 +444,23 @@ def _conv(run: _DryRun, a: Dict[str, Any]) -> None:
     if not run.is_new(weight):
         return
     outputs, inputs = weight.shape[0], weight.shape[1] * groups
-    in_ratio = run.ratio_of(a['input'].shape[1 - weight.dim()], inputs, 'a convolution')
+    actual = a['input'].shape[1 - weight.dim()]
     owner = run.owner(weight)
     if groups == inputs == outputs and groups > 1:
         # Depthwise: nothing is summed over channels, so there are more groups and no factor.
-        out_ratio = in_ratio
-        ratios, sum_axis = {0: out_ratio}, None
-        a['groups'] = groups * in_ratio
-        if in_ratio > 1:
-            run.set_attribute(owner, 'groups', a['groups'])
+        out_map = run.axis_like(weight, 'out', outputs, actual, 'a convolution')
+        axes, sum_axis = {0: out_map}, None
+        a['groups'] = actual
+        _set_sizes(run, owner, groups=actual)
     else:
-        out_ratio = run.out_ratio(weight, outputs)
-        ratios, sum_axis = {0: out_ratio, 1: in_ratio}, 1
-    blocks = {0: run.block(weight, 'out'), 1: run.block(weight, 'in')}
-    _set_sizes(run, owner, in_channels=inputs * in_ratio, out_channels=outputs * out_ratio)
-    a['weight'] = run.widen(weight, ratios, sum_axis, blocks)
+        # Other groups stay: each of them is wider.
+        out_map = run.out_axis(weight, outputs)
+        in_map = run.axis_like(weight, 'in', weight.shape[1], actual // groups, 'a group of a convolution')
+        axes, sum_axis = {0: out_map, 1: in_map}, 1
+    _set_sizes(run, owner, in_channels=actual, out_channels=out_map.teacher_size)
+    a['weight'] = run.widen(weight, axes, sum_axis)
     if _is_own(bias):
-        a['bias'] = run.widen(bias, {0: out_ratio}, blocks=blocks)
+        a['bias'] = run.widen(bias, {0: out_map})
 
 
 @_watch(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, names=_CONV_TRANSPOSE)
@@ -450,12 +469,21 @@ def _conv_transpose(run: _DryRun, a: Dict[str, Any]) -> None:
     if not run.is_new(weight):
         return
     inputs, outputs = weight.shape[0], weight.shape[1] * groups
-    in_ratio = run.ratio_of(a['input'].shape[1 - weight.dim()], inputs, 'a transposed convolution')
-    out_ratio = run.out_ratio(weight, outputs)
-    _set_sizes(run, run.owner(weight), in_channels=inputs * in_ratio, out_channels=outputs * out_ratio)
-    a['weight'] = run.widen(weight, {0: in_ratio, 1: out_ratio}, 0)
+    actual = a['input'].shape[1 - weight.dim()]
+    owner = run.owner(weight)
+    in_map = run.axis_like(weight, 'in', inputs, actual, 'a transposed convolution')
+    if groups == inputs == outputs and groups > 1:
+        out_map, axes, sum_axis = in_map, {0: in_map}, None
+        a['groups'] = actual
+        _set_sizes(run, owner, groups=actual)
+    else:
+        out_map = run.out_axis(weight, weight.shape[1])
+        axes, sum_axis = {0: in_map, 1: out_map}, 0
+    bias_map = out_map if out_map.size == outputs else run.out_axis(weight, outputs)
+    _set_sizes(run, owner, in_channels=actual, out_channels=bias_map.teacher_size)
+    a['weight'] = run.widen(weight, axes, sum_axis)
     if _is_own(bias):
-        a['bias'] = run.widen(bias, {0: out_ratio})
+        a['bias'] = run.widen(bias, {0: bias_map})
 
 
 @_watch(F.linear, names=('input', 'weight', 'bias'))
@@ -464,21 +492,21 @@ def _linear(run: _DryRun, a: Dict[str, Any]) -> None:
     if not run.is_new(weight):
         return
     outputs, inputs = weight.shape
-    in_ratio = run.ratio_of(a['input'].shape[-1], inputs, 'a linear layer')
-    out_ratio = run.out_ratio(weight, outputs)
-    blocks = {0: run.block(weight, 'out'), 1: run.block(weight, 'in')}
-    _set_sizes(run, run.owner(weight), in_features=inputs * in_ratio, out_features=outputs * out_ratio)
-    a['weight'] = run.widen(weight, {0: out_ratio, 1: in_ratio}, 1, blocks)
+    actual = a['input'].shape[-1]
+    in_map = run.axis_like(weight, 'in', inputs, actual, 'a linear layer')
+    out_map = run.out_axis(weight, outputs)
+    _set_sizes(run, run.owner(weight), in_features=actual, out_features=out_map.teacher_size)
+    a['weight'] = run.widen(weight, {0: out_map, 1: in_map}, 1)
     if _is_own(bias):
-        a['bias'] = run.widen(bias, {0: out_ratio}, blocks=blocks)
+        a['bias'] = run.widen(bias, {0: out_map})
 
 
 @_watch(F.embedding, names=('input', 'weight'))
 def _embedding(run: _DryRun, a: Dict[str, Any]) -> None:
     if run.is_new(a['weight']):
-        _, size = a['weight'].shape
-        _set_sizes(run, run.owner(a['weight']), embedding_dim=size * run.ratio)
-        a['weight'] = run.widen(a['weight'], {1: run.ratio})
+        axis_map = run.out_axis(a['weight'], a['weight'].shape[1])
+        _set_sizes(run, run.owner(a['weight']), embedding_dim=axis_map.teacher_size)
+        a['weight'] = run.widen(a['weight'], {1: axis_map})
 
 
 @_watch(F.batch_norm, names=(
@@ -509,9 +537,10 @@ def _norm(run: _DryRun, a: Dict[str, Any], keys: Sequence[str], axis: int, size_
     for key in keys:
         if _is_own(a.get(key)):
             tensor = a[key]
-            ratio = run.ratio_of(a['input'].shape[axis], tensor.shape[0], 'a norm')
-            _set_sizes(run, run.owner(tensor), **{size_name: tensor.shape[0] * ratio})
-            a[key] = run.widen(tensor, {0: ratio}, blocks={0: run.block(tensor, 'out')})
+            actual = a['input'].shape[axis]
+            axis_map = run.axis_like(tensor, 'out', tensor.shape[0], actual, 'a norm')
+            _set_sizes(run, run.owner(tensor), **{size_name: actual})
+            a[key] = run.widen(tensor, {0: axis_map})
 
 
 @_watch(F.layer_norm, names=('input', 'normalized_shape', 'weight', 'bias', 'eps'))
@@ -519,10 +548,10 @@ def _layer_norm(run: _DryRun, a: Dict[str, Any]) -> None:
     shape = a['normalized_shape']
     shape = (shape,) if isinstance(shape, int) else tuple(shape)
     actual = tuple(a['input'].shape[-len(shape):])
-    ratios = {axis: run.ratio_of(actual[axis], shape[axis], 'a norm') for axis in range(len(shape))}
     for key in ('weight', 'bias'):
         if _is_own(a.get(key)) and tuple(a[key].shape) == shape:
-            a[key] = run.widen(a[key], ratios, blocks={len(shape) - 1: run.block(a[key], 'out')})
+            a[key] = run.widen(a[key], {
+                axis: run.axis_like(a[key], 'out', shape[axis], actual[axis], 'a norm') for axis in range(len(shape))})
     if actual != shape:
         name = run.stack[-1]
         before = run.modules_by_name[name].normalized_shape
