@@ -54,14 +54,6 @@ class AxisMap(Tuple[Segment, ...]):
         """The largest replication on the axis."""
         return max(segment.ratio for segment in self)
 
-    def replica_index(self, device: Optional[torch.device] = None) -> torch.Tensor:
-        """Which replica every teacher entry is, shape ``(teacher_size,)``; the student is where it is 0."""
-        return torch.cat([
-            torch.arange(segment.ratio, device=device).repeat_interleave(segment.block)
-            .repeat(segment.size // segment.block)
-            for segment in self
-        ])
-
     def replicate(self, tensor: torch.Tensor, axis: int) -> torch.Tensor:
         """Student axis to teacher axis."""
         parts = [
@@ -90,7 +82,8 @@ class TensorMap:
 
     Attributes:
         shape: the student's shape.
-        axes: ``(axis, AxisMap)`` for every replicated axis.
+        axes: ``(axis, AxisMap)`` for every replicated axis, applied in order. An axis that holds several flattened ones
+            comes once for each of them.
         sum_axis: the axis that the layer sums over; the weight is divided by its ratio. None where there is no such
             axis: norms, biases, depthwise kernels, tokens.
     """
@@ -116,7 +109,7 @@ class TensorMap:
 
     def first_replica(self, tensor: torch.Tensor) -> torch.Tensor:
         """Slices replica 0 out of a teacher tensor, without the factor. Differentiable."""
-        for axis, axis_map in self.axes:
+        for axis, axis_map in reversed(self.axes):
             tensor = axis_map.first_replica(tensor, axis)
         return tensor
 
@@ -135,11 +128,9 @@ class TensorMap:
         """
         if self.factor == 1 or not tensor.is_floating_point():
             return torch.zeros_like(tensor)
-        free = torch.zeros(tensor.shape, dtype=torch.bool, device=tensor.device)
-        for axis, axis_map in self.axes:
-            shape = [1] * tensor.dim()
-            shape[axis] = -1
-            free |= (axis_map.replica_index(tensor.device) > 0).view(shape)
+        positions = torch.arange(tensor.numel(), device=tensor.device).view(tensor.shape)
+        free = torch.ones(tensor.shape, dtype=torch.bool, device=tensor.device)
+        free.view(-1)[self.first_replica(positions)] = False
         noise = torch.randn_like(tensor) * std * free
         # Shape (..., n, replica, block, ...): the sum over `replica` must vanish, spread over the free entries.
         segment, = dict(self.axes)[self.sum_axis]

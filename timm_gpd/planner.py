@@ -267,26 +267,27 @@ class _DryRun(TorchFunctionMode):
     def widen(
             self,
             tensor: torch.Tensor,
-            axes: Mapping[int, AxisMap],
+            axes: Union[Mapping[int, AxisMap], Sequence[Tuple[int, AxisMap]]],
             sum_axis: Optional[int] = None,
     ) -> torch.Tensor:
         """Replaces a parameter or buffer by a wider one, under all its names, and notes how.
 
         Args:
             tensor: the parameter or buffer.
-            axes: axis -> how it is replicated.
+            axes: axis -> how it is replicated; pairs where an axis holds several flattened ones.
             sum_axis: the axis that the layer sums over.
         """
         first, = tensor.gpd_sources
         self.touched.add(first)
         if first in self.tensors:
             return tensor
-        wider = {axis % tensor.dim(): axis_map for axis, axis_map in axes.items() if axis_map.ratio > 1}
+        pairs = axes.items() if isinstance(axes, Mapping) else axes
+        wider = tuple((axis % tensor.dim(), axis_map) for axis, axis_map in pairs if axis_map.ratio > 1)
         if not wider:
             return tensor
-        if sum_axis in wider and len({segment.ratio for segment in wider[sum_axis]}) > 1:
+        if any(axis == sum_axis and len({segment.ratio for segment in axis_map}) > 1 for axis, axis_map in wider):
             raise self.unsupported(f'{first} sums over entries of different ratios')
-        return self.replace(tensor, TensorMap(tuple(tensor.shape), tuple(sorted(wider.items())), sum_axis))
+        return self.replace(tensor, TensorMap(tuple(tensor.shape), wider, sum_axis))
 
     def replace(self, tensor: torch.Tensor, tensor_map: TensorMap) -> torch.Tensor:
         """Puts a meta tensor of the teacher's shape in the place of a parameter or buffer."""
@@ -375,8 +376,8 @@ class RuleContext:
         path, _, attribute = attribute.rpartition('.')
         self._run.set_attribute(join(self._name, path), attribute, value)
 
-    def widen(self, tensor: str, axes: Mapping[int, AxisMap], sum_axis: Optional[int] = None) -> None:
-        """Widens a parameter or buffer, by its dotted name: axis -> how it is replicated."""
+    def widen(self, tensor: str, axes: Sequence[Tuple[int, AxisMap]], sum_axis: Optional[int] = None) -> None:
+        """Widens a parameter or buffer, by its dotted name: axes and how they are replicated, in order."""
         self._run.widen(self._run.parameter(join(self._name, tensor)), axes, sum_axis)
 
     def layout(self, target: str, *segments: Tuple[int, int, int]) -> None:

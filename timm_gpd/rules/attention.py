@@ -1,21 +1,135 @@
 """Rules of attention: whole heads are replicated, so scores, softmax, RoPE and q/k norms keep an unchanged head_dim."""
+from typing import Any
+
 import torch.nn as nn
 
 from .rule import Rule, register_rule
 
 
 def head_dim(attention: nn.Module) -> int:
-    """Entries per head, for classes that do not store it."""
-    return attention.qkv.out_features // (3 * attention.num_heads)
+    """Entries per head: the module's own attribute, or its projection's outputs over its heads."""
+    if isinstance(getattr(attention, 'head_dim', None), int):
+        return attention.head_dim
+    heads = next(getattr(attention, name) for name in ('num_heads', 'groups', 'heads') if hasattr(attention, name))
+    for name, parts in (('qkv', 3), ('kv', 2), ('qk', 2), ('q', 1), ('q_proj', 1), ('wq', 1)):
+        projection = getattr(attention, name, None)
+        if projection is not None:
+            return projection.weight.shape[0] // (parts * heads)
+    raise AttributeError(f'{type(attention).__name__} has no projection whose heads could be counted')
 
 
-register_rule('timm.layers.attention.Attention', Rule(
-    multiply=('num_heads', 'attn_dim'),
-    blocks={'qkv.out': 'head_dim', 'gate.out': 'head_dim', 'norm.out': 'head_dim', 'proj.in': 'head_dim'},
+HEAD_AXES = (
+    'qkv.out', 'q.out', 'k.out', 'v.out', 'qk.out', 'kv.out', 'q_proj.out', 'k_proj.out', 'v_proj.out', 'wq.out',
+    'wk.out', 'wv.out', 'q_bias', 'k_bias', 'v_bias', 'gate.out', 'norm.out', 'proj.in', 'o_proj.in',
+)
+
+# Projections to heads and back. What else counts heads or carries one entry per head is multiplied or replicated.
+heads = Rule(
+    multiply=('num_heads', 'heads', 'groups', 'num_kv_heads', 'attn_dim', 'kv_dim', 'dim_out', 'o_proj_inpdim'),
+    blocks=dict.fromkeys(HEAD_AXES, head_dim),
+    params={
+        'q_bias': 0, 'k_bias': 0, 'v_bias': 0, 'relative_position_bias_table': 1, 'gating_param': 0, 'temperature': 0},
+)
+for name in (
+    'timm.layers.attention.Attention',
+    'timm.layers.attention.AttentionRope',
+    'timm.layers.attention_pool2d.AttentionPool2d',
+    'timm.layers.attention_pool2d.RotAttentionPool2d',
+    'timm.models.beit.Attention',
+    'timm.models.cait.ClassAttn',
+    'timm.models.cait.TalkingHeadAttn',
+    'timm.models.coat.FactorAttnConvRelPosEnc',
+    'timm.models.convit.GPSA',
+    'timm.models.convit.MHSA',
+    'timm.models.crossvit.Attention',
+    'timm.models.crossvit.CrossAttention',
+    'timm.models.davit.ChannelAttention',
+    'timm.models.davit.ChannelAttentionV2',
+    'timm.models.davit.WindowAttention',
+    'timm.models.edgenext.CrossCovarianceAttn',
+    'timm.models.eva.EvaAttention',
+    'timm.models.gcvit.WindowAttentionGlobal',
+    'timm.models.gemma4_vit.Gemma4Attention',
+    'timm.models.hiera.MaskUnitAttention',
+    'timm.models.hieradet_sam2.MultiScaleAttention',
+    'timm.models.swin_transformer.WindowAttention',
+):
+    register_rule(name, heads)
+
+# Bias of every head: a table of its own, or a small network whose outputs are heads.
+register_rule('timm.models.beit.RelativePositionBias', Rule(params={'relative_position_bias_table': 1}))
+
+
+def relative_position_bias(rule: Any) -> None:
+    """The bias is shaped by (area, area, heads), a tuple of which only the last number counts heads."""
+    rule.set('bias_shape', (*rule.module.bias_shape[:-1], rule.module.bias_shape[-1] * rule.ratio))
+
+
+for name in ('RelPosBias', 'RelPosMlp'):
+    register_rule(f'timm.layers.pos_embed_rel.{name}', Rule(
+        multiply=('num_heads',), params={'relative_position_bias_table': 1}, code=relative_position_bias))
+
+# Query, key and value of one head lie side by side: they are replicated together.
+register_rule('timm.models.efficientformer.Attention', Rule(
+    multiply=('num_heads', 'key_attn_dim', 'val_attn_dim'),
+    blocks={'qkv.out': lambda m: 2 * m.key_dim + m.val_dim, 'proj.in': 'val_dim'},
+    params={'attention_biases': 0},
 ))
-
-register_rule('timm.models.swin_transformer.WindowAttention', Rule(
-    multiply=('num_heads',),
-    blocks={'qkv.out': head_dim, 'proj.in': head_dim},
-    params={'relative_position_bias_table': 1},
+for name in ('timm.models.cpubone.ConvAttention', 'timm.models.lowformer.ConvAttention'):
+    register_rule(name, Rule(
+        multiply=('num_heads', 'o_proj_inpdim'),
+        blocks={
+            'pwise.out': lambda m: m.num_keys * m.head_dim,
+            'o_proj.in': 'head_dim',
+            # The upsampling is the output projection where there is no other.
+            'upsampling.in': lambda m: m.head_dim if isinstance(m.o_proj, nn.Identity) else 1,
+        },
+    ))
+register_rule('timm.models.efficientvit_mit.LiteMLA', Rule(
+    multiply=('aggreg.*.1.groups',),
+    blocks={'qkv.out': lambda m: 3 * m.dim, 'aggreg.out': lambda m: 3 * m.dim, 'proj.in': 'dim'},
 ))
+register_rule('timm.models.coat.ConvRelPosEnc', Rule(
+    multiply=('channel_splits',),
+    blocks={'conv_list.out': lambda m: m.channel_splits[0] // m.head_splits[0]},
+))
+for name in ('Attention2d', 'Attention2dDownsample'):
+    register_rule(f'timm.models.efficientformer_v2.{name}', Rule(
+        multiply=('num_heads', 'dh'),
+        blocks={
+            ('q.proj.out' if name == 'Attention2dDownsample' else 'q.out'): 'key_dim', 'k.out': 'key_dim',
+            'v.out': 'd', 'v_local.out': 'd', 'proj.in': 'd'},
+        params={'attention_biases': 0},
+    ))
+
+
+# One module for each head, so heads cannot be multiplied: the entries of a head are, and scores are sums over them.
+register_rule('timm.models.efficientvit_msra.CascadedGroupAttention', Rule(
+    multiply=('key_dim', 'val_dim'), divide=('scale',)))
+register_rule('timm.layers.non_local_attn.NonLocalAttn', Rule(divide=('scale',)))
+
+
+# No projection follows, so the output must be replicated plainly: values widen, scores do not.
+def halo_values(rule: Any) -> None:
+    heads, qk, v = rule.module.num_heads, rule.module.dim_head_qk, rule.module.dim_head_v // rule.ratio
+    rule.layout('kv.out', *[(qk, 1, 1), (v, rule.ratio, 1)] * heads)
+
+
+def bottleneck_values(rule: Any) -> None:
+    rule.layout(
+        'qkv.out', (2 * rule.module.dim_out_qk, 1, 1), (rule.module.dim_out_v // rule.ratio, rule.ratio, 1))
+
+
+def lambda_values(rule: Any) -> None:
+    module = rule.module
+    rule.layout(
+        'qkv.out', ((module.num_heads + 1) * module.dim_qk, 1, 1), (module.dim_v // rule.ratio, rule.ratio, 1))
+
+
+register_rule('timm.layers.halo_attn.HaloAttn', Rule(
+    multiply=('dim_head_v', 'dim_out_v'), keep=('q', 'pos_embed'), code=halo_values))
+register_rule('timm.layers.bottleneck_attn.BottleneckAttn', Rule(
+    multiply=('dim_head_v', 'dim_out_v'), keep=('pos_embed',), code=bottleneck_values))
+register_rule('timm.layers.lambda_layer.LambdaLayer', Rule(
+    multiply=('dim_v',), keep=('conv_lambda',), code=lambda_values))
+register_rule('timm.layers.non_local_attn.BilinearAttnTransform', Rule(keep=('conv1', 'conv_p', 'conv_q')))

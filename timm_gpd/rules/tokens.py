@@ -1,0 +1,12 @@
+"""Rules of tokens: position embeddings, and axes that are mixed but are not channels."""
+from .rule import Rule, register_rule
+
+# Two embeddings are added before they meet the tokens.
+register_rule('timm.models.hieradet_sam2.HieraDet', Rule(params={'pos_embed': 1, 'pos_embed_window': 1}))
+register_rule('timm.models.gemma4_vit.Gemma4PatchEmbed', Rule(params={'position_embedding_table': 2}))
+
+# Attention over a map of one channel.
+register_rule('timm.models.csatv2.SpatialTransformerBlock', Rule(keep=('',)))
+
+# The states are what tokens are summed into and read back from.
+register_rule('timm.models.efficientvim.HSMSSD', Rule(keep=('BCdt_proj', 'dw')))
