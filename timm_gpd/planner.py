@@ -17,11 +17,12 @@ from torch.utils._pytree import tree_map_only
 
 from .axes import AxisMap, Segment, TensorMap
 from .errors import UnsupportedModelError
+from .inputs import accepted_input_shape, input_shape
 from .model_copy import meta_copy
 from .plan import ExpansionPlan
 from .rules import find_rule
 
-__all__ = ['plan_expansion', 'input_shape', 'check_positive_int']
+__all__ = ['plan_expansion', 'check_positive_int']
 
 
 def plan_expansion(student: nn.Module, ratio: int = 2) -> ExpansionPlan:
@@ -39,22 +40,20 @@ def plan_expansion(student: nn.Module, ratio: int = 2) -> ExpansionPlan:
         UnsupportedModelError: if the model has no classifier, or a module cannot be widened.
     """
     check_positive_int('ratio', ratio)
-    return _DryRun(student, ratio).plan()
+    shape = input_shape(student)
+    try:
+        return _DryRun(student, ratio, shape).plan()
+    except UnsupportedModelError:
+        accepted = accepted_input_shape(student)
+        if accepted == shape:
+            raise
+        return _DryRun(student, ratio, accepted).plan()
 
 
 def check_positive_int(name: str, value: Any) -> None:
     """Raises a one-line ValueError unless ``value`` is an integer of at least 1."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f'{name} must be a positive integer, but is {value!r}')
-
-
-def input_shape(model: nn.Module) -> Tuple[int, int, int]:
-    """Channels, height and width (pixels) of the images that a timm model was made for."""
-    channels, height, width = (getattr(model, 'pretrained_cfg', None) or {}).get('input_size', (3, 224, 224))
-    img_size = getattr(getattr(model, 'patch_embed', None), 'img_size', None)
-    if img_size is not None:
-        height, width = img_size  # what the instance was made for; its config only knows the default
-    return getattr(model, 'in_chans', None) or channels, height, width
 
 
 def classifier_names(model: nn.Module) -> Set[str]:
@@ -79,8 +78,9 @@ def classifier_names(model: nn.Module) -> Set[str]:
 class _DryRun(TorchFunctionMode):
     """Runs the student on the meta device and widens what meets wider inputs."""
 
-    def __init__(self, student: nn.Module, ratio: int) -> None:
+    def __init__(self, student: nn.Module, ratio: int, shape: Tuple[int, int, int]) -> None:
         super().__init__()
+        self.shape = shape
         self.student_name = type(student).__name__
         self.ratio = ratio
         self.kept = classifier_names(student)
@@ -88,7 +88,6 @@ class _DryRun(TorchFunctionMode):
         self.tensors: Dict[str, TensorMap] = {}
         self.attributes: Dict[str, Dict[str, Tuple[Any, Any]]] = {}
         self.layouts: Dict[Tuple[str, str], Union[int, AxisMap]] = {}
-        self.ruled: Set[str] = set()
         self.touched: Set[str] = set()
         self.stack: List[str] = ['']
         self.modules_by_name = dict(self.model.named_modules())
@@ -112,6 +111,9 @@ class _DryRun(TorchFunctionMode):
     # -- the run --------------------------------------------------------------------------------------------------
 
     def plan(self) -> ExpansionPlan:
+        for name in self.modules_by_name:
+            self.stack = [name]
+            self.apply_rule(name)
         self._forward(training=False)
         parameters = {names[0] for names in self.names.values()} & {n for n, _ in self.model.named_parameters()}
         if parameters - self.touched:
@@ -126,7 +128,7 @@ class _DryRun(TorchFunctionMode):
     def _forward(self, training: bool) -> None:
         self.model.train(training)
         self.stack = ['']
-        x = torch.empty(2, *input_shape(self.model), device='meta')
+        x = torch.empty(2, *self.shape, device='meta')
         try:
             with torch.no_grad(), self:
                 self.model(x)
@@ -138,7 +140,6 @@ class _DryRun(TorchFunctionMode):
     def _enter(self, name: str) -> Callable:
         def pre_hook(module: nn.Module, inputs: Tuple[Any, ...]) -> None:
             self.stack.append(name)
-            self.apply_rule(name)
         return pre_hook
 
     def _leave(self, module: nn.Module, inputs: Any, output: Any) -> None:
@@ -154,10 +155,7 @@ class _DryRun(TorchFunctionMode):
     # -- rules ----------------------------------------------------------------------------------------------------
 
     def apply_rule(self, name: str) -> None:
-        """Applies the rule of a module, once, before anything of it runs."""
-        if name in self.ruled:
-            return
-        self.ruled.add(name)
+        """Applies the rule of a module; those around it come first."""
         module = self.modules_by_name[name]
         rule = find_rule(module)
         if rule is None:

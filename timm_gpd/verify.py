@@ -1,13 +1,14 @@
 """The numeric check: no dynamic teacher is handed out that is not exactly its student."""
 import copy
+from typing import Tuple
 
 import torch
 import torch.nn as nn
 
 from .errors import UnsupportedModelError
+from .inputs import accepted_input_shape, input_shape
 from .model_copy import wide_copy
 from .plan import ExpansionPlan
-from .planner import input_shape
 
 __all__ = ['randomize_', 'relative_error', 'verify_plan']
 
@@ -64,15 +65,7 @@ def verify_plan(student: nn.Module, plan: ExpansionPlan) -> float:
     """
     reference = randomize_(copy.deepcopy(student).to('cpu', torch.float64)).eval()
     teacher = wide_copy(reference, plan, plan.expand_tensor)
-    channels, height, width = input_shape(student)
-    for size in ((min(SMALL_IMAGE, height), min(SMALL_IMAGE, width)), (height, width)):
-        x = torch.randn(1, channels, *size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-        try:
-            expected = reference(x)
-            break
-        except Exception:
-            if size == (height, width):
-                raise
+    x, expected = _sample(reference)
     try:
         error = relative_error(teacher(x), expected)
     except Exception as failure:
@@ -84,3 +77,16 @@ def verify_plan(student: nn.Module, plan: ExpansionPlan) -> float:
             f'{type(student).__name__} cannot be widened exactly: the planned teacher differs from the student by '
             f'{error:.1e}, relative; a rule for one of its modules is missing or wrong')
     return error
+
+
+def _sample(model: nn.Module) -> Tuple[torch.Tensor, torch.Tensor]:
+    """A random image that the model accepts, as small as that allows, and its logits."""
+    channels, height, width = input_shape(model)
+    for size in ((min(SMALL_IMAGE, height), min(SMALL_IMAGE, width)), (height, width), None):
+        size = size or accepted_input_shape(model)[1:]
+        x = torch.randn(1, channels, *size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        try:
+            return x, model(x)
+        except Exception as failure:
+            error = failure
+    raise error

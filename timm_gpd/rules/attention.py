@@ -48,6 +48,7 @@ for name in (
     'timm.models.davit.WindowAttention',
     'timm.models.edgenext.CrossCovarianceAttn',
     'timm.models.eva.EvaAttention',
+    'timm.models.fastvit.Attention',
     'timm.models.gcvit.WindowAttentionGlobal',
     'timm.models.gemma4_vit.Gemma4Attention',
     'timm.models.hiera.MaskUnitAttention',
@@ -55,6 +56,28 @@ for name in (
     'timm.models.swin_transformer.WindowAttention',
 ):
     register_rule(name, heads)
+
+register_rule('timm.layers.attention_pool.AttentionPoolLatent', Rule(
+    multiply=('num_heads',),
+    blocks={
+        **dict.fromkeys(('q.out', 'kv.out', 'proj.in'), head_dim),
+        'latent': lambda m: m.head_dim if isinstance(m.q, nn.Identity) else 1,
+    },
+    params={'latent': 2, 'pos_embed': 1},
+))
+
+
+def unprojected_scores(rule: Any) -> None:
+    """The fused kernel takes its scale from head_dim; this one is a sum over more entries of the same head."""
+    rule.set('fused_attn', False)
+
+
+register_rule('timm.layers.attention_pool.AttentionPoolPrr', Rule(
+    multiply=('head_dim', 'out_features'), divide=('scale',), code=unprojected_scores))
+
+# Frequencies of every head.
+register_rule('timm.layers.pos_embed_sincos.RotaryEmbeddingMixed', Rule(
+    multiply=('num_heads', 'dim'), params={'freqs': 2}))
 
 # Bias of every head: a table of its own, or a small network whose outputs are heads.
 register_rule('timm.models.beit.RelativePositionBias', Rule(params={'relative_position_bias_table': 1}))
@@ -133,3 +156,11 @@ register_rule('timm.layers.bottleneck_attn.BottleneckAttn', Rule(
 register_rule('timm.layers.lambda_layer.LambdaLayer', Rule(
     multiply=('dim_v',), keep=('conv_lambda',), code=lambda_values))
 register_rule('timm.layers.non_local_attn.BilinearAttnTransform', Rule(keep=('conv1', 'conv_p', 'conv_q')))
+
+
+# The global query is the residual stream itself, cut into heads: the whole stream is replicated head by head.
+def stream_head_dim(model: nn.Module) -> int:
+    return next(module.head_dim for module in model.modules() if hasattr(module, 'head_dim'))
+
+
+register_rule('timm.models.gcvit.GlobalContextVit', Rule(blocks={'.in': stream_head_dim, '.out': stream_head_dim}))

@@ -8,6 +8,7 @@ for name, attributes in {
     'timm.layers.mixed_conv2d.MixedConv2d': ('splits', 'in_channels', 'out_channels'),
     'timm.models.cspnet.CrossStage': ('expand_chs',),
     'timm.models.cspnet.CrossStage3': ('expand_chs',),
+    'timm.models.dla.DlaBottle2neck': ('width',),
     'timm.models.dpn.DualPathBlock': ('num_1x1_c', 'inc'),
     'timm.models.fasternet.Partial_conv3': ('dim_conv3', 'dim_untouched'),
     'timm.models.ghostnet.GhostModule': ('out_chs',),

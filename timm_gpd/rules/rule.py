@@ -29,7 +29,7 @@ class Rule:
             that is no layer itself it holds for the layers inside, wherever it divides their axis.
         params: own parameter or buffer -> its channel axis, or a tuple of them.
         keep: children that keep their width, such as those that mix tokens.
-        code: for what data cannot say. Called with the planner's view of the module, before its first forward.
+        code: for what data cannot say. Called with the planner's view of the module, before the dry run.
     """
     multiply: Tuple[str, ...] = ()
     divide: Tuple[str, ...] = ()

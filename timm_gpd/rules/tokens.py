@@ -9,4 +9,8 @@ register_rule('timm.models.gemma4_vit.Gemma4PatchEmbed', Rule(params={'position_
 register_rule('timm.models.csatv2.SpatialTransformerBlock', Rule(keep=('',)))
 
 # The states are what tokens are summed into and read back from.
-register_rule('timm.models.efficientvim.HSMSSD', Rule(keep=('BCdt_proj', 'dw')))
+register_rule('timm.models.efficientvim.HSMSSD', Rule(
+    multiply=('d_inner',), keep=('BCdt_proj', 'dw')))
+
+# A fixed transform of pixels.
+register_rule('timm.models.csatv2.LearnableDct2d', Rule(keep=('transform',)))

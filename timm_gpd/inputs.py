@@ -1,0 +1,44 @@
+"""What images a model takes."""
+from typing import Iterator, Tuple
+
+import torch
+import torch.nn as nn
+
+from .model_copy import meta_copy
+
+__all__ = ['accepted_input_shape', 'input_shape']
+
+
+def input_shape(model: nn.Module) -> Tuple[int, int, int]:
+    """Channels, height and width (pixels) of the images that a timm model was made for, by its own records."""
+    channels, height, width = (getattr(model, 'pretrained_cfg', None) or {}).get('input_size', (3, 224, 224))
+    for module in model.modules():
+        img_size = getattr(module, 'img_size', None)
+        if img_size is not None:  # what the instance was made for; its config only knows the default
+            height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+            break
+    return getattr(model, 'in_chans', None) or channels, height, width
+
+
+def accepted_input_shape(model: nn.Module) -> Tuple[int, int, int]:
+    """An input shape that the model's forward accepts: its own, or the first square that runs on the meta device.
+
+    Some classes bake ``img_size`` into a table and keep no record of it. Where nothing runs, it is :func:`input_shape`.
+    """
+    channels, *size = input_shape(model)
+    copy = meta_copy(model).eval()
+    for height, width in _sizes(*size):
+        try:
+            with torch.no_grad():
+                copy(torch.empty(2, channels, height, width, device='meta'))
+            return channels, height, width
+        except Exception:
+            continue
+    return channels, *size
+
+
+def _sizes(height: int, width: int) -> Iterator[Tuple[int, int]]:
+    yield height, width
+    for step in (32, 28, 16):
+        for size in range(step, 1025, step):
+            yield size, size
