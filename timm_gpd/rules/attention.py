@@ -1,4 +1,5 @@
 """Rules of attention: whole heads are replicated, so scores, softmax, RoPE and q/k norms keep an unchanged head_dim."""
+from dataclasses import replace
 from typing import Any
 
 import torch.nn as nn
@@ -28,7 +29,8 @@ heads = Rule(
     multiply=('num_heads', 'heads', 'groups', 'num_kv_heads', 'attn_dim', 'kv_dim', 'dim_out', 'o_proj_inpdim'),
     blocks=dict.fromkeys(HEAD_AXES, head_dim),
     params={
-        'q_bias': 0, 'k_bias': 0, 'v_bias': 0, 'relative_position_bias_table': 1, 'gating_param': 0, 'temperature': 0},
+        'q_bias': 0, 'k_bias': 0, 'v_bias': 0, 'relative_position_bias_table': 1, 'gating_param': 0, 'temperature': 0,
+        'logit_scale': 0},
 )
 for name in (
     'timm.layers.attention.Attention',
@@ -53,9 +55,53 @@ for name in (
     'timm.models.gemma4_vit.Gemma4Attention',
     'timm.models.hiera.MaskUnitAttention',
     'timm.models.hieradet_sam2.MultiScaleAttention',
+    'timm.models.metaformer.Attention',
+    'timm.models.mvitv2.MultiScaleAttention',
     'timm.models.swin_transformer.WindowAttention',
+    'timm.models.swin_transformer_v2.WindowAttention',
+    'timm.models.swin_transformer_v2_cr.WindowMultiHeadAttention',
+    'timm.models.tnt.Attention',
+    'timm.models.twins.LocallyGroupedAttn',
+    'timm.models.vision_transformer_relpos.RelPosAttention',
+    'timm.models.vision_transformer_sam.Attention',
+    'timm.models.visformer.Attention',
+    'timm.models.volo.Attention',
+    'timm.models.volo.ClassAttention',
+    'timm.models.xcit.XCA',
 ):
     register_rule(name, heads)
+
+# Here `norm` is the norm of the tokens that keys and values are projected from, which are not heads yet.
+heads_of_reduced_tokens = replace(heads, blocks=dict.fromkeys(set(HEAD_AXES) - {'norm.out'}, head_dim))
+for name in (
+    'timm.models.nextvit.EfficientAttention',
+    'timm.models.pvt_v2.Attention',
+    'timm.models.twins.GlobalSubSampleAttn',
+):
+    register_rule(name, heads_of_reduced_tokens)
+
+# Heads are the inner axis of what is projected back.
+register_rule('timm.models.nest.Attention', Rule(multiply=('num_heads',), blocks={'qkv.out': head_dim}))
+
+# A head of values is two of queries and keys, side by side; all of them share a scalar.
+register_rule('timm.layers.diff_attention.DiffAttention', Rule(
+    multiply=('num_heads',),
+    blocks=dict.fromkeys(('qkv.out', 'norm.out', 'proj.in'), lambda m: 2 * m.head_dim)))
+
+# Every window position of a head has its own weights.
+register_rule('timm.models.volo.OutlookAttention', Rule(
+    multiply=('num_heads',),
+    blocks={
+        'v.out': lambda m: m.v.out_features // m.num_heads,
+        'attn.out': lambda m: m.kernel_size ** 4,
+        'proj.in': lambda m: m.v.out_features // m.num_heads,
+    },
+))
+
+# One head of keys and values serves every query.
+register_rule('timm.layers.attention2d.MultiQueryAttention2d', Rule(
+    multiply=('num_heads',), blocks={'query.proj.out': 'key_dim', 'output.proj.in': 'value_dim'},
+    keep=('key.proj', 'value.proj')))
 
 register_rule('timm.layers.attention_pool.AttentionPoolLatent', Rule(
     multiply=('num_heads',),
@@ -91,13 +137,43 @@ def relative_position_bias(rule: Any) -> None:
 for name in ('RelPosBias', 'RelPosMlp'):
     register_rule(f'timm.layers.pos_embed_rel.{name}', Rule(
         multiply=('num_heads',), params={'relative_position_bias_table': 1}, code=relative_position_bias))
+register_rule('timm.layers.pos_embed_rel.RelPosBiasTf', Rule(
+    multiply=('num_heads',), params={'relative_position_bias_table': 0}))
 
 # Query, key and value of one head lie side by side: they are replicated together.
-register_rule('timm.models.efficientformer.Attention', Rule(
+for name in ('timm.models.efficientformer.Attention', 'timm.models.levit.Attention', 'timm.models.tiny_vit.Attention'):
+    register_rule(name, Rule(
+        multiply=('num_heads', 'key_attn_dim', 'val_attn_dim', 'out_dim'),
+        blocks={'qkv.out': lambda m: 2 * m.key_dim + m.val_dim, 'proj.in': 'val_dim'},
+        params={'attention_biases': 0},
+    ))
+register_rule('timm.models.levit.AttentionDownsample', Rule(
     multiply=('num_heads', 'key_attn_dim', 'val_attn_dim'),
-    blocks={'qkv.out': lambda m: 2 * m.key_dim + m.val_dim, 'proj.in': 'val_dim'},
+    blocks={'q.ln.out': 'key_dim', 'kv.out': lambda m: m.key_dim + m.val_dim, 'proj.in': 'val_dim'},
     params={'attention_biases': 0},
 ))
+for name in (
+    'timm.layers.attention2d.Attention2d', 'timm.models.maxxvit.Attention2d', 'timm.models.maxxvit.AttentionCl',
+):
+    register_rule(name, Rule(
+        multiply=('num_heads',),
+        blocks={'qkv.out': lambda m: (3 if m.head_first else 1) * m.dim_head, 'proj.in': 'dim_head'},
+    ))
+
+
+def parallel_block(rule: Any) -> None:
+    """One projection gives the hidden layer of the MLP and the heads; another takes heads and hidden layer."""
+    module, ratio = rule.module, rule.ratio
+    hidden, dim = (size // ratio for size in module.in_split[:2])
+    head = dim // (module.num_heads // ratio)
+    rule.layout('in_proj.out', (hidden, ratio, 1), (3 * dim, ratio, head))
+    rule.layout('out_proj.in', (dim, ratio, head), (hidden, ratio, 1))
+    rule.layout('attn_out_proj.in', (dim, ratio, head))
+
+
+for name in ('ParallelScalingBlock', 'DiffParallelScalingBlock'):
+    register_rule(f'timm.models.vision_transformer.{name}', Rule(
+        multiply=('num_heads', 'in_split'), params={'mlp_bias': 0}, code=parallel_block))
 for name in ('timm.models.cpubone.ConvAttention', 'timm.models.lowformer.ConvAttention'):
     register_rule(name, Rule(
         multiply=('num_heads', 'o_proj_inpdim'),
@@ -130,6 +206,27 @@ for name in ('Attention2d', 'Attention2dDownsample'):
 register_rule('timm.models.efficientvit_msra.CascadedGroupAttention', Rule(
     multiply=('key_dim', 'val_dim'), divide=('scale',)))
 register_rule('timm.layers.non_local_attn.NonLocalAttn', Rule(divide=('scale',)))
+
+
+# One head, whose scores keep their width: those of another width would need another scale.
+register_rule('timm.models.iformer.SHMA', Rule(keep=('q', 'k')))
+register_rule('timm.models.swiftformer.EfficientAdditiveAttention', Rule(keep=('to_query', 'to_key', 'proj')))
+
+
+def single_head_values(rule: Any) -> None:
+    module = rule.module
+    rule.layout('qkv.out', (2 * module.qk_dim, 1, 1), (module.pdim // rule.ratio, rule.ratio, 1))
+
+
+register_rule('timm.models.shvit.SHSA', Rule(multiply=('dim', 'pdim'), code=single_head_values))
+
+
+def separable_values(rule: Any) -> None:
+    """The query is a map of one channel."""
+    rule.layout('qkv_proj.out', (1, 1, 1), (2 * rule.module.embed_dim // rule.ratio, rule.ratio, 1))
+
+
+register_rule('timm.models.mobilevit.LinearSelfAttention', Rule(multiply=('embed_dim',), code=separable_values))
 
 
 # No projection follows, so the output must be replicated plainly: values widen, scores do not.

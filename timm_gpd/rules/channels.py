@@ -14,6 +14,12 @@ for name, attributes in {
     'timm.models.ghostnet.GhostModule': ('out_chs',),
     'timm.models.ghostnet.GhostModuleV2': ('out_chs',),
     'timm.models.ghostnet.GhostModuleV3': ('out_chs',),
+    'timm.models.inception_next.InceptionDWConv2d': ('split_indexes',),
+    'timm.models.mambaout.GatedConvBlock': ('split_indices',),
+    'timm.models.res2net.Bottle2neck': ('width',),
+    'timm.models.rexnet.LinearBottleneck': ('in_channels', 'out_channels'),
+    'timm.models.tnt.PixelEmbed': ('in_dim',),
+    'timm.layers.selective_kernel.SelectiveKernel': ('in_channels', 'out_channels'),
 }.items():
     register_rule(name, Rule(multiply=attributes))
 
@@ -33,3 +39,11 @@ def focal_gates(rule: Any) -> None:
 
 
 register_rule('timm.models.focalnet.FocalModulation', Rule(code=focal_gates))
+
+
+def scale_shape(rule: Any) -> None:
+    channels, *rest = rule.module.shape
+    rule.set('shape', (channels * rule.ratio, *rest))
+
+
+register_rule('timm.models.metaformer.Scale', Rule(params={'scale': 0}, code=scale_shape))

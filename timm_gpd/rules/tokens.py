@@ -14,3 +14,14 @@ register_rule('timm.models.efficientvim.HSMSSD', Rule(
 
 # A fixed transform of pixels.
 register_rule('timm.models.csatv2.LearnableDct2d', Rule(keep=('transform',)))
+
+# Layers along the token axis.
+register_rule('timm.models.mlp_mixer.MixerBlock', Rule(keep=('mlp_tokens',)))
+register_rule('timm.models.mlp_mixer.ResBlock', Rule(keep=('linear_tokens',)))
+register_rule('timm.models.mlp_mixer.SpatialGatingUnit', Rule(keep=('proj',)))
+
+# Embeddings of rows and columns are added before they meet the tokens.
+register_rule('timm.models.naflexvit.NaFlexEmbeds', Rule(params={'pos_embed_y': 2, 'pos_embed_x': 2}))
+
+# A second head, for the classes of patches.
+register_rule('timm.models.volo.VOLO', Rule(keep=('aux_head',)))
