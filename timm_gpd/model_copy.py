@@ -1,6 +1,6 @@
 """Copies of a model whose tensors are exchanged on the way: no tensor is copied only to be thrown away."""
 import copy
-from typing import Any, Callable, Dict
+from typing import Any, Callable, Dict, Tuple
 
 import torch
 import torch.nn as nn
@@ -43,7 +43,19 @@ def wide_copy(
     for name, changes in plan.attributes.items():
         for attribute, (_, value) in changes.items():
             setattr(modules[name], attribute, value)
+    for name, ratio in plan.divided_inputs.items():
+        modules[name].register_forward_pre_hook(_InputDivision(ratio))
     return wide
+
+
+class _InputDivision:
+    """A forward pre-hook that divides a layer's input. A class, so that the teacher can be pickled."""
+
+    def __init__(self, ratio: int) -> None:
+        self.ratio = ratio
+
+    def __call__(self, module: nn.Module, inputs: Tuple[torch.Tensor, ...]) -> Tuple[torch.Tensor, ...]:
+        return (inputs[0] / self.ratio, *inputs[1:])
 
 
 @torch.no_grad()

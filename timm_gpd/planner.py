@@ -87,6 +87,7 @@ class _DryRun(TorchFunctionMode):
         self.model = meta_copy(student)
         self.tensors: Dict[str, TensorMap] = {}
         self.attributes: Dict[str, Dict[str, Tuple[Any, Any]]] = {}
+        self.divided_inputs: Dict[str, int] = {}
         self.layouts: Dict[Tuple[str, str], Union[int, AxisMap]] = {}
         self.touched: Set[str] = set()
         self.stack: List[str] = ['']
@@ -123,7 +124,7 @@ class _DryRun(TorchFunctionMode):
             except UnsupportedModelError:
                 if parameters - self.touched:
                     raise
-        return ExpansionPlan(self.ratio, self.tensors, self.attributes)
+        return ExpansionPlan(self.ratio, self.tensors, self.attributes, self.divided_inputs)
 
     def _forward(self, training: bool) -> None:
         self.model.train(training)
@@ -140,6 +141,8 @@ class _DryRun(TorchFunctionMode):
     def _enter(self, name: str) -> Callable:
         def pre_hook(module: nn.Module, inputs: Tuple[Any, ...]) -> None:
             self.stack.append(name)
+            if isinstance(module, nn.RNNBase):
+                _recurrent(self, name, module, inputs[0])
         return pre_hook
 
     def _leave(self, module: nn.Module, inputs: Any, output: Any) -> None:
@@ -433,14 +436,52 @@ def _watch(*functions: Callable, names: Sequence[str] = ()) -> Callable:
     return register
 
 
+def _weight(run: _DryRun, a: Dict[str, Any]) -> Optional[torch.Tensor]:
+    """The parameter that a layer's weight is, or is computed from entry by entry; None where it has been widened."""
+    weight = a['weight']
+    if not _from_parameters(weight):
+        return None
+    if _is_own(weight):
+        return weight if run.is_new(weight) else None
+    return next((
+        run.parameter(source) for source in weight.gpd_sources
+        if source not in run.tensors and run.parameter(source).shape == weight.shape), None)
+
+
+def _widen_weight(
+        run: _DryRun, a: Dict[str, Any], parameter: torch.Tensor, axes: Mapping[int, AxisMap], sum_axis: Optional[int],
+) -> None:
+    """Widens a layer's weight.
+
+    A weight that is computed (weight standardisation) may not keep a factor of its parameter, so the input is divided
+    instead; this takes for granted that it is computed alike from every replica.
+    """
+    if parameter is a['weight']:
+        a['weight'] = run.widen(parameter, axes, sum_axis)
+        return
+    name, sources = run.owner(parameter), a['weight'].gpd_sources
+    if name != run.stack[-1]:
+        raise run.unsupported(f'a weight is computed from {parameter.gpd_sources[0]}, of another module')
+    for source in sources:
+        other = run.parameter(source)
+        if other.dim() == len(parameter.shape):
+            run.widen(other, {
+                axis: axis_map for axis, axis_map in axes.items()
+                if other is parameter or other.shape[axis] == axis_map.size > 1})
+    if sum_axis is not None and axes[sum_axis].ratio > 1:
+        run.divided_inputs[name] = axes[sum_axis].ratio
+    a['weight'] = torch.empty_like(run.parameter(parameter.gpd_sources[0]))
+    a['weight'].gpd_sources = sources
+
+
 _CONV = ('input', 'weight', 'bias', 'stride', 'padding', 'dilation', 'groups')
 _CONV_TRANSPOSE = ('input', 'weight', 'bias', 'stride', 'padding', 'output_padding', 'groups', 'dilation')
 
 
 @_watch(F.conv1d, F.conv2d, F.conv3d, names=_CONV)
 def _conv(run: _DryRun, a: Dict[str, Any]) -> None:
-    weight, bias, groups = a['weight'], a.get('bias'), a.get('groups', 1)
-    if not run.is_new(weight):
+    weight, bias, groups = _weight(run, a), a.get('bias'), a.get('groups', 1)
+    if weight is None:
         return
     outputs, inputs = weight.shape[0], weight.shape[1] * groups
     actual = a['input'].shape[1 - weight.dim()]
@@ -457,7 +498,7 @@ def _conv(run: _DryRun, a: Dict[str, Any]) -> None:
         in_map = run.axis_like(weight, 'in', weight.shape[1], actual // groups, 'a group of a convolution')
         axes, sum_axis = {0: out_map, 1: in_map}, 1
     _set_sizes(run, owner, in_channels=actual, out_channels=out_map.teacher_size)
-    a['weight'] = run.widen(weight, axes, sum_axis)
+    _widen_weight(run, a, weight, axes, sum_axis)
     if _is_own(bias):
         a['bias'] = run.widen(bias, {0: out_map})
 
@@ -487,15 +528,15 @@ def _conv_transpose(run: _DryRun, a: Dict[str, Any]) -> None:
 
 @_watch(F.linear, names=('input', 'weight', 'bias'))
 def _linear(run: _DryRun, a: Dict[str, Any]) -> None:
-    weight, bias = a['weight'], a.get('bias')
-    if not run.is_new(weight):
+    weight, bias = _weight(run, a), a.get('bias')
+    if weight is None:
         return
     outputs, inputs = weight.shape
     actual = a['input'].shape[-1]
     in_map = run.axis_like(weight, 'in', inputs, actual, 'a linear layer')
     out_map = run.out_axis(weight, outputs)
     _set_sizes(run, run.owner(weight), in_features=actual, out_features=out_map.teacher_size)
-    a['weight'] = run.widen(weight, {0: out_map, 1: in_map}, 1)
+    _widen_weight(run, a, weight, {0: out_map, 1: in_map}, 1)
     if _is_own(bias):
         a['bias'] = run.widen(bias, {0: out_map})
 
@@ -561,6 +602,59 @@ def _layer_norm(run: _DryRun, a: Dict[str, Any]) -> None:
 @_watch(F.rms_norm, names=('input', 'normalized_shape', 'weight', 'eps'))
 def _rms_norm(run: _DryRun, a: Dict[str, Any]) -> None:
     _layer_norm(run, a)
+
+
+@_watch(F.multi_head_attention_forward, names=(
+    'query', 'key', 'value', 'embed_dim_to_check', 'num_heads', 'in_proj_weight', 'in_proj_bias', 'bias_k', 'bias_v',
+    'add_zero_attn', 'dropout_p', 'out_proj_weight', 'out_proj_bias'))
+def _multi_head_attention(run: _DryRun, a: Dict[str, Any]) -> None:
+    out_weight, size = a['out_proj_weight'], a['embed_dim_to_check']
+    if not run.is_new(out_weight):
+        return
+    name, head_dim = run.stack[-1], size // a['num_heads']
+    ratio = a['query'].shape[-1] // size
+
+    def widen(key: str, axes: Mapping[int, AxisMap], sum_axis: Optional[int] = None) -> None:
+        if _is_own(a.get(key)):
+            a[key] = run.widen(a[key], axes, sum_axis)
+
+    def heads(count: int) -> AxisMap:
+        return AxisMap.uniform(count * size, ratio, head_dim)
+
+    for key, weight in (('query', 'q_proj_weight'), ('key', 'k_proj_weight'), ('value', 'v_proj_weight')):
+        weight = weight if _is_own(a.get(weight)) else 'in_proj_weight'
+        in_map = run.axis_like(a[weight], 'in', a[weight].shape[1], a[key].shape[-1], f'the {key} of an attention')
+        if weight != 'in_proj_weight':
+            widen(weight, {0: heads(1), 1: in_map}, 1)
+    if not a.get('use_separate_proj_weight'):
+        widen('in_proj_weight', {0: heads(3), 1: in_map}, 1)
+    widen('in_proj_bias', {0: heads(3)})
+    widen('bias_k', {2: heads(1)})
+    widen('bias_v', {2: heads(1)})
+    out_map = run.out_axis(out_weight, size)
+    widen('out_proj_weight', {0: out_map, 1: heads(1)}, 1)
+    widen('out_proj_bias', {0: out_map})
+    _set_sizes(run, run.owner(out_weight), in_features=ratio * size, out_features=out_map.teacher_size)
+    a['embed_dim_to_check'], a['num_heads'] = ratio * size, ratio * a['num_heads']
+    _set_sizes(
+        run, name, embed_dim=a['embed_dim_to_check'], num_heads=a['num_heads'],
+        kdim=a['key'].shape[-1], vdim=a['value'].shape[-1])
+
+
+def _recurrent(run: _DryRun, name: str, module: nn.RNNBase, x: torch.Tensor) -> None:
+    """Recurrent layers check their sizes before they call any function. Gates are the outer axis of their rows."""
+    first = module.weight_ih_l0
+    if not run.is_new(first):
+        return
+    in_map = run.axis_like(first, 'in', module.input_size, x.shape[-1], 'a recurrent layer')
+    ratio = run.out_axis(first, first.shape[0]).ratio
+    for key, tensor in list(module._parameters.items()):
+        axes = {axis: AxisMap.uniform(size, ratio) for axis, size in enumerate(tensor.shape)}
+        if key.startswith('weight_ih_l0'):
+            axes[1] = in_map
+        run.widen(tensor, axes, 1 if tensor.dim() > 1 else None)
+    _set_sizes(
+        run, name, input_size=x.shape[-1], hidden_size=ratio * module.hidden_size, proj_size=ratio * module.proj_size)
 
 
 @_watch(F.scaled_dot_product_attention, names=('query', 'key', 'value', 'attn_mask'))
