@@ -1,10 +1,10 @@
 """What images a model takes."""
-from typing import Iterator, Tuple
+from typing import Iterator, Optional, Tuple
 
 import torch
 import torch.nn as nn
 
-from .model_copy import meta_copy
+from .model_copy import blank, blank_copy
 
 __all__ = ['accepted_input_shape', 'input_shape']
 
@@ -20,21 +20,21 @@ def input_shape(model: nn.Module) -> Tuple[int, int, int]:
     return getattr(model, 'in_chans', None) or channels, height, width
 
 
-def accepted_input_shape(model: nn.Module) -> Tuple[int, int, int]:
+def accepted_input_shape(model: nn.Module) -> Optional[Tuple[int, int, int]]:
     """An input shape that the model's forward accepts: its own, or the first square that runs on the meta device.
 
-    Some classes bake ``img_size`` into a table and keep no record of it. Where nothing runs, it is :func:`input_shape`.
+    Some classes bake ``img_size`` into a table and keep no record of it. None if no shape runs.
     """
     channels, *size = input_shape(model)
-    copy = meta_copy(model).eval()
+    copy = blank_copy(model).eval()
     for height, width in _sizes(*size):
         try:
             with torch.no_grad():
-                copy(torch.empty(2, channels, height, width, device='meta'))
+                copy(blank((2, channels, height, width), torch.get_default_dtype()))
             return channels, height, width
         except Exception:
             continue
-    return channels, *size
+    return None
 
 
 def _sizes(height: int, width: int) -> Iterator[Tuple[int, int]]:

@@ -1,13 +1,13 @@
 """Copies of a model whose tensors are exchanged on the way: no tensor is copied only to be thrown away."""
 import copy
-from typing import Any, Callable, Dict, Tuple
+from typing import Any, Callable, Dict, Sequence, Tuple
 
 import torch
 import torch.nn as nn
 
 from .plan import ExpansionPlan
 
-__all__ = ['copy_model', 'meta_copy', 'parameterless_copy', 'wide_copy']
+__all__ = ['blank', 'blank_copy', 'copy_model', 'parameterless_copy', 'wide_copy']
 
 
 def copy_model(model: nn.Module, substitute: Callable[[str, torch.Tensor], torch.Tensor]) -> nn.Module:
@@ -20,9 +20,14 @@ def copy_model(model: nn.Module, substitute: Callable[[str, torch.Tensor], torch
     return copy.deepcopy(model, memo)
 
 
-def meta_copy(model: nn.Module) -> nn.Module:
-    """A copy that allocates nothing: every tensor lives on the meta device."""
-    return copy_model(model, lambda name, tensor: torch.empty_like(tensor, device='meta'))
+def blank(shape: Sequence[int], dtype: torch.dtype, device: str = 'meta') -> torch.Tensor:
+    """A tensor that takes no memory: on the meta device one without values, elsewhere one zero in every place."""
+    return torch.zeros((), dtype=dtype, device=device).expand(tuple(shape))
+
+
+def blank_copy(model: nn.Module, device: str = 'meta') -> nn.Module:
+    """A copy that allocates nothing: every tensor is :func:`blank`."""
+    return copy_model(model, lambda name, tensor: blank(tensor.shape, tensor.dtype, device))
 
 
 @torch.no_grad()

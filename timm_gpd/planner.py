@@ -7,6 +7,7 @@ output becomes wider, and the widening flows on to the classifier, which keeps i
 rather than layer classes, a model that calls ``F.linear(x, self.qkv.weight)`` by hand is read as well as ``nn.Linear``.
 What shapes cannot tell (head counts, split sizes) comes from :mod:`timm_gpd.rules`.
 """
+from dataclasses import replace
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, Optional, Sequence, Set, Tuple, Union
 
 import torch
@@ -18,11 +19,13 @@ from torch.utils._pytree import tree_map_only
 from .axes import AxisMap, Segment, TensorMap
 from .errors import UnsupportedModelError
 from .inputs import accepted_input_shape, input_shape
-from .model_copy import meta_copy
+from .model_copy import blank, blank_copy
 from .plan import ExpansionPlan
 from .rules import find_rule
 
 __all__ = ['plan_expansion', 'check_positive_int']
+
+NO_CLASSIFIER = 'has no classifier'
 
 
 def plan_expansion(student: nn.Module, ratio: int = 2) -> ExpansionPlan:
@@ -47,7 +50,10 @@ def plan_expansion(student: nn.Module, ratio: int = 2) -> ExpansionPlan:
         accepted = accepted_input_shape(student)
         if accepted == shape:
             raise
+    if accepted is not None:
         return _DryRun(student, ratio, accepted).plan()
+    note = f'planned on the CPU: the forward of {type(student).__name__} does not run on the meta device'
+    return replace(_DryRun(student, ratio, shape, device='cpu').plan(), notes=(note,))
 
 
 def check_positive_int(name: str, value: Any) -> None:
@@ -71,20 +77,21 @@ def classifier_names(model: nn.Module) -> Set[str]:
     }
     if not names:
         raise UnsupportedModelError(
-            f'{type(model).__name__} has no classifier: create it with num_classes > 0 to distil logits')
+            f'{type(model).__name__} {NO_CLASSIFIER}: create it with num_classes > 0 to distil logits')
     return names
 
 
 class _DryRun(TorchFunctionMode):
-    """Runs the student on the meta device and widens what meets wider inputs."""
+    """Runs the student, on tensors without values, and widens what meets wider inputs."""
 
-    def __init__(self, student: nn.Module, ratio: int, shape: Tuple[int, int, int]) -> None:
+    def __init__(self, student: nn.Module, ratio: int, shape: Tuple[int, int, int], device: str = 'meta') -> None:
         super().__init__()
         self.shape = shape
+        self.device = device
         self.student_name = type(student).__name__
         self.ratio = ratio
         self.kept = classifier_names(student)
-        self.model = meta_copy(student)
+        self.model = blank_copy(student, device)
         self.tensors: Dict[str, TensorMap] = {}
         self.attributes: Dict[str, Dict[str, Tuple[Any, Any]]] = {}
         self.divided_inputs: Dict[str, int] = {}
@@ -129,7 +136,7 @@ class _DryRun(TorchFunctionMode):
     def _forward(self, training: bool) -> None:
         self.model.train(training)
         self.stack = ['']
-        x = torch.empty(2, *self.shape, device='meta')
+        x = blank((2, *self.shape), torch.get_default_dtype(), self.device)
         try:
             with torch.no_grad(), self:
                 self.model(x)
@@ -291,9 +298,9 @@ class _DryRun(TorchFunctionMode):
         return self.replace(tensor, TensorMap(tuple(tensor.shape), wider, sum_axis))
 
     def replace(self, tensor: torch.Tensor, tensor_map: TensorMap) -> torch.Tensor:
-        """Puts a meta tensor of the teacher's shape in the place of a parameter or buffer."""
+        """Puts a blank tensor of the teacher's shape in the place of a parameter or buffer."""
         first, = tensor.gpd_sources
-        wide = torch.empty(tensor_map.teacher_shape, dtype=tensor.dtype, device='meta')
+        wide = blank(tensor_map.teacher_shape, tensor.dtype, self.device)
         if isinstance(tensor, nn.Parameter):
             wide = nn.Parameter(wide, requires_grad=tensor.requires_grad)
         wide.gpd_sources, wide.gpd_is_own = (first,), True
@@ -327,7 +334,7 @@ class _DryRun(TorchFunctionMode):
                 index = student_shape.index(size)
                 self.widen(parameter, {index: self.axis(parameter, '', size, ratio)})
             shape[axis] = size * ratio
-        wide = torch.empty(shape, dtype=tensor.dtype, device='meta')
+        wide = blank(shape, tensor.dtype, self.device)
         wide.gpd_sources = tensor.gpd_sources
         return wide
 
@@ -339,13 +346,16 @@ class _DryRun(TorchFunctionMode):
 
     def __torch_function__(self, func: Callable, types: Any, args: Tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        args, kwargs = tree_map_only(torch.Tensor, _to_meta, (args, kwargs))
+        args, kwargs = tree_map_only(torch.Tensor, self._to_device, (args, kwargs))
         handler = _HANDLERS.get(func) or _HANDLERS_BY_NAME.get(getattr(func, '__name__', '').strip('_'))
         if handler is not None:
             args, kwargs = handler(self, func, args, kwargs)
         output = func(*args, **kwargs)
         self._note_origin(args, kwargs, output)
         return output
+
+    def _to_device(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor if tensor.device.type == self.device else tensor.to(self.device)
 
     @staticmethod
     def _note_origin(args: Any, kwargs: Any, output: Any) -> None:
@@ -394,10 +404,6 @@ class RuleContext:
 
 def join(name: str, child: str) -> str:
     return f'{name}.{child}' if name and child else name or child
-
-
-def _to_meta(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor if tensor.device.type == 'meta' else tensor.to('meta')
 
 
 def _tensors(tree: Any) -> Iterable[torch.Tensor]:
