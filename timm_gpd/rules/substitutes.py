@@ -2,9 +2,10 @@
 
 A substitute is the same function on the student's own tensors. Being a class, it is still data in a plan.
 """
-from typing import Any
+from typing import Any, Callable
 
 import torch
+from timm.layers import SimpleNorm, SimpleNorm2d
 from timm.models.edgenext import SplitTransposeBlock
 
 from .rule import Rule, register_rule
@@ -36,8 +37,35 @@ class AlignedSplitTransposeBlock(SplitTransposeBlock):
         return x + self.drop_path(y.permute(0, 3, 1, 2))
 
 
+class ReplicatedSimpleNorm(SimpleNorm):
+    """Divides by the unbiased standard deviation of distinct channels: n replicas of C of them have n (C - 1) freedoms."""
+    replicas = 1
+    dim = -1
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Maps (..., C) to the same shape."""
+        x = x * torch.rsqrt(x.var(dim=self.dim, correction=self.replicas, keepdim=True) + self.eps)
+        if self.weight is None:
+            return x
+        return x * self.weight.view(-1, *[1] * (-1 - self.dim))
+
+
+class ReplicatedSimpleNorm2d(ReplicatedSimpleNorm, SimpleNorm2d):
+    """The same for (B, C, H, W)."""
+    dim = -3
+
+
 def align_splits(rule: Any) -> None:
     rule.set('__class__', AlignedSplitTransposeBlock)
 
 
+def count_freedoms(substitute: type) -> Callable[[Any], None]:
+    def code(rule: Any) -> None:
+        rule.set('__class__', substitute)
+        rule.set('replicas', rule.ratio)
+    return code
+
+
 register_rule(SplitTransposeBlock, Rule(multiply=('width',), code=align_splits))
+register_rule(SimpleNorm, Rule(code=count_freedoms(ReplicatedSimpleNorm)))
+register_rule(SimpleNorm2d, Rule(code=count_freedoms(ReplicatedSimpleNorm2d)))
