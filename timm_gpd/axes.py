@@ -54,6 +54,14 @@ class AxisMap(Tuple[Segment, ...]):
         """The largest replication on the axis."""
         return max(segment.ratio for segment in self)
 
+    def replica_index(self, device: Optional[torch.device] = None) -> torch.Tensor:
+        """Which replica every teacher entry is, shape ``(teacher_size,)``; the student is where it is 0."""
+        return torch.cat([
+            torch.arange(segment.ratio, device=device).repeat_interleave(segment.block)
+            .repeat(segment.size // segment.block)
+            for segment in self
+        ])
+
     def replicate(self, tensor: torch.Tensor, axis: int) -> torch.Tensor:
         """Student axis to teacher axis."""
         parts = [
@@ -128,9 +136,14 @@ class TensorMap:
         """
         if self.factor == 1 or not tensor.is_floating_point():
             return torch.zeros_like(tensor)
-        positions = torch.arange(tensor.numel(), device=tensor.device).view(tensor.shape)
-        free = torch.ones(tensor.shape, dtype=torch.bool, device=tensor.device)
-        free.view(-1)[self.first_replica(positions)] = False
+        free = torch.zeros(tensor.shape, dtype=torch.bool, device=tensor.device)
+        for position, (axis, axis_map) in enumerate(self.axes):
+            index = axis_map.replica_index(tensor.device)
+            for inner_axis, inner_map in self.axes[position + 1:]:
+                index = inner_map.replicate(index, 0) if inner_axis == axis else index
+            shape = [1] * tensor.dim()
+            shape[axis] = -1
+            free |= (index > 0).view(shape)
         noise = torch.randn_like(tensor) * std * free
         # Shape (..., n, replica, block, ...): the sum over `replica` must vanish, spread over the free entries.
         segment, = dict(self.axes)[self.sum_axis]

@@ -6,7 +6,7 @@ import torch.nn as nn
 
 from .model_copy import blank, blank_copy
 
-__all__ = ['accepted_input_shape', 'input_shape']
+__all__ = ['accepted_input_shape', 'blank_images', 'input_shape']
 
 
 def input_shape(model: nn.Module) -> Tuple[int, int, int]:
@@ -20,6 +20,12 @@ def input_shape(model: nn.Module) -> Tuple[int, int, int]:
     return getattr(model, 'in_chans', None) or channels, height, width
 
 
+def blank_images(model: nn.Module, shape: Tuple[int, int, int], device: str = 'meta') -> torch.Tensor:
+    """Two images without values, of the model's dtype."""
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
+    return blank((2, *shape), dtype, device)
+
+
 def accepted_input_shape(model: nn.Module) -> Optional[Tuple[int, int, int]]:
     """An input shape that the model's forward accepts: its own, or the first square that runs on the meta device.
 
@@ -30,7 +36,7 @@ def accepted_input_shape(model: nn.Module) -> Optional[Tuple[int, int, int]]:
     for height, width in _sizes(*size):
         try:
             with torch.no_grad():
-                copy(blank((2, channels, height, width), torch.get_default_dtype()))
+                copy(blank_images(copy, (channels, height, width)))
             return channels, height, width
         except Exception:
             continue

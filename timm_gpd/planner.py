@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map_only
 
 from .axes import AxisMap, Segment, TensorMap
 from .errors import UnsupportedModelError
-from .inputs import accepted_input_shape, input_shape
+from .inputs import accepted_input_shape, blank_images, input_shape
 from .model_copy import blank, blank_copy
 from .plan import ExpansionPlan
 from .rules import find_rule
@@ -136,7 +136,7 @@ class _DryRun(TorchFunctionMode):
     def _forward(self, training: bool) -> None:
         self.model.train(training)
         self.stack = ['']
-        x = blank((2, *self.shape), torch.get_default_dtype(), self.device)
+        x = blank_images(self.model, self.shape, self.device)
         try:
             with torch.no_grad(), self:
                 self.model(x)
@@ -727,7 +727,7 @@ def _mismatch(run: _DryRun, shape: Sequence[int], other: Sequence[int]) -> Dict[
     """Axes, counted from the end, on which ``other`` is ``ratio`` times as wide and does not broadcast."""
     return {
         -k: run.ratio for k in range(1, min(len(shape), len(other)) + 1)
-        if shape[-k] > 1 and other[-k] == shape[-k] * run.ratio
+        if run.ratio > 1 and shape[-k] > 1 and other[-k] == shape[-k] * run.ratio
     }
 
 
