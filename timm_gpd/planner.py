@@ -267,10 +267,11 @@ class _DryRun(TorchFunctionMode):
         return axis_map
 
     def out_axis(self, weight: torch.Tensor, size: int) -> AxisMap:
-        """How a layer's outputs are replicated. A single output is a mask that broadcasts, so it stays one."""
+        """How a layer's outputs are replicated. A single output is a mask that broadcasts, unless a rule says more."""
         owner = self.owner(weight)
         kept = any(not name or owner == name or owner.startswith(f'{name}.') for name in self.kept)
-        return AxisMap.uniform(size, 1) if kept or size == 1 else self.axis(weight, 'out', size, self.ratio)
+        mask = size == 1 and (owner, 'out') not in self.layouts
+        return AxisMap.uniform(size, 1) if kept or mask else self.axis(weight, 'out', size, self.ratio)
 
     def widen(
             self,

@@ -27,7 +27,10 @@ HEAD_AXES = (
 # Projections to heads and back. What else counts heads or carries one entry per head is multiplied or replicated.
 heads = Rule(
     multiply=('num_heads', 'heads', 'groups', 'num_kv_heads', 'attn_dim', 'kv_dim', 'dim_out', 'o_proj_inpdim'),
-    blocks=dict.fromkeys(HEAD_AXES, head_dim),
+    blocks={
+        **dict.fromkeys(HEAD_AXES, head_dim),
+        **dict.fromkeys(('cpb_mlp.2.out', 'meta_mlp.fc2.out'), 1),  # heads, even if there is only one
+    },
     params={
         'q_bias': 0, 'k_bias': 0, 'v_bias': 0, 'relative_position_bias_table': 1, 'gating_param': 0, 'temperature': 0,
         'logit_scale': 0},
@@ -72,7 +75,8 @@ for name in (
     register_rule(name, heads)
 
 # Here `norm` is the norm of the tokens that keys and values are projected from, which are not heads yet.
-heads_of_reduced_tokens = replace(heads, blocks=dict.fromkeys(set(HEAD_AXES) - {'norm.out'}, head_dim))
+heads_of_reduced_tokens = replace(
+    heads, blocks={target: block for target, block in heads.blocks.items() if target != 'norm.out'})
 for name in (
     'timm.models.nextvit.EfficientAttention',
     'timm.models.pvt_v2.Attention',
@@ -136,7 +140,8 @@ def relative_position_bias(rule: Any) -> None:
 
 for name in ('RelPosBias', 'RelPosMlp'):
     register_rule(f'timm.layers.pos_embed_rel.{name}', Rule(
-        multiply=('num_heads',), params={'relative_position_bias_table': 1}, code=relative_position_bias))
+        multiply=('num_heads',), blocks={'mlp.fc2.out': 1}, params={'relative_position_bias_table': 1},
+        code=relative_position_bias))
 register_rule('timm.layers.pos_embed_rel.RelPosBiasTf', Rule(
     multiply=('num_heads',), params={'relative_position_bias_table': 0}))
 
