@@ -26,8 +26,12 @@ def blank(shape: Sequence[int], dtype: torch.dtype, device: str = 'meta') -> tor
 
 
 def blank_copy(model: nn.Module, device: str = 'meta') -> nn.Module:
-    """A copy that allocates nothing: every tensor is :func:`blank`."""
-    return copy_model(model, lambda name, tensor: blank(tensor.shape, tensor.dtype, device))
+    """A copy that allocates nothing: every tensor is :func:`blank`. It runs on inputs of the default dtype."""
+    def substitute(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        dtype = torch.get_default_dtype() if tensor.is_floating_point() else tensor.dtype
+        return blank(tensor.shape, dtype, device)
+
+    return copy_model(model, substitute)
 
 
 @torch.no_grad()
@@ -72,4 +76,17 @@ def parameterless_copy(model: nn.Module) -> nn.Module:
     for module in bare.modules():
         for key in module._parameters:
             module._parameters[key] = None
+        if isinstance(module, nn.RNNBase):
+            module.register_forward_pre_hook(_list_weights)
+            module.register_forward_hook(_forget_weights)
     return bare
+
+
+def _list_weights(module: nn.RNNBase, inputs: Any) -> None:
+    """A recurrent layer runs on a list of its weights, which it does not renew where they were None before."""
+    module._init_flat_weights()
+
+
+def _forget_weights(module: nn.RNNBase, inputs: Any, output: Any) -> None:
+    """The weights of one run are computed: kept in the list, they would hold its graph and forbid deep copies."""
+    module._flat_weights = [None] * len(module._flat_weights)

@@ -148,8 +148,9 @@ class _DryRun(TorchFunctionMode):
     def _enter(self, name: str) -> Callable:
         def pre_hook(module: nn.Module, inputs: Tuple[Any, ...]) -> None:
             self.stack.append(name)
-            if isinstance(module, nn.RNNBase):
-                _recurrent(self, name, module, inputs[0])
+            for cls, handler in _MODULE_HANDLERS.items():
+                if isinstance(module, cls):
+                    handler(self, name, module, inputs[0])
         return pre_hook
 
     def _leave(self, module: nn.Module, inputs: Any, output: Any) -> None:
@@ -477,7 +478,8 @@ def _widen_weight(
                 if other is parameter or other.shape[axis] == axis_map.size > 1})
     if sum_axis is not None and axes[sum_axis].ratio > 1:
         run.divided_inputs[name] = axes[sum_axis].ratio
-    a['weight'] = torch.empty_like(run.parameter(parameter.gpd_sources[0]))
+    wide = run.parameter(parameter.gpd_sources[0])
+    a['weight'] = blank(wide.shape, wide.dtype, run.device)
     a['weight'].gpd_sources = sources
 
 
@@ -649,7 +651,7 @@ def _multi_head_attention(run: _DryRun, a: Dict[str, Any]) -> None:
 
 
 def _recurrent(run: _DryRun, name: str, module: nn.RNNBase, x: torch.Tensor) -> None:
-    """Recurrent layers check their sizes before they call any function. Gates are the outer axis of their rows."""
+    """Gates are the outer axis of the rows."""
     first = module.weight_ih_l0
     if not run.is_new(first):
         return
@@ -662,6 +664,13 @@ def _recurrent(run: _DryRun, name: str, module: nn.RNNBase, x: torch.Tensor) -> 
         run.widen(tensor, axes, 1 if tensor.dim() > 1 else None)
     _set_sizes(
         run, name, input_size=x.shape[-1], hidden_size=ratio * module.hidden_size, proj_size=ratio * module.proj_size)
+
+
+# Layers that check their sizes before they call any function.
+_MODULE_HANDLERS: Dict[type, Callable] = {
+    nn.RNNBase: _recurrent,
+    nn.modules.instancenorm._InstanceNorm: lambda run, name, _, x: _set_sizes(run, name, num_features=x.shape[1]),
+}
 
 
 @_watch(F.scaled_dot_product_attention, names=('query', 'key', 'value', 'attn_mask'))
