@@ -352,7 +352,7 @@ class _DryRun(TorchFunctionMode):
         handler = _HANDLERS.get(func) or _HANDLERS_BY_NAME.get(getattr(func, '__name__', '').strip('_'))
         if handler is not None:
             args, kwargs = handler(self, func, args, kwargs)
-        output = func(*args, **kwargs)
+        output = _STAND_INS.get(func, func)(*args, **kwargs)
         self._note_origin(args, kwargs, output)
         return output
 
@@ -665,6 +665,19 @@ def _recurrent(run: _DryRun, name: str, module: nn.RNNBase, x: torch.Tensor) -> 
     _set_sizes(
         run, name, input_size=x.shape[-1], hidden_size=ratio * module.hidden_size, proj_size=ratio * module.proj_size)
 
+
+def _recurrent_outputs(
+        x: torch.Tensor, state: Any, weights: Any, has_biases: bool, num_layers: int, dropout: float, train: bool,
+        bidirectional: bool, batch_first: bool,
+) -> Tuple[torch.Tensor, ...]:
+    state = state if isinstance(state, tuple) else (state,)
+    width = state[0].shape[-1] * (2 if bidirectional else 1)
+    return (blank((*x.shape[:-1], width), x.dtype, x.device.type), *state)
+
+
+# Functions whose outputs have known shapes, and that take long to find out: recurrent layers go step by step.
+_STAND_INS: Dict[Callable, Callable] = dict.fromkeys(
+    (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu), _recurrent_outputs)
 
 # Layers that check their sizes before they call any function.
 _MODULE_HANDLERS: Dict[type, Callable] = {
