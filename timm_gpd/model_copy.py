@@ -26,12 +26,8 @@ def blank(shape: Sequence[int], dtype: torch.dtype, device: str = 'meta') -> tor
 
 
 def blank_copy(model: nn.Module, device: str = 'meta') -> nn.Module:
-    """A copy that allocates nothing: every tensor is :func:`blank`. It runs on inputs of the default dtype."""
-    def substitute(name: str, tensor: torch.Tensor) -> torch.Tensor:
-        dtype = torch.get_default_dtype() if tensor.is_floating_point() else tensor.dtype
-        return blank(tensor.shape, dtype, device)
-
-    return copy_model(model, substitute)
+    """A copy that allocates nothing: every tensor is :func:`blank`."""
+    return copy_model(model, lambda name, tensor: blank(tensor.shape, tensor.dtype, device))
 
 
 @torch.no_grad()
