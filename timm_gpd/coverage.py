@@ -55,7 +55,7 @@ def create(name: str, **kwargs: Any) -> nn.Module:
     return timm.create_model(name, **kwargs)
 
 
-def create_small(name: str) -> nn.Module:
+def create_small(name: str, **kwargs: Any) -> nn.Module:
     """An untrained architecture for images as small as its ``img_size`` argument, where it has one, allows."""
     default = (timm.models.get_pretrained_cfg_value(name, 'input_size') or (3, 224, 224))[-1]
     for size in SMALL_SIZES:
@@ -63,11 +63,11 @@ def create_small(name: str) -> nn.Module:
             break
         try:
             with torch.device('meta'), torch.no_grad():
-                create(name, img_size=size).eval()(torch.empty(1, 3, size, size))
+                create(name, img_size=size, **kwargs).eval()(torch.empty(1, 3, size, size))
         except Exception:
             continue
-        return create(name, img_size=size)
-    return create(name)
+        return create(name, img_size=size, **kwargs)
+    return create(name, **kwargs)
 
 
 @torch.no_grad()
