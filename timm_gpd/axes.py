@@ -90,7 +90,8 @@ class TensorMap:
 
     Attributes:
         shape: the student's shape.
-        axes: ``(axis, AxisMap)`` for every replicated axis.
+        axes: ``(axis, AxisMap)`` for every replicated axis, applied in order. An axis that holds several flattened ones
+            comes once for each of them.
         sum_axis: the axis that the layer sums over; the weight is divided by its ratio. None where there is no such
             axis: norms, biases, depthwise kernels, tokens.
     """
@@ -116,7 +117,7 @@ class TensorMap:
 
     def first_replica(self, tensor: torch.Tensor) -> torch.Tensor:
         """Slices replica 0 out of a teacher tensor, without the factor. Differentiable."""
-        for axis, axis_map in self.axes:
+        for axis, axis_map in reversed(self.axes):
             tensor = axis_map.first_replica(tensor, axis)
         return tensor
 
@@ -136,10 +137,13 @@ class TensorMap:
         if self.factor == 1 or not tensor.is_floating_point():
             return torch.zeros_like(tensor)
         free = torch.zeros(tensor.shape, dtype=torch.bool, device=tensor.device)
-        for axis, axis_map in self.axes:
+        for position, (axis, axis_map) in enumerate(self.axes):
+            index = axis_map.replica_index(tensor.device)
+            for inner_axis, inner_map in self.axes[position + 1:]:
+                index = inner_map.replicate(index, 0) if inner_axis == axis else index
             shape = [1] * tensor.dim()
             shape[axis] = -1
-            free |= (axis_map.replica_index(tensor.device) > 0).view(shape)
+            free |= (index > 0).view(shape)
         noise = torch.randn_like(tensor) * std * free
         # Shape (..., n, replica, block, ...): the sum over `replica` must vanish, spread over the free entries.
         segment, = dict(self.axes)[self.sum_axis]

@@ -1,13 +1,13 @@
 """Copies of a model whose tensors are exchanged on the way: no tensor is copied only to be thrown away."""
 import copy
-from typing import Any, Callable, Dict
+from typing import Any, Callable, Dict, Sequence, Tuple
 
 import torch
 import torch.nn as nn
 
 from .plan import ExpansionPlan
 
-__all__ = ['copy_model', 'meta_copy', 'parameterless_copy', 'wide_copy']
+__all__ = ['blank', 'blank_copy', 'copy_model', 'parameterless_copy', 'wide_copy']
 
 
 def copy_model(model: nn.Module, substitute: Callable[[str, torch.Tensor], torch.Tensor]) -> nn.Module:
@@ -20,9 +20,14 @@ def copy_model(model: nn.Module, substitute: Callable[[str, torch.Tensor], torch
     return copy.deepcopy(model, memo)
 
 
-def meta_copy(model: nn.Module) -> nn.Module:
-    """A copy that allocates nothing: every tensor lives on the meta device."""
-    return copy_model(model, lambda name, tensor: torch.empty_like(tensor, device='meta'))
+def blank(shape: Sequence[int], dtype: torch.dtype, device: str = 'meta') -> torch.Tensor:
+    """A tensor that takes no memory: on the meta device one without values, elsewhere one zero in every place."""
+    return torch.zeros((), dtype=dtype, device=device).expand(tuple(shape))
+
+
+def blank_copy(model: nn.Module, device: str = 'meta') -> nn.Module:
+    """A copy that allocates nothing: every tensor is :func:`blank`."""
+    return copy_model(model, lambda name, tensor: blank(tensor.shape, tensor.dtype, device))
 
 
 @torch.no_grad()
@@ -43,7 +48,19 @@ def wide_copy(
     for name, changes in plan.attributes.items():
         for attribute, (_, value) in changes.items():
             setattr(modules[name], attribute, value)
+    for name, ratio in plan.divided_inputs.items():
+        modules[name].register_forward_pre_hook(_InputDivision(ratio))
     return wide
+
+
+class _InputDivision:
+    """A forward pre-hook that divides a layer's input. A class, so that the teacher can be pickled."""
+
+    def __init__(self, ratio: int) -> None:
+        self.ratio = ratio
+
+    def __call__(self, module: nn.Module, inputs: Tuple[torch.Tensor, ...]) -> Tuple[torch.Tensor, ...]:
+        return (inputs[0] / self.ratio, *inputs[1:])
 
 
 @torch.no_grad()
@@ -55,4 +72,17 @@ def parameterless_copy(model: nn.Module) -> nn.Module:
     for module in bare.modules():
         for key in module._parameters:
             module._parameters[key] = None
+        if isinstance(module, nn.RNNBase):
+            module.register_forward_pre_hook(_list_weights)
+            module.register_forward_hook(_forget_weights)
     return bare
+
+
+def _list_weights(module: nn.RNNBase, inputs: Any) -> None:
+    """A recurrent layer runs on a list of its weights, which it does not renew where they were None before."""
+    module._init_flat_weights()
+
+
+def _forget_weights(module: nn.RNNBase, inputs: Any, output: Any) -> None:
+    """The weights of one run are computed: kept in the list, they would hold its graph and forbid deep copies."""
+    module._flat_weights = [None] * len(module._flat_weights)

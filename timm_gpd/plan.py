@@ -1,5 +1,5 @@
 """The expansion plan: one piece of data, two directions."""
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Dict, Mapping, Tuple
 
 import torch
@@ -17,11 +17,14 @@ class ExpansionPlan:
         ratio: the expansion ratio that was asked for.
         tensors: parameter or buffer name -> :class:`TensorMap`. Tensors that are not listed stay as they are.
         attributes: module name -> attribute -> (student's value, teacher's value), such as head counts.
+        divided_inputs: module name -> what its input is divided by in the teacher. For layers that compute their weight
+            from a parameter, such as weight standardisation, which would undo a factor on the parameter.
         notes: what the planner had to do out of the ordinary, one line each.
     """
     ratio: int
     tensors: Mapping[str, TensorMap]
     attributes: Mapping[str, Mapping[str, Tuple[Any, Any]]]
+    divided_inputs: Mapping[str, int] = field(default_factory=dict)
     notes: Tuple[str, ...] = ()
 
     def expand(self, state_dict: Mapping[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
@@ -93,4 +96,5 @@ class ExpansionPlan:
         for module, changes in self.attributes.items():
             lines.append(f'  {module or "(root)"}: ' + ', '.join(
                 f'{attribute} {before} -> {after}' for attribute, (before, after) in changes.items()))
+        lines += [f'  {module}: input divided by {ratio}' for module, ratio in self.divided_inputs.items()]
         return '\n'.join(lines + [f'  note: {note}' for note in self.notes])

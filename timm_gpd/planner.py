@@ -7,7 +7,8 @@ output becomes wider, and the widening flows on to the classifier, which keeps i
 rather than layer classes, a model that calls ``F.linear(x, self.qkv.weight)`` by hand is read as well as ``nn.Linear``.
 What shapes cannot tell (head counts, split sizes) comes from :mod:`timm_gpd.rules`.
 """
-from typing import Any, Callable, Dict, Iterable, List, Mapping, Optional, Sequence, Set, Tuple
+from dataclasses import replace
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, Optional, Sequence, Set, Tuple, Union
 
 import torch
 import torch.nn as nn
@@ -15,13 +16,16 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
-from .axes import AxisMap, TensorMap
+from .axes import AxisMap, Segment, TensorMap
 from .errors import UnsupportedModelError
-from .model_copy import meta_copy
+from .inputs import accepted_input_shape, blank_images, input_shape
+from .model_copy import blank, blank_copy
 from .plan import ExpansionPlan
 from .rules import find_rule
 
-__all__ = ['plan_expansion', 'input_shape', 'check_positive_int']
+__all__ = ['plan_expansion', 'check_positive_int']
+
+NO_CLASSIFIER = 'has no classifier'
 
 
 def plan_expansion(student: nn.Module, ratio: int = 2) -> ExpansionPlan:
@@ -39,22 +43,23 @@ def plan_expansion(student: nn.Module, ratio: int = 2) -> ExpansionPlan:
         UnsupportedModelError: if the model has no classifier, or a module cannot be widened.
     """
     check_positive_int('ratio', ratio)
-    return _DryRun(student, ratio).plan()
+    shape = input_shape(student)
+    try:
+        return _DryRun(student, ratio, shape).plan()
+    except UnsupportedModelError:
+        accepted = accepted_input_shape(student)
+        if accepted == shape:
+            raise
+    if accepted is not None:
+        return _DryRun(student, ratio, accepted).plan()
+    note = f'planned on the CPU: the forward of {type(student).__name__} does not run on the meta device'
+    return replace(_DryRun(student, ratio, shape, device='cpu').plan(), notes=(note,))
 
 
 def check_positive_int(name: str, value: Any) -> None:
     """Raises a one-line ValueError unless ``value`` is an integer of at least 1."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f'{name} must be a positive integer, but is {value!r}')
-
-
-def input_shape(model: nn.Module) -> Tuple[int, int, int]:
-    """Channels, height and width (pixels) of the images that a timm model was made for."""
-    channels, height, width = (getattr(model, 'pretrained_cfg', None) or {}).get('input_size', (3, 224, 224))
-    img_size = getattr(getattr(model, 'patch_embed', None), 'img_size', None)
-    if img_size is not None:
-        height, width = img_size  # what the instance was made for; its config only knows the default
-    return getattr(model, 'in_chans', None) or channels, height, width
 
 
 def classifier_names(model: nn.Module) -> Set[str]:
@@ -72,23 +77,25 @@ def classifier_names(model: nn.Module) -> Set[str]:
     }
     if not names:
         raise UnsupportedModelError(
-            f'{type(model).__name__} has no classifier: create it with num_classes > 0 to distil logits')
+            f'{type(model).__name__} {NO_CLASSIFIER}: create it with num_classes > 0 to distil logits')
     return names
 
 
 class _DryRun(TorchFunctionMode):
-    """Runs the student on the meta device and widens what meets wider inputs."""
+    """Runs the student, on tensors without values, and widens what meets wider inputs."""
 
-    def __init__(self, student: nn.Module, ratio: int) -> None:
+    def __init__(self, student: nn.Module, ratio: int, shape: Tuple[int, int, int], device: str = 'meta') -> None:
         super().__init__()
+        self.shape = shape
+        self.device = device
         self.student_name = type(student).__name__
         self.ratio = ratio
         self.kept = classifier_names(student)
-        self.model = meta_copy(student)
+        self.model = blank_copy(student, device)
         self.tensors: Dict[str, TensorMap] = {}
         self.attributes: Dict[str, Dict[str, Tuple[Any, Any]]] = {}
-        self.blocks: Dict[Tuple[str, str], int] = {}
-        self.ruled: Set[str] = set()
+        self.divided_inputs: Dict[str, int] = {}
+        self.layouts: Dict[Tuple[str, str], Union[int, AxisMap]] = {}
         self.touched: Set[str] = set()
         self.stack: List[str] = ['']
         self.modules_by_name = dict(self.model.named_modules())
@@ -112,6 +119,9 @@ class _DryRun(TorchFunctionMode):
     # -- the run --------------------------------------------------------------------------------------------------
 
     def plan(self) -> ExpansionPlan:
+        for name in self.modules_by_name:
+            self.stack = [name]
+            self.apply_rule(name)
         self._forward(training=False)
         parameters = {names[0] for names in self.names.values()} & {n for n, _ in self.model.named_parameters()}
         if parameters - self.touched:
@@ -121,12 +131,12 @@ class _DryRun(TorchFunctionMode):
             except UnsupportedModelError:
                 if parameters - self.touched:
                     raise
-        return ExpansionPlan(self.ratio, self.tensors, self.attributes)
+        return ExpansionPlan(self.ratio, self.tensors, self.attributes, self.divided_inputs)
 
     def _forward(self, training: bool) -> None:
         self.model.train(training)
         self.stack = ['']
-        x = torch.empty(2, *input_shape(self.model), device='meta')
+        x = blank_images(self.model, self.shape, self.device)
         try:
             with torch.no_grad(), self:
                 self.model(x)
@@ -138,7 +148,9 @@ class _DryRun(TorchFunctionMode):
     def _enter(self, name: str) -> Callable:
         def pre_hook(module: nn.Module, inputs: Tuple[Any, ...]) -> None:
             self.stack.append(name)
-            self.apply_rule(name)
+            for cls, handler in _MODULE_HANDLERS.items():
+                if isinstance(module, cls):
+                    handler(self, name, module, inputs[0])
         return pre_hook
 
     def _leave(self, module: nn.Module, inputs: Any, output: Any) -> None:
@@ -154,22 +166,17 @@ class _DryRun(TorchFunctionMode):
     # -- rules ----------------------------------------------------------------------------------------------------
 
     def apply_rule(self, name: str) -> None:
-        """Applies the rule of a module, once, before anything of it runs."""
-        if name in self.ruled:
-            return
-        self.ruled.add(name)
+        """Applies the rule of a module; those around it come first."""
         module = self.modules_by_name[name]
         rule = find_rule(module)
         if rule is None:
             return
         for target, block in rule.blocks.items():
-            child, _, side = target.rpartition('.')
-            if self.has(name, child):
-                size = block(module) if callable(block) else getattr(module, block) if isinstance(block, str) else block
-                self.blocks[join(name, child), side] = size
-        for child in rule.keep:
-            if self.has(name, child):
-                self.kept.add(join(name, child))
+            size = block(module) if callable(block) else getattr(module, block) if isinstance(block, str) else block
+            for key in self.layout_keys(name, target):
+                self.layouts[key] = size
+        for pattern in rule.keep:
+            self.kept.update(self.children(name, pattern))
         for attribute in rule.multiply:
             self.scale_attribute(name, attribute, lambda value: value * self.ratio)
         for attribute in rule.divide:
@@ -177,21 +184,37 @@ class _DryRun(TorchFunctionMode):
         for key, axes in rule.params.items():
             tensor = getattr(module, key, None)
             if isinstance(tensor, torch.Tensor):
-                self.widen(tensor, {axis: self.ratio for axis in ((axes,) if isinstance(axes, int) else axes)})
+                self.widen(tensor, {
+                    axis: self.axis(tensor, '', tensor.shape[axis], self.ratio)
+                    for axis in ((axes,) if isinstance(axes, int) else axes)})
         if rule.code is not None:
             rule.code(RuleContext(self, name, module))
 
-    def has(self, name: str, child: str) -> bool:
-        return getattr_path(self.modules_by_name[name], child) is not None
+    def children(self, name: str, pattern: str) -> Iterator[str]:
+        """Full names of the modules that a rule's dotted name stands for; ``*`` is any child, '' the module itself."""
+        found = [(name, self.modules_by_name[name])]
+        for key in filter(None, pattern.split('.')):
+            found = [
+                (join(path, child), module)
+                for path, parent in found for child, module in parent._modules.items()
+                if module is not None and key in (child, '*')
+            ]
+        return iter([path for path, _ in found])
+
+    def layout_keys(self, name: str, target: str) -> Iterator[Tuple[str, str]]:
+        """What a rule's ``'<child>.in'``, ``'<child>.out'`` or own ``'<parameter>'`` stands for."""
+        child, _, side = target.rpartition('.')
+        if side in ('in', 'out'):
+            return ((path, side) for path in self.children(name, child))
+        return iter([(join(name, target), '')])
 
     def scale_attribute(self, name: str, attribute: str, scale: Callable[[Any], Any]) -> None:
         """Scales a number, or every number in a tuple or list, that is an attribute of a module."""
         path, _, attribute = attribute.rpartition('.')
-        owner = join(name, path)
-        module = self.modules_by_name.get(owner)
-        value = getattr(module, attribute, None)
-        if value is not None:
-            self.set_attribute(owner, attribute, tree_map_only((int, float), scale, value))
+        for owner in self.children(name, path):
+            value = getattr(self.modules_by_name[owner], attribute, None)
+            if value is not None:
+                self.set_attribute(owner, attribute, tree_map_only((int, float), scale, value))
 
     def set_attribute(self, name: str, attribute: str, value: Any) -> None:
         """Sets an attribute of a module in the dry run and notes it for the teacher."""
@@ -204,12 +227,6 @@ class _DryRun(TorchFunctionMode):
 
     # -- widening -------------------------------------------------------------------------------------------------
 
-    def out_ratio(self, weight: torch.Tensor, outputs: int) -> int:
-        """How much a layer's outputs widen. A single output channel is a mask that broadcasts, so it stays one."""
-        owner = self.owner(weight)
-        kept = any(owner == name or owner.startswith(f'{name}.') for name in self.kept)
-        return 1 if kept or outputs == 1 else self.ratio
-
     def owner(self, tensor: torch.Tensor) -> str:
         """Name of the module that owns a parameter or buffer."""
         return tensor.gpd_sources[0].rpartition('.')[0]
@@ -218,44 +235,74 @@ class _DryRun(TorchFunctionMode):
         """Whether a tensor is a parameter or buffer itself, seen for the first time."""
         return _is_own(tensor) and tensor.gpd_sources[0] not in self.touched
 
-    def block(self, tensor: torch.Tensor, side: str) -> int:
-        return self.blocks.get((self.owner(tensor), side), 1)
+    def axis(self, tensor: torch.Tensor, side: str, size: int, ratio: int) -> AxisMap:
+        """How an axis of ``size`` entries is replicated: plainly, or as a rule says for it or for a module around it.
+
+        A rule for a whole subtree holds wherever its block divides the axis: the same size gets the same layout.
+        """
+        owner = self.owner(tensor)
+        layout = self.layouts.get((tensor.gpd_sources[0], '')) or self.layouts.get((owner, side or 'out'))
+        if layout is None:
+            layout = 1
+            while owner and layout == 1:
+                owner = owner.rpartition('.')[0]
+                inherited = self.layouts.get((owner, side or 'out'), 1)
+                layout = inherited if isinstance(inherited, AxisMap) or size % inherited == 0 else 1
+        if isinstance(layout, AxisMap):
+            if layout.size != size:
+                raise self.unsupported(f'a rule describes {layout.size} entries of an axis that has {size}')
+            return layout
+        if size % layout:
+            raise self.unsupported(f'{tensor.gpd_sources[0]} has {size} entries, not a multiple of {layout}')
+        return AxisMap.uniform(size, ratio, layout)
+
+    def axis_like(self, tensor: torch.Tensor, side: str, size: int, actual: int, what: str) -> AxisMap:
+        """How an axis is replicated that meets ``actual`` channels.
+
+        Raises:
+            UnsupportedModelError: if no replication of it has that size.
+        """
+        axis_map = self.axis(tensor, side, size, max(actual // size, 1))
+        if axis_map.teacher_size != actual:
+            raise self.unsupported(f'{what} expects {size} channels and got {actual}')
+        return axis_map
+
+    def out_axis(self, weight: torch.Tensor, size: int) -> AxisMap:
+        """How a layer's outputs are replicated. A single output is a mask that broadcasts, unless a rule says more."""
+        owner = self.owner(weight)
+        kept = any(not name or owner == name or owner.startswith(f'{name}.') for name in self.kept)
+        mask = size == 1 and (owner, 'out') not in self.layouts
+        return AxisMap.uniform(size, 1) if kept or mask else self.axis(weight, 'out', size, self.ratio)
 
     def widen(
             self,
             tensor: torch.Tensor,
-            ratios: Mapping[int, int],
+            axes: Union[Mapping[int, AxisMap], Sequence[Tuple[int, AxisMap]]],
             sum_axis: Optional[int] = None,
-            blocks: Mapping[int, int] = {},
     ) -> torch.Tensor:
         """Replaces a parameter or buffer by a wider one, under all its names, and notes how.
 
         Args:
             tensor: the parameter or buffer.
-            ratios: axis -> ratio; axes of ratio 1 are left out.
+            axes: axis -> how it is replicated; pairs where an axis holds several flattened ones.
             sum_axis: the axis that the layer sums over.
-            blocks: axis -> block, 1 where not given.
         """
         first, = tensor.gpd_sources
         self.touched.add(first)
         if first in self.tensors:
             return tensor
-        axes = {}
-        for axis, ratio in sorted(ratios.items()):
-            axis %= tensor.dim()
-            if ratio > 1:
-                block = blocks.get(axis, 1)
-                if tensor.shape[axis] % block:
-                    raise self.unsupported(f'{first} has {tensor.shape[axis]} entries, not a multiple of {block}')
-                axes[axis] = AxisMap.uniform(tensor.shape[axis], ratio, block)
-        if not axes:
+        pairs = axes.items() if isinstance(axes, Mapping) else axes
+        wider = tuple((axis % tensor.dim(), axis_map) for axis, axis_map in pairs if axis_map.ratio > 1)
+        if not wider:
             return tensor
-        return self.replace(tensor, TensorMap(tuple(tensor.shape), tuple(axes.items()), sum_axis))
+        if any(axis == sum_axis and len({segment.ratio for segment in axis_map}) > 1 for axis, axis_map in wider):
+            raise self.unsupported(f'{first} sums over entries of different ratios')
+        return self.replace(tensor, TensorMap(tuple(tensor.shape), wider, sum_axis))
 
     def replace(self, tensor: torch.Tensor, tensor_map: TensorMap) -> torch.Tensor:
-        """Puts a meta tensor of the teacher's shape in the place of a parameter or buffer."""
+        """Puts a blank tensor of the teacher's shape in the place of a parameter or buffer."""
         first, = tensor.gpd_sources
-        wide = torch.empty(tensor_map.teacher_shape, dtype=tensor.dtype, device='meta')
+        wide = blank(tensor_map.teacher_shape, tensor.dtype, self.device)
         if isinstance(tensor, nn.Parameter):
             wide = nn.Parameter(wide, requires_grad=tensor.requires_grad)
         wide.gpd_sources, wide.gpd_is_own = (first,), True
@@ -270,28 +317,26 @@ class _DryRun(TorchFunctionMode):
     def widen_derived(self, tensor: torch.Tensor, ratios: Mapping[int, int]) -> torch.Tensor:
         """Widens the parameter that a tensor was computed from, and the tensor along with it.
 
-        Which axis of the parameter an axis of the result came from is told by its size, which must be unique.
+        Which axis of a parameter an axis of the result came from is told by its size, which must be unique there.
         """
-        if getattr(tensor, 'gpd_is_own', False):
-            return self.widen(tensor, ratios, blocks={
-                axis % tensor.dim(): self.block(tensor, 'out') for axis in ratios})
+        if _is_own(tensor):
+            return self.widen(tensor, {
+                axis: self.axis(tensor, '', tensor.shape[axis], ratio) for axis, ratio in ratios.items()})
         shape = list(tensor.shape)
         for axis, ratio in ratios.items():
             size = shape[axis]
-            found = []
             for source in tensor.gpd_sources:
                 parameter = self.parameter(source)
                 tensor_map = self.tensors.get(source)
                 student_shape = tensor_map.shape if tensor_map else tuple(parameter.shape)
-                found += [(source, index) for index, entries in enumerate(student_shape) if entries == size]
-            if len(found) != 1:
-                raise self.unsupported(
-                    f'an axis of {size} entries, computed from {", ".join(tensor.gpd_sources)}, met one of '
-                    f'{size * ratio}, and its origin is not clear')
-            source, index = found[0]
-            self.widen(self.parameter(source), {index: ratio})
+                if student_shape.count(size) != 1:
+                    raise self.unsupported(
+                        f'an axis of {size} entries, computed from {", ".join(tensor.gpd_sources)}, met one of '
+                        f'{size * ratio}, and its origin is not clear')
+                index = student_shape.index(size)
+                self.widen(parameter, {index: self.axis(parameter, '', size, ratio)})
             shape[axis] = size * ratio
-        wide = torch.empty(shape, dtype=tensor.dtype, device='meta')
+        wide = blank(shape, tensor.dtype, self.device)
         wide.gpd_sources = tensor.gpd_sources
         return wide
 
@@ -299,22 +344,20 @@ class _DryRun(TorchFunctionMode):
         owner, _, key = name.rpartition('.')
         return getattr(self.modules_by_name[owner], key)
 
-    def ratio_of(self, actual: int, expected: int, what: str) -> int:
-        if actual % expected:
-            raise self.unsupported(f'{what} expects {expected} channels and got {actual}')
-        return actual // expected
-
     # -- the functions that are watched -----------------------------------------------------------------------------
 
     def __torch_function__(self, func: Callable, types: Any, args: Tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        args, kwargs = tree_map_only(torch.Tensor, _to_meta, (args, kwargs))
+        args, kwargs = tree_map_only(torch.Tensor, self._to_device, (args, kwargs))
         handler = _HANDLERS.get(func) or _HANDLERS_BY_NAME.get(getattr(func, '__name__', '').strip('_'))
         if handler is not None:
             args, kwargs = handler(self, func, args, kwargs)
-        output = func(*args, **kwargs)
+        output = _STAND_INS.get(func, func)(*args, **kwargs)
         self._note_origin(args, kwargs, output)
         return output
+
+    def _to_device(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor if tensor.device.type == self.device else tensor.to(self.device)
 
     @staticmethod
     def _note_origin(args: Any, kwargs: Any, output: Any) -> None:
@@ -346,37 +389,23 @@ class RuleContext:
         path, _, attribute = attribute.rpartition('.')
         self._run.set_attribute(join(self._name, path), attribute, value)
 
-    def widen(
-            self,
-            tensor: str,
-            ratios: Mapping[int, int],
-            sum_axis: Optional[int] = None,
-            blocks: Mapping[int, int] = {},
-    ) -> None:
-        """Widens a parameter or buffer, by its dotted name: axis -> ratio, axis -> block."""
-        self._run.widen(self._run.parameter(join(self._name, tensor)), ratios, sum_axis, blocks)
+    def widen(self, tensor: str, axes: Sequence[Tuple[int, AxisMap]], sum_axis: Optional[int] = None) -> None:
+        """Widens a parameter or buffer, by its dotted name: axes and how they are replicated, in order."""
+        self._run.widen(self._run.parameter(join(self._name, tensor)), axes, sum_axis)
 
-    def block(self, child: str, side: str, size: int) -> None:
-        """Replicates the 'in' or 'out' axis of a child's weight in runs of ``size`` entries."""
-        self._run.blocks[join(self._name, child), side] = size
+    def layout(self, target: str, *segments: Tuple[int, int, int]) -> None:
+        """Says how an axis is replicated, where not all of it is alike.
 
-    def keep(self, child: str) -> None:
-        """Leaves the outputs of a child at the student's width."""
-        self._run.kept.add(join(self._name, child))
+        Args:
+            target: ``'<child>.in'``, ``'<child>.out'`` or an own ``'<parameter>'``, as in ``Rule.blocks``.
+            segments: ``(size, ratio, block)`` of each run of entries, in order.
+        """
+        for key in self._run.layout_keys(self._name, target):
+            self._run.layouts[key] = AxisMap(Segment(*segment) for segment in segments)
 
 
 def join(name: str, child: str) -> str:
     return f'{name}.{child}' if name and child else name or child
-
-
-def getattr_path(module: nn.Module, path: str) -> Any:
-    for key in filter(None, path.split('.')):
-        module = getattr(module, key, None)
-    return module
-
-
-def _to_meta(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor if tensor.device.type == 'meta' else tensor.to('meta')
 
 
 def _tensors(tree: Any) -> Iterable[torch.Tensor]:
@@ -415,33 +444,72 @@ def _watch(*functions: Callable, names: Sequence[str] = ()) -> Callable:
     return register
 
 
+def _weight(run: _DryRun, a: Dict[str, Any]) -> Optional[torch.Tensor]:
+    """The parameter that a layer's weight is, or is computed from entry by entry; None where it has been widened."""
+    weight = a['weight']
+    if not _from_parameters(weight):
+        return None
+    if _is_own(weight):
+        return weight if run.is_new(weight) else None
+    return next((
+        run.parameter(source) for source in weight.gpd_sources
+        if source not in run.tensors and run.parameter(source).shape == weight.shape), None)
+
+
+def _widen_weight(
+        run: _DryRun, a: Dict[str, Any], parameter: torch.Tensor, axes: Mapping[int, AxisMap], sum_axis: Optional[int],
+) -> None:
+    """Widens a layer's weight.
+
+    A weight that is computed (weight standardisation) may not keep a factor of its parameter, so the input is divided
+    instead; this takes for granted that it is computed alike from every replica.
+    """
+    if parameter is a['weight']:
+        a['weight'] = run.widen(parameter, axes, sum_axis)
+        return
+    name, sources = run.owner(parameter), a['weight'].gpd_sources
+    if name != run.stack[-1]:
+        raise run.unsupported(f'a weight is computed from {parameter.gpd_sources[0]}, of another module')
+    for source in sources:
+        other = run.parameter(source)
+        if other.dim() == len(parameter.shape):
+            run.widen(other, {
+                axis: axis_map for axis, axis_map in axes.items()
+                if other is parameter or other.shape[axis] == axis_map.size > 1})
+    if sum_axis is not None and axes[sum_axis].ratio > 1:
+        run.divided_inputs[name] = axes[sum_axis].ratio
+    wide = run.parameter(parameter.gpd_sources[0])
+    a['weight'] = blank(wide.shape, wide.dtype, run.device)
+    a['weight'].gpd_sources = sources
+
+
 _CONV = ('input', 'weight', 'bias', 'stride', 'padding', 'dilation', 'groups')
 _CONV_TRANSPOSE = ('input', 'weight', 'bias', 'stride', 'padding', 'output_padding', 'groups', 'dilation')
 
 
 @_watch(F.conv1d, F.conv2d, F.conv3d, names=_CONV)
 def _conv(run: _DryRun, a: Dict[str, Any]) -> None:
-    weight, bias, groups = a['weight'], a.get('bias'), a.get('groups', 1)
-    if not run.is_new(weight):
+    weight, bias, groups = _weight(run, a), a.get('bias'), a.get('groups', 1)
+    if weight is None:
         return
     outputs, inputs = weight.shape[0], weight.shape[1] * groups
-    in_ratio = run.ratio_of(a['input'].shape[1 - weight.dim()], inputs, 'a convolution')
+    actual = a['input'].shape[1 - weight.dim()]
     owner = run.owner(weight)
     if groups == inputs == outputs and groups > 1:
         # Depthwise: nothing is summed over channels, so there are more groups and no factor.
-        out_ratio = in_ratio
-        ratios, sum_axis = {0: out_ratio}, None
-        a['groups'] = groups * in_ratio
-        if in_ratio > 1:
-            run.set_attribute(owner, 'groups', a['groups'])
+        out_map = run.axis_like(weight, 'out', outputs, actual, 'a convolution')
+        axes, sum_axis = {0: out_map}, None
+        a['groups'] = actual
+        _set_sizes(run, owner, groups=actual)
     else:
-        out_ratio = run.out_ratio(weight, outputs)
-        ratios, sum_axis = {0: out_ratio, 1: in_ratio}, 1
-    blocks = {0: run.block(weight, 'out'), 1: run.block(weight, 'in')}
-    _set_sizes(run, owner, in_channels=inputs * in_ratio, out_channels=outputs * out_ratio)
-    a['weight'] = run.widen(weight, ratios, sum_axis, blocks)
+        # Other groups stay: each of them is wider.
+        out_map = run.out_axis(weight, outputs)
+        in_map = run.axis_like(weight, 'in', weight.shape[1], actual // groups, 'a group of a convolution')
+        axes, sum_axis = {0: out_map, 1: in_map}, 1
+    _set_sizes(run, owner, in_channels=actual, out_channels=out_map.teacher_size)
+    _widen_weight(run, a, weight, axes, sum_axis)
     if _is_own(bias):
-        a['bias'] = run.widen(bias, {0: out_ratio}, blocks=blocks)
+        a['bias'] = run.widen(bias, {0: out_map})
 
 
 @_watch(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, names=_CONV_TRANSPOSE)
@@ -450,35 +518,44 @@ def _conv_transpose(run: _DryRun, a: Dict[str, Any]) -> None:
     if not run.is_new(weight):
         return
     inputs, outputs = weight.shape[0], weight.shape[1] * groups
-    in_ratio = run.ratio_of(a['input'].shape[1 - weight.dim()], inputs, 'a transposed convolution')
-    out_ratio = run.out_ratio(weight, outputs)
-    _set_sizes(run, run.owner(weight), in_channels=inputs * in_ratio, out_channels=outputs * out_ratio)
-    a['weight'] = run.widen(weight, {0: in_ratio, 1: out_ratio}, 0)
+    actual = a['input'].shape[1 - weight.dim()]
+    owner = run.owner(weight)
+    in_map = run.axis_like(weight, 'in', inputs, actual, 'a transposed convolution')
+    if groups == inputs == outputs and groups > 1:
+        out_map, axes, sum_axis = in_map, {0: in_map}, None
+        a['groups'] = actual
+        _set_sizes(run, owner, groups=actual)
+    else:
+        out_map = run.out_axis(weight, weight.shape[1])
+        axes, sum_axis = {0: in_map, 1: out_map}, 0
+    bias_map = out_map if out_map.size == outputs else run.out_axis(weight, outputs)
+    _set_sizes(run, owner, in_channels=actual, out_channels=bias_map.teacher_size)
+    a['weight'] = run.widen(weight, axes, sum_axis)
     if _is_own(bias):
-        a['bias'] = run.widen(bias, {0: out_ratio})
+        a['bias'] = run.widen(bias, {0: bias_map})
 
 
 @_watch(F.linear, names=('input', 'weight', 'bias'))
 def _linear(run: _DryRun, a: Dict[str, Any]) -> None:
-    weight, bias = a['weight'], a.get('bias')
-    if not run.is_new(weight):
+    weight, bias = _weight(run, a), a.get('bias')
+    if weight is None:
         return
     outputs, inputs = weight.shape
-    in_ratio = run.ratio_of(a['input'].shape[-1], inputs, 'a linear layer')
-    out_ratio = run.out_ratio(weight, outputs)
-    blocks = {0: run.block(weight, 'out'), 1: run.block(weight, 'in')}
-    _set_sizes(run, run.owner(weight), in_features=inputs * in_ratio, out_features=outputs * out_ratio)
-    a['weight'] = run.widen(weight, {0: out_ratio, 1: in_ratio}, 1, blocks)
+    actual = a['input'].shape[-1]
+    in_map = run.axis_like(weight, 'in', inputs, actual, 'a linear layer')
+    out_map = run.out_axis(weight, outputs)
+    _set_sizes(run, run.owner(weight), in_features=actual, out_features=out_map.teacher_size)
+    _widen_weight(run, a, weight, {0: out_map, 1: in_map}, 1)
     if _is_own(bias):
-        a['bias'] = run.widen(bias, {0: out_ratio}, blocks=blocks)
+        a['bias'] = run.widen(bias, {0: out_map})
 
 
 @_watch(F.embedding, names=('input', 'weight'))
 def _embedding(run: _DryRun, a: Dict[str, Any]) -> None:
     if run.is_new(a['weight']):
-        _, size = a['weight'].shape
-        _set_sizes(run, run.owner(a['weight']), embedding_dim=size * run.ratio)
-        a['weight'] = run.widen(a['weight'], {1: run.ratio})
+        axis_map = run.out_axis(a['weight'], a['weight'].shape[1])
+        _set_sizes(run, run.owner(a['weight']), embedding_dim=axis_map.teacher_size)
+        a['weight'] = run.widen(a['weight'], {1: axis_map})
 
 
 @_watch(F.batch_norm, names=(
@@ -509,9 +586,10 @@ def _norm(run: _DryRun, a: Dict[str, Any], keys: Sequence[str], axis: int, size_
     for key in keys:
         if _is_own(a.get(key)):
             tensor = a[key]
-            ratio = run.ratio_of(a['input'].shape[axis], tensor.shape[0], 'a norm')
-            _set_sizes(run, run.owner(tensor), **{size_name: tensor.shape[0] * ratio})
-            a[key] = run.widen(tensor, {0: ratio}, blocks={0: run.block(tensor, 'out')})
+            actual = a['input'].shape[axis]
+            axis_map = run.axis_like(tensor, 'out', tensor.shape[0], actual, 'a norm')
+            _set_sizes(run, run.owner(tensor), **{size_name: actual})
+            a[key] = run.widen(tensor, {0: axis_map})
 
 
 @_watch(F.layer_norm, names=('input', 'normalized_shape', 'weight', 'bias', 'eps'))
@@ -519,10 +597,10 @@ def _layer_norm(run: _DryRun, a: Dict[str, Any]) -> None:
     shape = a['normalized_shape']
     shape = (shape,) if isinstance(shape, int) else tuple(shape)
     actual = tuple(a['input'].shape[-len(shape):])
-    ratios = {axis: run.ratio_of(actual[axis], shape[axis], 'a norm') for axis in range(len(shape))}
     for key in ('weight', 'bias'):
         if _is_own(a.get(key)) and tuple(a[key].shape) == shape:
-            a[key] = run.widen(a[key], ratios, blocks={len(shape) - 1: run.block(a[key], 'out')})
+            a[key] = run.widen(a[key], {
+                axis: run.axis_like(a[key], 'out', shape[axis], actual[axis], 'a norm') for axis in range(len(shape))})
     if actual != shape:
         name = run.stack[-1]
         before = run.modules_by_name[name].normalized_shape
@@ -533,6 +611,79 @@ def _layer_norm(run: _DryRun, a: Dict[str, Any]) -> None:
 @_watch(F.rms_norm, names=('input', 'normalized_shape', 'weight', 'eps'))
 def _rms_norm(run: _DryRun, a: Dict[str, Any]) -> None:
     _layer_norm(run, a)
+
+
+@_watch(F.multi_head_attention_forward, names=(
+    'query', 'key', 'value', 'embed_dim_to_check', 'num_heads', 'in_proj_weight', 'in_proj_bias', 'bias_k', 'bias_v',
+    'add_zero_attn', 'dropout_p', 'out_proj_weight', 'out_proj_bias'))
+def _multi_head_attention(run: _DryRun, a: Dict[str, Any]) -> None:
+    out_weight, size = a['out_proj_weight'], a['embed_dim_to_check']
+    if not run.is_new(out_weight):
+        return
+    name, head_dim = run.stack[-1], size // a['num_heads']
+    ratio = a['query'].shape[-1] // size
+
+    def widen(key: str, axes: Mapping[int, AxisMap], sum_axis: Optional[int] = None) -> None:
+        if _is_own(a.get(key)):
+            a[key] = run.widen(a[key], axes, sum_axis)
+
+    def heads(count: int) -> AxisMap:
+        return AxisMap.uniform(count * size, ratio, head_dim)
+
+    for key, weight in (('query', 'q_proj_weight'), ('key', 'k_proj_weight'), ('value', 'v_proj_weight')):
+        weight = weight if _is_own(a.get(weight)) else 'in_proj_weight'
+        in_map = run.axis_like(a[weight], 'in', a[weight].shape[1], a[key].shape[-1], f'the {key} of an attention')
+        if weight != 'in_proj_weight':
+            widen(weight, {0: heads(1), 1: in_map}, 1)
+    if not a.get('use_separate_proj_weight'):
+        widen('in_proj_weight', {0: heads(3), 1: in_map}, 1)
+    widen('in_proj_bias', {0: heads(3)})
+    widen('bias_k', {2: heads(1)})
+    widen('bias_v', {2: heads(1)})
+    out_map = run.out_axis(out_weight, size)
+    widen('out_proj_weight', {0: out_map, 1: heads(1)}, 1)
+    widen('out_proj_bias', {0: out_map})
+    _set_sizes(run, run.owner(out_weight), in_features=ratio * size, out_features=out_map.teacher_size)
+    a['embed_dim_to_check'], a['num_heads'] = ratio * size, ratio * a['num_heads']
+    _set_sizes(
+        run, name, embed_dim=a['embed_dim_to_check'], num_heads=a['num_heads'],
+        kdim=a['key'].shape[-1], vdim=a['value'].shape[-1])
+
+
+def _recurrent(run: _DryRun, name: str, module: nn.RNNBase, x: torch.Tensor) -> None:
+    """Gates are the outer axis of the rows."""
+    first = module.weight_ih_l0
+    if not run.is_new(first):
+        return
+    in_map = run.axis_like(first, 'in', module.input_size, x.shape[-1], 'a recurrent layer')
+    ratio = run.out_axis(first, first.shape[0]).ratio
+    for key, tensor in list(module._parameters.items()):
+        axes = {axis: AxisMap.uniform(size, ratio) for axis, size in enumerate(tensor.shape)}
+        if key.startswith('weight_ih_l0'):
+            axes[1] = in_map
+        run.widen(tensor, axes, 1 if tensor.dim() > 1 else None)
+    _set_sizes(
+        run, name, input_size=x.shape[-1], hidden_size=ratio * module.hidden_size, proj_size=ratio * module.proj_size)
+
+
+def _recurrent_outputs(
+        x: torch.Tensor, state: Any, weights: Any, has_biases: bool, num_layers: int, dropout: float, train: bool,
+        bidirectional: bool, batch_first: bool,
+) -> Tuple[torch.Tensor, ...]:
+    state = state if isinstance(state, tuple) else (state,)
+    width = state[0].shape[-1] * (2 if bidirectional else 1)
+    return (blank((*x.shape[:-1], width), x.dtype, x.device.type), *state)
+
+
+# Functions whose outputs have known shapes, and that take long to find out: recurrent layers go step by step.
+_STAND_INS: Dict[Callable, Callable] = dict.fromkeys(
+    (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu), _recurrent_outputs)
+
+# Layers that check their sizes before they call any function.
+_MODULE_HANDLERS: Dict[type, Callable] = {
+    nn.RNNBase: _recurrent,
+    nn.modules.instancenorm._InstanceNorm: lambda run, name, _, x: _set_sizes(run, name, num_features=x.shape[1]),
+}
 
 
 @_watch(F.scaled_dot_product_attention, names=('query', 'key', 'value', 'attn_mask'))

@@ -1,18 +1,39 @@
 """The numeric check: no dynamic teacher is handed out that is not exactly its student."""
 import copy
+from typing import Any, List, NamedTuple, Tuple
 
 import torch
 import torch.nn as nn
 
 from .errors import UnsupportedModelError
+from .inputs import accepted_input_shape, input_shape
 from .model_copy import wide_copy
 from .plan import ExpansionPlan
-from .planner import input_shape
 
-__all__ = ['randomize_', 'relative_error', 'verify_plan']
+__all__ = ['Agreement', 'compare', 'disable_randomness_', 'randomize_', 'relative_error', 'verify_plan']
 
 TOLERANCE = 1e-9  # relative, in float64; errors of method start near 1e-6, rounding stays below 1e-12
+ROUNDING = 1e-12  # relative; what float64 is expected to lose in a deep model
 SMALL_IMAGE = 64  # pixels: enough for a check wherever a model accepts it
+TRAINING_BATCH = 8  # small images whose statistics batch norm shares; fewer where they must be larger, but 2
+RANDOM_RATES = ('p', 'prob', 'drop_prob', 'drop_rate', 'attn_drop_p', 'patch_drop_rate', 'dropout')
+
+
+class Agreement(NamedTuple):
+    """How well a teacher agrees with its student.
+
+    Attributes:
+        error: max |T(x) - S(x)| / max |S(x)|, the largest of all outputs.
+        sensitivity: what rounding does to the student itself: the same for its output after every parameter and pixel
+            moved by 2^-52, relative. Batch statistics of a few samples can make it exceed 1e-12. 0 where not measured.
+    """
+    error: float
+    sensitivity: float
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the error is rounding: at most 1e-12, or ten times the student's own response to a rounding."""
+        return self.error <= max(ROUNDING, 10 * self.sensitivity)
 
 
 @torch.no_grad()
@@ -42,6 +63,19 @@ def randomize_(model: nn.Module, seed: int = 0) -> nn.Module:
     return model
 
 
+def disable_randomness_(model: nn.Module) -> nn.Module:
+    """Sets every rate of dropout and the like to 0, in place, so that training mode is a function. Returns the model."""
+    for module in model.modules():
+        for name in RANDOM_RATES:
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.)
+        if hasattr(module, 'mix_token'):
+            module.mix_token = False
+        if hasattr(module, 'aug_active'):
+            module.aug_active = False
+    return model
+
+
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     """max |actual - expected| / max |expected|, as a float; infinite where a value is not finite."""
     error = ((actual - expected).abs().max() / expected.abs().max()).item()
@@ -49,8 +83,41 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 @torch.no_grad()
+def compare(student: nn.Module, plan: ExpansionPlan, training: bool = False) -> Agreement:
+    """Runs student and planned teacher on random images, in float64 with randomised weights and no stochastic layer.
+
+    Args:
+        student: the model that was planned for. It is not modified.
+        plan: its plan.
+        training: whether to compare in training mode: batch statistics and auxiliary outputs.
+
+    Returns:
+        The error, and the student's sensitivity to rounding where the error exceeds 1e-12.
+
+    Raises:
+        UnsupportedModelError: if the planned teacher does not run.
+    """
+    reference = disable_randomness_(randomize_(copy.deepcopy(student).to('cpu', torch.float64))).train(training)
+    teacher = wide_copy(reference, plan, plan.expand_tensor)
+    x, expected = _sample(reference, training)
+    try:
+        error = _largest_error(teacher(x), expected)
+    except Exception as failure:
+        raise UnsupportedModelError(
+            f'{type(student).__name__} cannot be widened: the planned teacher does not run '
+            f'({type(failure).__name__}: {str(failure).splitlines()[0]}); a rule for one of its modules is missing')
+    sensitivity = 0.
+    if error > ROUNDING:
+        generator = torch.Generator().manual_seed(1)
+        for tensor in (x, *reference.parameters()):
+            signs = torch.randint(0, 2, tensor.shape, generator=generator, dtype=tensor.dtype) * 2 - 1
+            tensor *= 1 + signs * torch.finfo(tensor.dtype).eps
+        sensitivity = _largest_error(reference(x), expected)
+    return Agreement(error, sensitivity)
+
+
 def verify_plan(student: nn.Module, plan: ExpansionPlan) -> float:
-    """Checks on random images, in float64 with randomised weights, that the planned teacher is the student's function.
+    """Checks that the planned teacher is the student's function, in evaluation mode.
 
     Args:
         student: the model that was planned for. It is not modified.
@@ -62,25 +129,36 @@ def verify_plan(student: nn.Module, plan: ExpansionPlan) -> float:
     Raises:
         UnsupportedModelError: if the error exceeds 1e-9, or the planned teacher does not run.
     """
-    reference = randomize_(copy.deepcopy(student).to('cpu', torch.float64)).eval()
-    teacher = wide_copy(reference, plan, plan.expand_tensor)
-    channels, height, width = input_shape(student)
-    for size in ((min(SMALL_IMAGE, height), min(SMALL_IMAGE, width)), (height, width)):
-        x = torch.randn(1, channels, *size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-        try:
-            expected = reference(x)
-            break
-        except Exception:
-            if size == (height, width):
-                raise
-    try:
-        error = relative_error(teacher(x), expected)
-    except Exception as failure:
-        raise UnsupportedModelError(
-            f'{type(student).__name__} cannot be widened: the planned teacher does not run '
-            f'({type(failure).__name__}: {str(failure).splitlines()[0]}); a rule for one of its modules is missing')
+    error = compare(student, plan).error
     if error > TOLERANCE:
         raise UnsupportedModelError(
             f'{type(student).__name__} cannot be widened exactly: the planned teacher differs from the student by '
             f'{error:.1e}, relative; a rule for one of its modules is missing or wrong')
     return error
+
+
+def _sample(model: nn.Module, training: bool) -> Tuple[torch.Tensor, Any]:
+    """Random images that the model accepts, as small as that allows, and what it makes of them."""
+    channels, height, width = input_shape(model)
+    shapes = [(channels, min(SMALL_IMAGE, height), min(SMALL_IMAGE, width)), (channels, height, width), None]
+    for shape in shapes:
+        shape = shape or accepted_input_shape(model)
+        if shape is not None:
+            batch = max(2, TRAINING_BATCH * SMALL_IMAGE ** 2 // (shape[1] * shape[2])) if training else 1
+            x = torch.randn(batch, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+            try:
+                return x, model(x)
+            except Exception as failure:
+                error = failure
+    raise error
+
+
+def _largest_error(actual: Any, expected: Any) -> float:
+    return max(relative_error(a, e) for a, e in zip(_outputs(actual), _outputs(expected)))
+
+
+def _outputs(output: Any) -> List[torch.Tensor]:
+    """Some models return more than one tensor of logits in training mode."""
+    if isinstance(output, torch.Tensor):
+        return [output]
+    return [tensor for item in output for tensor in _outputs(item)]

@@ -18,17 +18,18 @@ Block = Union[int, str, Callable[[nn.Module], int]]
 class Rule:
     """How one class of module widens, beyond what its forward shows.
 
-    Names are relative to the module and may be dotted; those that an instance lacks are skipped, so that one rule
-    serves every class that shares a layout.
+    Names are relative to the module and may be dotted, with ``*`` for any child and '' for the module itself; those that
+    an instance lacks are skipped, so that one rule serves every class that shares a layout.
 
     Attributes:
         multiply: attributes that are multiplied by the ratio: integers, or tuples and lists of integers.
         divide: number attributes that are divided by the ratio.
-        blocks: ``'<child>.in'`` or ``'<child>.out'`` -> the run of entries that is replicated as a whole on that axis:
-            a number, an attribute of the module, or a function of the module.
+        blocks: ``'<child>.in'``, ``'<child>.out'`` or an own ``'<parameter>'`` -> the run of entries that is replicated
+            as a whole on that axis: a number, an attribute of the module, or a function of the module. For a child
+            that is no layer itself it holds for the layers inside, wherever it divides their axis.
         params: own parameter or buffer -> its channel axis, or a tuple of them.
         keep: children that keep their width, such as those that mix tokens.
-        code: for what data cannot say. Called with the planner's view of the module, before its first forward.
+        code: for what data cannot say. Called with the planner's view of the module, before the dry run.
     """
     multiply: Tuple[str, ...] = ()
     divide: Tuple[str, ...] = ()

@@ -1,0 +1,158 @@
+"""Every module of timm: its smallest architecture expands exactly, in evaluation and training mode, and is read back."""
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from timm_gpd import Rule, UnsupportedModelError, expand, plan_expansion, register_rule
+from timm_gpd.coverage import create, create_small, read_back_error, timm_modules
+from timm_gpd.verify import compare
+
+# The smallest architecture of every module of timm 1.0.31, by parameters.
+SMALLEST = {
+    'beit': 'beit_base_patch16_224', 'byoanet': 'halonet_h1', 'byobnet': 'test_byobnet', 'cait': 'cait_xxs24_224',
+    'coat': 'coat_tiny', 'convit': 'convit_tiny', 'convmixer': 'convmixer_768_32', 'convnext': 'test_convnext',
+    'cpubone': 'cpubone_nano', 'crossvit': 'crossvit_tiny_240', 'csatv2': 'csatv2', 'cspnet': 'cs3darknet_focus_s',
+    'cspnext': 'cspnext_tiny', 'davit': 'davit_tiny', 'deepseek_vit': 'deepseek_vit_412m',
+    'deit': 'deit_tiny_patch16_224', 'densenet': 'densenet121', 'dla': 'dla46x_c', 'dpn': 'dpn48b',
+    'edgenext': 'edgenext_xx_small', 'efficientformer': 'efficientformer_l1',
+    'efficientformer_v2': 'efficientformerv2_s0', 'efficientnet': 'test_efficientnet',
+    'efficientvim': 'efficientvim_m1', 'efficientvit_mit': 'efficientvit_b0', 'efficientvit_msra': 'efficientvit_m0',
+    'eva': 'vit_tiny_patch16_dinov3_qkvb', 'fasternet': 'fasternet_t0', 'fastvit': 'fastvit_t8',
+    'focalnet': 'focalnet_tiny_srf', 'gcvit': 'gcvit_xxtiny', 'gemma4_vit': 'gemma4_vit_167m',
+    'ghostnet': 'ghostnet_050', 'hardcorenas': 'hardcorenas_b', 'hgnet': 'hgnetv2_b0', 'hiera': 'hiera_tiny_224',
+    'hieradet_sam2': 'sam2_hiera_tiny', 'hrnet': 'hrnet_w18_small', 'iformer': 'iformer_t',
+    'inception_next': 'inception_next_atto', 'inception_resnet_v2': 'inception_resnet_v2',
+    'inception_v3': 'inception_v3', 'inception_v4': 'inception_v4', 'lcnetv2': 'lcnetv2_small', 'levit': 'levit_128s',
+    'lowformer': 'lowformer_b0', 'mambaout': 'test_mambaout', 'maxxvit': 'test_coatnet',
+    'metaformer': 'poolformerv2_s12', 'mlp_mixer': 'gmlp_ti16_224', 'mobilenetv3': 'mobilenetv3_small_050',
+    'mobilenetv5': 'mobilenetv5_base', 'mobilevit': 'mobilevit_xxs', 'mvitv2': 'mvitv2_tiny',
+    'naflexvit': 'naflexvit_base_patch16_parfac_gap', 'nasnet': 'nasnetalarge', 'nest': 'nest_tiny',
+    'nextvit': 'nextvit_small', 'nfnet': 'test_nfnet', 'pit': 'pit_ti_224', 'pnasnet': 'pnasnet5large',
+    'pvt_v2': 'pvt_v2_b0', 'qwen3_vit': 'qwen3_vit_88m', 'rdnet': 'rdnet_tiny', 'regnet': 'regnetx_002',
+    'repghost': 'repghostnet_050', 'repvit': 'repvit_m1', 'res2net': 'res2next50', 'resnest': 'resnest14d',
+    'resnet': 'test_resnet', 'resnetv2': 'resnetv2_18', 'rexnet': 'rexnet_100', 'selecsls': 'selecsls42',
+    'senet': 'legacy_seresnet18', 'sequencer': 'sequencer2d_s', 'shvit': 'shvit_s1', 'sknet': 'skresnet18',
+    'starnet': 'starnet_s050', 'swiftformer': 'swiftformer_xs', 'swin_transformer': 'swin_tiny_patch4_window7_224',
+    'swin_transformer_v2': 'swinv2_tiny_window16_256', 'swin_transformer_v2_cr': 'swinv2_cr_tiny_224',
+    'tiny_vit': 'tiny_vit_5m_224', 'tnt': 'tnt_s_legacy_patch16_224', 'tresnet': 'tresnet_m',
+    'twins': 'twins_svt_small', 'vgg': 'vgg11', 'visformer': 'visformer_tiny', 'vision_transformer': 'test_vit',
+    'vision_transformer_hybrid': 'vit_tiny_r_s16_p8_224', 'vision_transformer_relpos': 'test_vit_relpos',
+    'vision_transformer_sam': 'samvit_base_patch16_224', 'vitamin': 'vitamin_small_224', 'volo': 'volo_d1_224',
+    'vovnet': 'ese_vovnet19b_slim_dw', 'xception': 'legacy_xception', 'xception_aligned': 'xception41p',
+    'xcit': 'xcit_nano_12_p8_224',
+}
+# Fewer of the same blocks, where even the smallest has many.
+FEWER = {
+    'beit': {'depth': 2}, 'deepseek_vit': {'depth': 2}, 'gemma4_vit': {'depth': 2},
+    'mobilenetv5': {'channel_multiplier': 0.25}, 'naflexvit': {'depth': 2},
+    'nasnet': {'stem_size': 24, 'num_features': 576}, 'qwen3_vit': {'depth': 2}, 'vgg': {'mlp_ratio': 1 / 16},
+    'vision_transformer_sam': {'depth': 3},
+}
+
+
+@pytest.mark.parametrize('module', timm_modules())
+def test_smallest_architecture_is_exact(module):
+    student = create_small(SMALLEST[module], **FEWER.get(module, {}))
+    plan = plan_expansion(student, ratio=2)
+    before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
+    for training in (False, True):
+        agreement = compare(student, plan, training)
+        assert agreement.is_exact, agreement
+    assert read_back_error(student, plan) <= 1e-15
+    assert all(torch.equal(tensor, before[name]) for name, tensor in student.state_dict().items())
+
+
+def test_every_module_has_a_smallest_architecture():
+    assert sorted(SMALLEST) == timm_modules()
+
+
+@pytest.mark.parametrize('ratio', (1, 3, 4))
+@pytest.mark.parametrize('name, kwargs', [
+    ('test_vit', {'in_chans': 1, 'num_classes': 5, 'global_pool': 'avg', 'img_size': 64}),
+    ('test_efficientnet', {'in_chans': 4, 'global_pool': 'max', 'drop_path_rate': 0.2, 'drop_rate': 0.1}),
+    ('edgenext_xx_small', {'num_classes': 3}),
+    ('convnext_zepto_rms', {'global_pool': 'avgmax'}),
+    ('efficientvit_m0', {'img_size': 96}),
+    ('focalnet_tiny_srf', {'num_classes': 4, 'depths': (1, 1, 1, 1)}),
+    ('lambda_resnet26rpt_256', {'img_size': 64}),
+    ('efficientnet_cc_b0_4e', {'num_classes': 2}),
+])
+def test_other_ratios_and_variants(name, kwargs, ratio):
+    student = create(name, **kwargs)
+    plan = plan_expansion(student, ratio)
+    for training in (False, True):
+        agreement = compare(student, plan, training)
+        assert agreement.is_exact, agreement
+    assert read_back_error(student, plan) <= 1e-6  # one rounding in float32: a factor of 3 is no power of 2
+
+
+def test_a_forward_that_needs_values_is_planned_on_the_cpu():
+    class Dimmer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm, self.fc = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Linear(8, 10)
+
+        def get_classifier(self):
+            return self.fc
+
+        def forward(self, x):
+            x = self.norm(self.conv(x))
+            return self.fc((x / 2 if x.mean() > 0 else x).relu().mean((2, 3)))
+
+    student = Dimmer()
+    plan = plan_expansion(student)
+    assert plan.notes == ('planned on the CPU: the forward of Dimmer does not run on the meta device',)
+    assert compare(student, plan).error <= 1e-12
+
+
+def test_a_model_in_another_dtype_is_planned():
+    student = create('test_resnet').double()
+    assert compare(student, plan_expansion(student)).error <= 1e-12
+
+
+class HeadPool(nn.Module):
+    """A user's own module: every head weighs the image's places by a score of its own, from (B, C, H, W) to (B, C)."""
+
+    def __init__(self, channels: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.scores = nn.Conv2d(channels, num_heads, 1)
+        self.values = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weights = self.scores(x).flatten(2).softmax(-1)
+        values = self.values(x).flatten(2).unflatten(1, (self.num_heads, -1))
+        return torch.einsum('bhn,bhdn->bhd', weights, values).flatten(1)
+
+
+class HeadPoolNet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 12, 5)
+        self.pool = HeadPool(12, num_heads=3)
+        self.fc = nn.Linear(12, 7)
+
+    def get_classifier(self) -> nn.Module:
+        return self.fc
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.pool(F.gelu(self.stem(x))))
+
+
+def test_a_rule_for_a_users_own_module():
+    student = HeadPoolNet()
+    with pytest.raises(UnsupportedModelError, match="'pool' of class .*HeadPool.*register_rule"):
+        plan_expansion(student)
+
+    def head_dim(pool):
+        return pool.values.out_channels // pool.num_heads
+
+    register_rule(HeadPool, Rule(multiply=('num_heads',), blocks={'values.out': head_dim}))
+    with pytest.raises(UnsupportedModelError, match='differs from the student'):
+        expand(student)  # whole heads leave the pool, and the classifier takes them for single channels
+    register_rule(HeadPoolNet, Rule(blocks={'fc.in': lambda net: head_dim(net.pool)}))
+    for ratio in (1, 2, 3, 4):
+        plan = plan_expansion(student, ratio)
+        assert compare(student, plan).error <= 1e-12
+        assert read_back_error(student, plan) <= 1e-6

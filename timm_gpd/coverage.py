@@ -1,0 +1,342 @@
+"""Which of timm's architectures expand exactly: ``python -m timm_gpd.coverage``.
+
+Every architecture is planned on the meta device. Those that are small enough are also compared numerically with their
+planned teachers, in evaluation and training mode, and read back from them. What was found is kept, line by line, in a
+cache, so that an interrupted sweep goes on where it stopped; it starts again when timm or the rules have changed. Then
+the table is written.
+
+Exit codes:
+    0: every architecture that has a classifier is planned, and exact where it was compared.
+    1: some are unsupported or inexact; the table lists them.
+    2: the arguments are wrong.
+"""
+import argparse
+import gc
+import hashlib
+import json
+import multiprocessing
+import sys
+import time
+import warnings
+from collections import defaultdict
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
+
+import timm
+import torch
+import torch.nn as nn
+from tqdm import tqdm
+
+from . import planner
+from .errors import UnsupportedModelError
+from .plan import ExpansionPlan
+from .planner import plan_expansion
+from .verify import compare, relative_error
+
+__all__ = ['create_small', 'main', 'read_back_error', 'timm_modules']
+
+OWN_MODULE = 'variants'  # this package's registered variants are not timm's
+SMALL_SIZES = (64, 128)  # pixels; tried before a model's own size
+WORKER_TASKS = 25  # architectures after which a worker process gives its memory back
+
+Record = Dict[str, Any]
+
+
+def timm_modules() -> List[str]:
+    """Names of timm's model modules, in order."""
+    return sorted(module for module in timm.list_modules() if module != OWN_MODULE)
+
+
+def create(name: str, **kwargs: Any) -> nn.Module:
+    """An untrained architecture; one whose default is no classifier gets ten classes."""
+    if not timm.models.get_pretrained_cfg_value(name, 'num_classes'):
+        kwargs.setdefault('num_classes', 10)
+    return timm.create_model(name, **kwargs)
+
+
+def create_small(name: str, **kwargs: Any) -> nn.Module:
+    """An untrained architecture for images as small as its ``img_size`` argument, where it has one, allows."""
+    default = (timm.models.get_pretrained_cfg_value(name, 'input_size') or (3, 224, 224))[-1]
+    for size in SMALL_SIZES:
+        if size >= default:
+            break
+        try:
+            with torch.device('meta'), torch.no_grad():
+                create(name, img_size=size, **kwargs).eval()(torch.empty(1, 3, size, size))
+        except Exception:
+            continue
+        return create(name, img_size=size, **kwargs)
+    return create(name, **kwargs)
+
+
+@torch.no_grad()
+def read_back_error(student: nn.Module, plan: ExpansionPlan) -> float:
+    """Largest relative error of a tensor of the student after expansion and extraction; 0, or rounding of the factor."""
+    tensors = dict([*student.named_parameters(), *student.named_buffers()])
+    back = plan.extract(plan.expand(tensors))
+    return max((
+        0. if torch.equal(back[name], tensor) else relative_error(back[name], tensor)
+        for name, tensor in tensors.items() if tensor.numel()
+    ), default=0.)
+
+
+# -- one architecture -----------------------------------------------------------------------------------------------
+
+
+def plan_one(name: str, ratio: int) -> Record:
+    """Plans an architecture on the meta device."""
+    record: Record = {'model': name, 'step': 'plan'}
+    try:
+        with torch.device('meta'):
+            model = create(name)
+    except Exception as error:
+        return {**record, 'status': 'no classifier', 'reason': _one_line(error)}
+    record['parameters'] = sum(parameter.numel() for parameter in model.parameters())
+    start = time.perf_counter()
+    try:
+        plan_expansion(model, ratio)
+    except UnsupportedModelError as error:
+        status = 'no classifier' if planner.NO_CLASSIFIER in str(error) else 'unsupported'
+        return {**record, 'status': status, 'reason': _one_line(error)}
+    return {**record, 'status': 'planned', 'seconds': time.perf_counter() - start}
+
+
+def compare_one(name: str, ratio: int) -> Record:
+    """Compares an architecture with its planned teacher, in evaluation and training mode."""
+    record: Record = {'model': name, 'step': 'compare'}
+    try:
+        model = create_small(name)
+        plan = plan_expansion(model, ratio)
+        evaluation, training = compare(model, plan), compare(model, plan, training=True)
+        read_back = read_back_error(model, plan)
+    except UnsupportedModelError as error:
+        return {**record, 'status': 'inexact', 'reason': _one_line(error)}
+    except Exception as error:
+        return {**record, 'status': 'not compared', 'reason': _one_line(error)}
+    exact = evaluation.is_exact and training.is_exact and read_back < 1e-6
+    return {
+        **record, 'status': 'exact' if exact else 'inexact', 'error': evaluation.error, 'training': training.error,
+        'sensitivity': training.sensitivity, 'read_back': read_back,
+        **({} if exact else {'reason': 'the planned teacher differs from the student'}),
+    }
+
+
+def _one_line(error: Exception) -> str:
+    return f'{str(error) or type(error).__name__}'.splitlines()[0]
+
+
+# -- the sweep ------------------------------------------------------------------------------------------------------
+
+
+class Cache:
+    """Records of one timm version, ratio and set of rules, in a file of JSON lines."""
+
+    def __init__(self, path: Path, ratio: int) -> None:
+        self.path = path
+        self.key = f'{timm.__version__}-r{ratio}-{_fingerprint()}'
+        self.records: Dict[Tuple[str, str], Record] = {}
+        if path.exists():
+            for line in path.read_text().splitlines():
+                try:
+                    record = json.loads(line)
+                except json.JSONDecodeError:
+                    continue  # the line that an interruption cut off
+                if record.pop('key', None) == self.key:
+                    self.records[record['step'], record['model']] = record
+
+    def add(self, record: Record) -> None:
+        self.records[record['step'], record['model']] = record
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open('a') as file:
+            file.write(json.dumps({'key': self.key, **record}) + '\n')
+
+    def get(self, step: str, name: str) -> Record:
+        return self.records.get((step, name), {})
+
+
+def _fingerprint() -> str:
+    """What the outcome depends on in this package."""
+    folder = Path(__file__).parent
+    digest = hashlib.sha1()
+    for path in sorted([*folder.glob('*.py'), *folder.glob('rules/*.py')]):
+        if path.name in FINGERPRINTED or path.parent.name == 'rules':
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+FINGERPRINTED = ('axes.py', 'inputs.py', 'model_copy.py', 'plan.py', 'planner.py', 'verify.py')
+
+
+def run(task: Callable[[str, int], Record], names: Sequence[str], ratio: int, jobs: int, cache: Cache) -> None:
+    """Runs a task for every architecture that the cache does not know yet."""
+    step = 'plan' if task is plan_one else 'compare'
+    todo = [name for name in names if not cache.get(step, name)]
+    with tqdm(total=len(names), initial=len(names) - len(todo), desc=step, unit='model') as bar:
+        for record in _results(task, todo, ratio, jobs):
+            cache.add(record)
+            bar.set_postfix_str(record['model'])
+            bar.update()
+
+
+def _results(task: Callable[[str, int], Record], names: Sequence[str], ratio: int, jobs: int) -> Iterator[Record]:
+    if jobs == 1:
+        for name in names:
+            yield task(name, ratio)
+            gc.collect()
+        return
+    context = multiprocessing.get_context('spawn')
+    with ProcessPoolExecutor(
+            jobs, context, _start_worker, (max(1, torch.get_num_threads() // jobs),),
+            max_tasks_per_child=WORKER_TASKS) as pool:
+        for future in as_completed([pool.submit(task, name, ratio) for name in names]):
+            yield future.result()
+
+
+def _start_worker(threads: int) -> None:
+    torch.set_num_threads(threads)
+    warnings.filterwarnings('ignore')
+
+
+def chosen(
+        cache: Cache,
+        modules: Mapping[str, Sequence[str]],
+        max_parameters: float,
+        smallest: Optional[int],
+) -> List[str]:
+    """The architectures to compare: planned, at most so large, and the smallest few of each module if so asked."""
+    names = []
+    for module in modules.values():
+        sizes = [
+            (cache.get('plan', name)['parameters'], name)
+            for name in module if cache.get('plan', name).get('status') == 'planned']
+        names += [name for size, name in sorted(sizes)[:smallest] if size <= max_parameters]
+    return names
+
+
+# -- the table ------------------------------------------------------------------------------------------------------
+
+
+def status_of(cache: Cache, name: str) -> str:
+    """What the cache knows of an architecture, in one word of the table."""
+    plan, comparison = cache.get('plan', name), cache.get('compare', name)
+    if plan.get('status') != 'planned':
+        return plan.get('status', 'unknown')
+    return {'exact': 'exact', 'inexact': 'inexact'}.get(comparison.get('status'), 'planned only')
+
+
+def table(cache: Cache, modules: Mapping[str, Sequence[str]], ratio: int) -> str:
+    """The coverage page, in Markdown."""
+    totals: Dict[str, int] = defaultdict(int)
+    rows, notes, without, rounded = [], [], [], []
+    slowest = (0., '')
+    for module, names in modules.items():
+        counts: Dict[str, int] = defaultdict(int)
+        worst: Dict[str, float] = {}
+        for name in names:
+            plan, comparison, status = cache.get('plan', name), cache.get('compare', name), status_of(cache, name)
+            counts[status] += 1
+            totals[status] += 1
+            slowest = max(slowest, (plan.get('seconds', 0.), name))
+            for key in ('error', 'training'):
+                if key in comparison:
+                    worst[key] = max(worst.get(key, 0.), comparison[key])
+            if status == 'no classifier':
+                without.append(name)
+            elif status in ('unsupported', 'inexact'):
+                notes.append(f'- `{name}`: {status}: {comparison.get("reason") or plan.get("reason")}')
+            elif comparison.get('status') == 'not compared':
+                notes.append(f'- `{name}`: planned, not compared: {comparison["reason"]}')
+            if status == 'exact' and comparison['training'] > 1e-12:
+                rounded.append(f'- `{name}`: {comparison["training"]:.1e}, against {comparison["sensitivity"]:.1e}')
+        cells = [str(counts[status]) for status in STATUSES]
+        errors = [f'{worst[key]:.1e}' if key in worst else '' for key in ('error', 'training')]
+        rows.append(f'| {" | ".join([module, str(len(names)), *cells, *errors])} |')
+    classifiers = sum(count for status, count in totals.items() if status != 'no classifier')
+    planned = totals['exact'] + totals['planned only'] + totals['inexact']
+    lines = [
+        '# Coverage',
+        '',
+        f'What `python -m timm_gpd.coverage` found with timm {timm.__version__}, torch {torch.__version__.split("+")[0]} '
+        f'and ratio {ratio}.',
+        '',
+        f'Of {sum(map(len, modules.values()))} architectures in {len(modules)} modules, {classifiers} have a classifier. '
+        f'{planned} of those ({100 * planned / max(classifiers, 1):.1f} %) plan without error, {totals["exact"]} were '
+        f'compared and are exact, {totals["inexact"]} were compared and are not. '
+        f'The slowest plan took {slowest[0]:.1f} s ({slowest[1]}).',
+        '',
+        '- *exact*: in float64, with randomised weights and running statistics and no stochastic layer, the teacher\'s '
+        'logits are the student\'s in evaluation and training mode, and extraction returns the student. The errors are '
+        'the worst max \\|T − S\\| / max \\|S\\| of the module.',
+        '- *planned only*: planned on the meta device, not compared.',
+        '',
+        '| module | architectures | exact | planned only | inexact | unsupported | no classifier | error, evaluation '
+        '| error, training |',
+        '|---|---:|---:|---:|---:|---:|---:|---:|---:|',
+        *rows,
+    ]
+    for title, items in (
+        ('Exceptions', notes),
+        ('Training errors above 1e-12, against what rounding does to the student itself', rounded),
+        ('Without a classifier', [', '.join(f'`{name}`' for name in without)] if without else []),
+    ):
+        if items:
+            lines += ['', f'## {title}', '', *items]
+    return '\n'.join(lines) + '\n'
+
+
+STATUSES = ('exact', 'planned only', 'inexact', 'unsupported', 'no classifier')
+
+
+def parse(arguments: Optional[Sequence[str]]) -> argparse.Namespace:
+    """Command line arguments; ends the program with code 2 if they are wrong."""
+    parser = argparse.ArgumentParser(prog='python -m timm_gpd.coverage', description=__doc__.split('\n')[0])
+    parser.add_argument('--modules', nargs='+', metavar='MODULE', help='modules of timm to sweep (default: all)')
+    parser.add_argument('--models', nargs='+', metavar='MODEL', help='architectures to sweep (default: all of the modules)')
+    parser.add_argument('--ratio', type=int, default=2, help='expansion ratio (default: %(default)s)')
+    parser.add_argument('--max-params', type=float, default=40, metavar='M',
+                        help='millions of parameters up to which an architecture is compared too; a comparison holds '
+                             'about 50 bytes for each at ratio 2 (default: %(default)s)')
+    parser.add_argument('--smallest', type=int, metavar='N', help='compare only the N smallest of each module')
+    parser.add_argument('--jobs', type=int, default=1, help='worker processes (default: %(default)s)')
+    parser.add_argument('--cache', type=Path, default=Path('.coverage-cache/coverage.jsonl'),
+                        help='JSON lines that a sweep adds to and goes on from (default: %(default)s)')
+    parser.add_argument('--output', type=Path, default=Path('docs/coverage.md'), help='(default: %(default)s)')
+    options = parser.parse_args(arguments)
+    for name in ('ratio', 'jobs', 'smallest'):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            parser.error(f'--{name} must be at least 1, but is {value}')
+    known = timm_modules()
+    for module in options.modules or ():
+        if module not in known:
+            parser.error(f'{module} is not a module of timm {timm.__version__}: see timm.list_modules()')
+    for model in options.models or ():
+        if not timm.is_model(model):
+            parser.error(f'{model} is not an architecture of timm {timm.__version__}: see timm.list_models()')
+    return options
+
+
+def main(arguments: Optional[Sequence[str]] = None) -> int:
+    """Sweeps and writes the table; returns the exit code."""
+    options = parse(arguments)
+    warnings.filterwarnings('ignore')
+    modules = {
+        module: [name for name in timm.list_models(module=module) if not options.models or name in options.models]
+        for module in options.modules or timm_modules()
+    }
+    modules = {module: names for module, names in modules.items() if names}
+    names = [name for names in modules.values() for name in names]
+    cache = Cache(options.cache, options.ratio)
+    run(plan_one, names, options.ratio, options.jobs, cache)
+    run(compare_one, chosen(cache, modules, options.max_params * 1e6, options.smallest),
+        options.ratio, options.jobs, cache)
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text(table(cache, modules, options.ratio))
+    failed = [name for name in names if status_of(cache, name) in ('unsupported', 'inexact')]
+    print(f'{options.output}: {len(names)} architectures, {len(failed)} unsupported or inexact')
+    return 1 if failed else 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())

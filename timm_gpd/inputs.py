@@ -1,0 +1,50 @@
+"""What images a model takes."""
+from typing import Iterator, Optional, Tuple
+
+import torch
+import torch.nn as nn
+
+from .model_copy import blank, blank_copy
+
+__all__ = ['accepted_input_shape', 'blank_images', 'input_shape']
+
+
+def input_shape(model: nn.Module) -> Tuple[int, int, int]:
+    """Channels, height and width (pixels) of the images that a timm model was made for, by its own records."""
+    channels, height, width = (getattr(model, 'pretrained_cfg', None) or {}).get('input_size', (3, 224, 224))
+    for module in model.modules():
+        img_size = getattr(module, 'img_size', None)
+        if img_size is not None:  # what the instance was made for; its config only knows the default
+            height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+            break
+    return getattr(model, 'in_chans', None) or channels, height, width
+
+
+def blank_images(model: nn.Module, shape: Tuple[int, int, int], device: str = 'meta') -> torch.Tensor:
+    """Two images without values, of the model's dtype."""
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
+    return blank((2, *shape), dtype, device)
+
+
+def accepted_input_shape(model: nn.Module) -> Optional[Tuple[int, int, int]]:
+    """An input shape that the model's forward accepts: its own, or the first square that runs on the meta device.
+
+    Some classes bake ``img_size`` into a table and keep no record of it. None if no shape runs.
+    """
+    channels, *size = input_shape(model)
+    copy = blank_copy(model).eval()
+    for height, width in _sizes(*size):
+        try:
+            with torch.no_grad():
+                copy(blank_images(copy, (channels, height, width)))
+            return channels, height, width
+        except Exception:
+            continue
+    return None
+
+
+def _sizes(height: int, width: int) -> Iterator[Tuple[int, int]]:
+    yield height, width
+    for step in (32, 28, 16):
+        for size in range(step, 1025, step):
+            yield size, size
