@@ -483,6 +483,14 @@ def _widen_weight(
     a['weight'].gpd_sources = sources
 
 
+def _widen_bias_of_tied_weight(run: _DryRun, a: Dict[str, Any]) -> None:
+    """A weight that another layer has widened already leaves this layer's bias to be widened like its outputs."""
+    weight, bias = a['weight'], a.get('bias')
+    if _is_own(weight) and bias is not None and run.is_new(bias) and weight.gpd_sources[0] in run.tensors:
+        axes = dict(run.tensors[weight.gpd_sources[0]].axes)
+        a['bias'] = run.widen(bias, {0: axes[0]} if 0 in axes else {})
+
+
 _CONV = ('input', 'weight', 'bias', 'stride', 'padding', 'dilation', 'groups')
 _CONV_TRANSPOSE = ('input', 'weight', 'bias', 'stride', 'padding', 'output_padding', 'groups', 'dilation')
 
@@ -491,6 +499,7 @@ _CONV_TRANSPOSE = ('input', 'weight', 'bias', 'stride', 'padding', 'output_paddi
 def _conv(run: _DryRun, a: Dict[str, Any]) -> None:
     weight, bias, groups = _weight(run, a), a.get('bias'), a.get('groups', 1)
     if weight is None:
+        _widen_bias_of_tied_weight(run, a)
         return
     outputs, inputs = weight.shape[0], weight.shape[1] * groups
     actual = a['input'].shape[1 - weight.dim()]
@@ -539,6 +548,7 @@ def _conv_transpose(run: _DryRun, a: Dict[str, Any]) -> None:
 def _linear(run: _DryRun, a: Dict[str, Any]) -> None:
     weight, bias = _weight(run, a), a.get('bias')
     if weight is None:
+        _widen_bias_of_tied_weight(run, a)
         return
     outputs, inputs = weight.shape
     actual = a['input'].shape[-1]
