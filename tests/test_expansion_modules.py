@@ -1,4 +1,4 @@
-"""Every module of timm: its smallest architecture expands exactly, in evaluation and training mode, and is read back."""
+"""Every module of timm: its smallest architecture expands exactly, in both modes, and is read back."""
 import pytest
 import torch
 import torch.nn as nn

@@ -83,8 +83,8 @@ class ExpansionPlan:
         width = max((len(name) for name in self.tensors), default=0)
         for name, tensor_map in self.tensors.items():
             blocks = [
-                f'axis {axis}: ' + ' + '.join(f'{s.size}x{s.ratio}' + (f' in blocks of {s.block}' if s.block > 1 else '')
-                                              for s in axis_map)
+                f'axis {axis}: ' + ' + '.join(
+                    f'{s.size}x{s.ratio}' + (f' in blocks of {s.block}' if s.block > 1 else '') for s in axis_map)
                 for axis, axis_map in tensor_map.axes
                 if len(axis_map) > 1 or axis_map[0].block > 1
             ]

@@ -64,7 +64,7 @@ def randomize_(model: nn.Module, seed: int = 0) -> nn.Module:
 
 
 def disable_randomness_(model: nn.Module) -> nn.Module:
-    """Sets every rate of dropout and the like to 0, in place, so that training mode is a function. Returns the model."""
+    """Sets every rate of dropout and the like to 0, in place: training mode becomes a function. Returns the model."""
     for module in model.modules():
         for name in RANDOM_RATES:
             if isinstance(getattr(module, name, None), float):

@@ -27,7 +27,8 @@ for name, attributes in {
 register_rule('timm.layers.blur_pool.BlurPool2d', Rule(multiply=('channels',), params={'filt': 0}))
 
 # A convolution along the channel axis: the next channel is `ratio` entries away.
-register_rule('timm.layers.eca.EcaModule', Rule(multiply=('conv.dilation', 'conv.padding', 'conv2.dilation', 'conv2.padding')))
+register_rule('timm.layers.eca.EcaModule', Rule(
+    multiply=('conv.dilation', 'conv.padding', 'conv2.dilation', 'conv2.padding')))
 register_rule('timm.layers.eca.CecaModule', Rule(multiply=('conv.dilation', 'padding')))
 
 

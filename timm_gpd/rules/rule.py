@@ -1,7 +1,7 @@
 """What a module's forward does not say by itself.
 
-The planner (:mod:`timm_gpd.planner`) reads nearly everything off a dry run: a tensor widens when what it meets is wider.
-A rule adds what shapes alone cannot tell: integers that count heads or channels, axes replicated in blocks, children
+The planner (:mod:`timm_gpd.planner`) reads nearly everything off a dry run: a tensor widens when what it meets is
+wider. A rule adds what shapes alone cannot tell: integers that count heads or channels, axes replicated in blocks, children
 that mix something other than channels. Rules know no training; most are data.
 """
 from dataclasses import dataclass, field
@@ -18,8 +18,8 @@ Block = Union[int, str, Callable[[nn.Module], int]]
 class Rule:
     """How one class of module widens, beyond what its forward shows.
 
-    Names are relative to the module and may be dotted, with ``*`` for any child and '' for the module itself; those that
-    an instance lacks are skipped, so that one rule serves every class that shares a layout.
+    Names are relative to the module and may be dotted, with ``*`` for any child and '' for the module itself; those
+    that an instance lacks are skipped, so that one rule serves every class that shares a layout.
 
     Attributes:
         multiply: attributes that are multiplied by the ratio: integers, or tuples and lists of integers.

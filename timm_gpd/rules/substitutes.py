@@ -38,7 +38,7 @@ class AlignedSplitTransposeBlock(SplitTransposeBlock):
 
 
 class ReplicatedSimpleNorm(SimpleNorm):
-    """Divides by the unbiased standard deviation of distinct channels: n replicas of C of them have n (C - 1) freedoms."""
+    """Divides by the unbiased standard deviation of the student: n replicas of C channels have n (C - 1) freedoms."""
     replicas = 1
     dim = -1
 

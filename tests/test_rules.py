@@ -1,0 +1,74 @@
+"""Rules: the documented example, and what a rule may say."""
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn as nn
+
+from exactness import expansion_errors
+from timm_gpd import Rule, UnsupportedModelError, plan_expansion, register_rule
+
+DOCUMENT = Path(__file__).parents[1] / 'docs' / 'rules.md'
+
+
+def test_documented_example(capsys):
+    """Every code block of the document runs, in order; it asserts what it claims."""
+    namespace = {'__name__': 'documented_example'}
+    blocks = re.findall(r'^```python\n(.*?)^```', DOCUMENT.read_text(), re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 3
+    for block in blocks:
+        exec(compile(block, str(DOCUMENT), 'exec'), namespace)
+    assert "module 'mixer' of class documented_example.PartialAttention" in capsys.readouterr().out
+
+
+class Splitter(nn.Module):
+    """Halves of uneven, stored sizes; the second is scaled by one stored number for each of its channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes = [6, 2]
+        self.first, self.second = nn.Linear(6, 6), nn.Linear(2, 2)
+        self.gain = nn.Parameter(torch.ones(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        a, b = x.split(self.sizes, dim=-1)
+        return torch.cat([self.first(a), self.second(b) * self.gain.view(1, 1, self.sizes[1])], dim=-1)
+
+
+class Student(nn.Module):
+    pretrained_cfg = {'input_size': (3, 8, 8)}
+
+    def __init__(self, mixer: nn.Module) -> None:
+        super().__init__()
+        self.stem, self.mixer, self.head = nn.Conv2d(3, 8, 2, stride=2), mixer, nn.Linear(8, 5)
+
+    def get_classifier(self) -> nn.Module:
+        return self.head
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.mixer(self.stem(x).flatten(2).transpose(1, 2)).mean(1))
+
+
+@pytest.mark.parametrize('ratio', (1, 2, 3, 4))
+def test_subclasses_inherit_a_rule(ratio):
+    class Child(Splitter):
+        pass
+
+    register_rule(Splitter, Rule(multiply=('sizes',), params={'gain': 0}))
+    student = Student(Child())
+    plan = plan_expansion(student, ratio)
+    errors = expansion_errors(student, plan, torch.randn(4, 3, 8, 8))
+    assert max(errors.values()) <= 1e-12, errors
+    assert student.mixer.sizes == [6, 2]  # the student is never modified
+    assert ratio == 1 or plan.attributes['mixer']['sizes'] == ([6, 2], [6 * ratio, 2 * ratio])
+
+
+def test_a_rule_of_another_size_is_refused():
+    class Wrong(Splitter):
+        pass
+
+    register_rule(Wrong, Rule(
+        multiply=('sizes',), code=lambda rule: rule.layout('first.out', (4, rule.ratio, 1))))
+    with pytest.raises(UnsupportedModelError, match='a rule describes 4 entries of an axis that has 6'):
+        plan_expansion(Student(Wrong()))
