@@ -1,9 +1,11 @@
 """The numeric check: no dynamic teacher is handed out that is not exactly its student."""
 import copy
-from typing import Any, List, NamedTuple, Tuple
+from typing import Any, Callable, List, NamedTuple, Tuple
 
 import torch
 import torch.nn as nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
 
 from .errors import UnsupportedModelError
 from .inputs import accepted_input_shape, input_shape
@@ -34,6 +36,16 @@ class Agreement(NamedTuple):
     def is_exact(self) -> bool:
         """Whether the error is rounding: at most 1e-12, or ten times the student's own response to a rounding."""
         return self.error <= max(ROUNDING, 10 * self.sensitivity)
+
+
+class _InFloat64(TorchFunctionMode):
+    """Makes casts to float32 inside a forward casts to float64: the rounding of the former would hide errors."""
+
+    def __torch_function__(self, func: Callable, types: Any, args: Tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        func = torch.Tensor.double if func is torch.Tensor.float else func
+        args, kwargs = tree_map_only(
+            torch.dtype, lambda dtype: torch.float64 if dtype == torch.float32 else dtype, (args, kwargs or {}))
+        return func(*args, **kwargs)
 
 
 @torch.no_grad()
@@ -99,9 +111,11 @@ def compare(student: nn.Module, plan: ExpansionPlan, training: bool = False) -> 
     """
     reference = disable_randomness_(randomize_(copy.deepcopy(student).to('cpu', torch.float64))).train(training)
     teacher = wide_copy(reference, plan, plan.expand_tensor)
-    x, expected = _sample(reference, training)
+    with _InFloat64():
+        x, expected = _sample(reference, training)
     try:
-        error = _largest_error(teacher(x), expected)
+        with _InFloat64():
+            error = _largest_error(teacher(x), expected)
     except Exception as failure:
         raise UnsupportedModelError(
             f'{type(student).__name__} cannot be widened: the planned teacher does not run '
@@ -112,7 +126,8 @@ def compare(student: nn.Module, plan: ExpansionPlan, training: bool = False) -> 
         for tensor in (x, *reference.parameters()):
             signs = torch.randint(0, 2, tensor.shape, generator=generator, dtype=tensor.dtype) * 2 - 1
             tensor *= 1 + signs * torch.finfo(tensor.dtype).eps
-        sensitivity = _largest_error(reference(x), expected)
+        with _InFloat64():
+            sensitivity = _largest_error(reference(x), expected)
     return Agreement(error, sensitivity)
 
 
