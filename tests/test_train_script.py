@@ -95,7 +95,7 @@ def test_plain_timm_loads_the_student(trained):
     checkpoint = torch.load(folder / 'last.pth.tar', weights_only=False)
     student = timm.create_model(f'local-dir:{folder}/student', pretrained=True)
     assert all(torch.equal(checkpoint['state_dict'][name], tensor) for name, tensor in student.state_dict().items())
-    assert sorted(os.listdir(folder / 'student')) == ['README.md', 'config.json', 'model.safetensors']
+    assert sorted(os.listdir(folder / 'student')) == ['README.md', 'config.json', 'gap.png', 'model.safetensors']
     card = (folder / 'student' / 'README.md').read_text()
     assert 'library_name: timm' in card and 'dynamic teacher of ratio 2' in card
     assert f'{float(summary(folder)[-1]["eval_top1"]):.2f}' in card

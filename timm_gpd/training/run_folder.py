@@ -16,7 +16,7 @@ from timm.utils import unwrap_model, update_summary
 
 from ..dynamic_teacher import StudentView
 from ..errors import UsageError
-from ..export import save_student
+from ..export import PLOT, read_metrics, save_student
 from ..version import __version__
 
 __all__ = ['RunFolder']
@@ -74,8 +74,9 @@ class RunFolder:
         """Writes the last epoch's student, the averaged one where there is an average, and the plot."""
         model = unwrap_model(task.get_eval_model(ema=task.has_ema()))
         student = model.dynamic_teacher.extract_student() if isinstance(model, StudentView) else model
-        save_student(student, self.file('student'), self.args, self.results[-1]['validation'] if self.results else None)
         self.plot_gap()
+        save_student(
+            student, self.file('student'), self.args, read_metrics(self.file('summary.csv')), self.file(PLOT))
         _logger.info(f'Student written to {self.file("student")}')
 
     def plot_gap(self) -> None:
@@ -100,4 +101,4 @@ class RunFolder:
         axes.set(xlabel='epoch', ylabel='top-1 (%)', title=self.args['model'])
         axes.grid(alpha=0.3)
         axes.legend(loc='lower right')
-        figure.savefig(self.file('gap.png'), dpi=120)
+        figure.savefig(self.file(PLOT), dpi=120)
