@@ -25,9 +25,9 @@ _PAPER = 'https://arxiv.org/abs/2410.04140'
 _CITATION = '''@inproceedings{guo2025gap,
   title={Gap Preserving Distillation by Building Bidirectional Mappings with A Dynamic Teacher},
   author={Guo, Yong and Zhang, Shulian and Pan, Haolin and Liu, Jing and Zhang, Yulun and Chen, Jian},
-  booktitle={International Conference on Learning Representations},
+  booktitle={The Thirteenth International Conference on Learning Representations},
   year={2025},
-  url={https://arxiv.org/abs/2410.04140}
+  url={https://openreview.net/forum?id=PnfghHD4Pi}
 }'''
 _LOCAL_NAME = 'local-dir:path/to/this/folder'
 
@@ -170,10 +170,11 @@ def _details(student: nn.Module, recipe: Dict[str, Any]) -> Dict[str, str]:
     if not recipe.get('converted_from'):
         details['Data'] = f'`{_dataset(recipe)}`'
     if 'epochs' in recipe:
+        rate = (f'learning rate {recipe["lr"]:g}' if recipe.get('lr') else
+                f'base learning rate {recipe["lr_base"]:g} for batches of {recipe["lr_base_size"]}')
         details['Training'] = (
             f'{recipe["epochs"]} epochs, batch {recipe["batch_size"] * recipe["grad_accum_steps"]}, '
-            f'`{recipe["opt"]}`, learning rate {recipe["lr"]:g}, weight decay {recipe["weight_decay"]:g}, '
-            f'`{recipe["sched"]}` schedule')
+            f'`{recipe["opt"]}`, {rate}, weight decay {recipe["weight_decay"]:g}, `{recipe["sched"]}` schedule')
     return details
 
 

@@ -6,10 +6,11 @@ import shutil
 import sys
 import tempfile
 from contextlib import contextmanager
-from typing import Iterator, List, Optional
+from typing import Any, Dict, Iterator, List, Optional
 
 import timm
 import torch
+import yaml
 from huggingface_hub import CommitOperationAdd, HfApi, constants, snapshot_download
 from huggingface_hub.errors import (
     HfHubHTTPError, HFValidationError, HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled,
@@ -166,16 +167,28 @@ def _save_student_of_checkpoint(path: str, folder: str) -> None:
             checkpoint = torch.load(path, map_location='cpu', weights_only=True)
     if not isinstance(checkpoint, dict) or not {'args', 'epoch', 'state_dict'} <= checkpoint.keys():
         raise UsageError(f'{path} is no checkpoint of train.py: it lacks args, epoch or state_dict')
-    recipe = vars(checkpoint['args'])
     # Its own weights follow: what the run started from is neither needed nor always there.
-    args = argparse.Namespace(**{**recipe, 'pretrained': False, 'pretrained_path': None, 'initial_checkpoint': ''})
+    args = argparse.Namespace(**{
+        **vars(checkpoint['args']), 'pretrained': False, 'pretrained_path': None, 'initial_checkpoint': ''})
     with usage_errors('give a checkpoint of train.py', RuntimeError, AttributeError):
         student = create_student(args)
         resolve_input(args, student)
         student.load_state_dict(checkpoint.get('state_dict_ema') or checkpoint['state_dict'])
     run = os.path.dirname(os.path.abspath(path))
+    recipe = _recipe_of_run(run) or vars(checkpoint['args'])
     metrics = read_metrics(os.path.join(run, 'summary.csv'), checkpoint['epoch'])
     save_student(student, folder, recipe, metrics, os.path.join(run, PLOT))
+
+
+def _recipe_of_run(run: str) -> Dict[str, Any]:
+    """What the user asked for; a checkpoint's own arguments are those after the data was prepared."""
+    path = os.path.join(run, 'args.yaml')
+    if not os.path.isfile(path):
+        return {}
+    with open(path) as file, usage_errors(f'{path} is damaged', yaml.YAMLError):
+        recipe = yaml.safe_load(file) or {}
+    recipe.pop('versions', None)
+    return recipe
 
 
 def _discard_damaged(repo_id: str, snapshot: str) -> None:
