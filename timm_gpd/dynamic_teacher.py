@@ -1,15 +1,17 @@
 """The dynamic teacher: one set of parameters that runs as a wide teacher and as the student inside it."""
 import copy
 import re
-from typing import Any, Dict, List, Tuple, Union
+from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn as nn
 from torch.func import functional_call
 
+from .branches import BranchedKernel, branch_kinds, cosine_prior, is_branchable
 from .model_copy import parameterless_copy, wide_copy
 from .plan import ExpansionPlan
-from .planner import check_positive_int, plan_expansion
+from .planner import plan_expansion
+from .sharing import SharedTensors
 from .verify import verify_plan
 
 __all__ = ['DynamicTeacher', 'StudentView', 'expand', 'SCALES']
@@ -23,6 +25,7 @@ def expand(
         num_branches: int = 1,
         noise: float = 0.0,
         scale: str = 'student',
+        branches: Optional[Sequence[str]] = None,
 ) -> 'DynamicTeacher':
     """Builds the dynamic teacher of a student by inverse reparameterization (Sec. 3.2 of arXiv 2410.04140).
 
@@ -32,12 +35,13 @@ def expand(
     Args:
         student: a timm model with a classifier. It is not modified.
         ratio: expansion ratio r of the channels.
-        num_branches: branches per convolution; 1 is a plain convolution.
+        num_branches: branches per convolution, 1 to 6 (the paper's); 1 is a plain convolution.
         noise: standard deviation, relative to each weight's own, of noise that tells replicas apart without changing
             the teacher's function or the student. Exact replicas of everything but replica 0 receive equal gradients.
         scale: what is stored. ``'student'`` stores the student's own weights in replica 0, and the student's learning
             rate and weight decay mean what they mean in plain training. ``'teacher'`` (the authors') stores the
             teacher's weights, and the student's are r times a slice of them.
+        branches: names the kinds of branch instead of their number, see ``timm_gpd.branches.BRANCH_KINDS``.
 
     Returns:
         The dynamic teacher, on the student's device, in its dtype and mode.
@@ -46,42 +50,59 @@ def expand(
         ValueError: if an argument is out of range.
         UnsupportedModelError: if a module cannot be widened exactly.
     """
-    check_positive_int('num_branches', num_branches)
-    if num_branches > 1:
-        raise ValueError(f'num_branches must be 1 in this version, but is {num_branches}')
+    kinds = branch_kinds(num_branches, branches)
     if not noise >= 0:
         raise ValueError(f'noise must be a number of at least 0, but is {noise!r}')
     if scale not in SCALES:
         raise ValueError(f'scale must be one of {", ".join(SCALES)}, but is {scale!r}')
     plan = plan_expansion(student, ratio)
     verify_plan(student, plan)
-    return DynamicTeacher(student, plan, noise=noise, scale=scale)
+    return DynamicTeacher(student, plan, noise=noise, scale=scale, branches=kinds)
 
 
 class DynamicTeacher(nn.Module):
-    """A student's wide copy, with the student inside it.
+    """A student's wide, multi-branch copy, with the student inside it.
 
-    The only parameters are those of ``wide``; the student's are computed from them whenever it runs. ``student`` owns
-    nothing but its own buffers, such as BatchNorm statistics. Build it with :func:`expand`.
+    The only parameters are those of ``wide`` and ``branches``; the student's are computed from them whenever it runs.
+    ``student`` owns nothing but its own buffers, such as BatchNorm statistics. Build it with :func:`expand`.
 
     Attributes:
         wide: the student's class with wider tensors. Under ``scale='student'`` its weights are stored times the
             factor that the plan divides them by, and divided when it runs.
+        branches: what is beside the kernels of ``wide``, under the names of their convolutions. They merge with what
+            is stored there, in its convention, and both models read the merged kernel.
         student: the student's class without parameters.
         plan: how one maps to the other.
         scale: ``'student'`` or ``'teacher'``, see :func:`expand`.
+        branch_kinds: the kinds of branch that every convolution with a square odd kernel larger than 1 has.
     """
 
-    def __init__(self, student: nn.Module, plan: ExpansionPlan, noise: float = 0.0, scale: str = 'student') -> None:
+    def __init__(
+            self,
+            student: nn.Module,
+            plan: ExpansionPlan,
+            noise: float = 0.0,
+            scale: str = 'student',
+            branches: Sequence[str] = ('kxk',),
+    ) -> None:
         super().__init__()
         self.plan = plan
         self.scale = scale
+        self.branch_kinds = tuple(branches)
         self._factors = {name: tensor_map.factor for name, tensor_map in plan.tensors.items() if tensor_map.factor > 1}
         self._tied, self._requires_grad = _parameter_layout(student)
         self.wide = wide_copy(student, plan, self._stored)
         self.student = parameterless_copy(student)
+        self._shared = SharedTensors(
+            {name: plan.tensors[name] for name in self._tied if name in plan.tensors},
+            {name: 1 / factor for name, factor in self._factors.items()} if scale == 'student' else {},
+            self._factors if scale == 'teacher' else {})
         if noise:
             self._add_noise(noise)
+        self.branches = nn.Module()
+        self._branched: List[Tuple[str, BranchedKernel]] = []
+        if len(self.branch_kinds) > 1:
+            self._add_branches()
         self.train(student.training)
 
     # -- the two models ---------------------------------------------------------------------------------------------
@@ -100,8 +121,9 @@ class DynamicTeacher(nn.Module):
         Returns:
             Teacher logits, shape (B, num_classes), or student logits and teacher logits.
         """
-        teacher_logits = functional_call(self.wide, self.teacher_parameters(), (x,)) if self._rescaled else self.wide(x)
-        return (self.forward_student(x), teacher_logits) if joint else teacher_logits
+        teacher, student = self._parameters_of_both()
+        teacher_logits = functional_call(self.wide, teacher, (x,))
+        return (self._run_student(student, x), teacher_logits) if joint else teacher_logits
 
     def joint(self, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
         """Student and dynamic teacher on one batch, from one shared set of parameters.
@@ -116,14 +138,12 @@ class DynamicTeacher(nn.Module):
 
     def forward_student(self, x: torch.Tensor) -> torch.Tensor:
         """Student's logits, shape (B, num_classes), for images of shape (B, in_chans, H, W)."""
-        return functional_call(self.student, self.student_parameters(), (x,), tie_weights=False)
+        return self._run_student(self.student_parameters(), x)
+
+    def _run_student(self, parameters: Dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        return functional_call(self.student, parameters, (x,), tie_weights=False)
 
     # -- parameters -------------------------------------------------------------------------------------------------
-
-    @property
-    def _rescaled(self) -> bool:
-        """Whether what is stored differs from what the teacher runs on."""
-        return self.scale == 'student' and bool(self._factors)
 
     def _stored(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """What is stored for a tensor of the student: shape of the teacher's, in the convention of ``scale``."""
@@ -133,32 +153,28 @@ class DynamicTeacher(nn.Module):
         wide = tensor_map.replicate(tensor)
         return wide / tensor_map.factor if self.scale == 'teacher' and tensor_map.factor > 1 else wide
 
+    def _parameters_of_both(self) -> Tuple[Dict[str, torch.Tensor], Dict[str, torch.Tensor]]:
+        """What teacher and student run on, from kernels that are merged once (Sec. 3.3). Differentiable."""
+        stored = dict(self.wide.named_parameters())
+        for name, branched in self._branched:
+            stored[name] = branched(stored[name])
+        teacher, student = self._shared(stored)
+        return teacher, {alias: student[name] for name, aliases in self._tied.items() for alias in aliases}
+
     def teacher_parameters(self) -> Dict[str, torch.Tensor]:
-        """What the teacher runs on, by the student's parameter names. Differentiable."""
-        parameters = dict(self.wide.named_parameters())
-        if self._rescaled:
-            names = [name for name in parameters if name in self._factors]
-            scaled = torch._foreach_mul(
-                [parameters[name] for name in names], [1 / self._factors[name] for name in names])
-            parameters.update(zip(names, scaled))
-        return parameters
+        """What the teacher runs on, branches merged, by the student's parameter names. Differentiable."""
+        return self._parameters_of_both()[0]
 
     def student_parameters(self) -> Dict[str, torch.Tensor]:
-        """The student's parameters, computed from the stored ones by slicing. Differentiable (Sec. 3.3)."""
-        student = {}
-        for name, parameter in self.wide.named_parameters():
-            tensor_map = self.plan.tensors.get(name)
-            # Contiguous: in channels_last memory, the CPU BatchNorm backward of torch 2.15 misreads a strided weight.
-            narrow = parameter if tensor_map is None else tensor_map.first_replica(parameter).contiguous()
-            if self.scale == 'teacher' and name in self._factors:
-                narrow = narrow * self._factors[name]
-            for alias in self._tied[name]:
-                student[alias] = narrow
-        return student
+        """The student's parameters, computed from the stored ones: merged, then sliced. Differentiable (Sec. 3.3)."""
+        return self._parameters_of_both()[1]
 
     @torch.no_grad()
     def load_student(self, state_dict: Dict[str, torch.Tensor], strict: bool = True):
         """Starts again from a student's weights: the teacher becomes exactly that student's function.
+
+        They become the kernels that branches stand beside, and the branches' scales start again; what else the
+        branches have learned is kept.
 
         Args:
             state_dict: a plain student's ``state_dict``.
@@ -175,6 +191,8 @@ class DynamicTeacher(nn.Module):
             wide[name].copy_(self._stored(name, tensor))
             if name in buffers:
                 buffers[name].copy_(tensor)
+        for _, branched in self._branched:
+            branched.reset_scale()
         return result
 
     @torch.no_grad()
@@ -202,6 +220,27 @@ class DynamicTeacher(nn.Module):
             if name in self._factors:
                 parameter += self.plan.tensors[name].noise_like(parameter, noise * parameter.std().item())
 
+    def _add_branches(self) -> None:
+        for name, module in self.wide.named_modules():
+            weight = f'{name}.weight' if name else 'weight'
+            if not (is_branchable(module) and self._requires_grad.get(weight)):
+                continue
+            outputs, _, size, _ = module.weight.shape
+            tensor_map = self.plan.tensors.get(weight)
+            axes = {} if tensor_map is None else dict(tensor_map.axes)
+            if 0 in axes:
+                # Replicas share the student's channel's pattern, or its slice would hold only every r-th frequency.
+                prior = axes[0].replicate(cosine_prior(axes[0].size, size), 0)
+            else:
+                prior = cosine_prior(outputs, size)
+            # Other weights than the prior are drawn for every replica, which tells replicas apart as scales move.
+            # Their size is that of a student's, divided by the factor as inverse reparameterization does.
+            factor = self._factors.get(weight, 1)
+            gain = factor ** (0.5 if self.scale == 'student' else -0.5)
+            branched = BranchedKernel(module.weight, module.groups, self.branch_kinds, prior, gain)
+            _add_submodule(self.branches, name, branched)
+            self._branched.append((weight, branched))
+
     # -- what timm's optimizer factory asks a model -----------------------------------------------------------------
 
     def no_weight_decay(self) -> set:
@@ -213,7 +252,7 @@ class DynamicTeacher(nn.Module):
         """The student's layer groups, for layer-wise learning rate decay."""
         def prefixed(pattern):
             if isinstance(pattern, str):  # matched from the start of a name, every alternative of it
-                return r'^wide\.(?:' + re.sub(r'(^|[|(])\^', r'\1', pattern) + ')'
+                return r'^(?:wide|branches)\.(?:' + re.sub(r'(^|[|(])\^', r'\1', pattern) + ')'
             return [(prefixed(p[0]), *p[1:]) if isinstance(p, tuple) else prefixed(p) for p in pattern]
 
         return {group: prefixed(pattern) for group, pattern in self.wide.group_matcher(coarse=coarse).items()}
@@ -224,7 +263,7 @@ class DynamicTeacher(nn.Module):
         self.student.set_grad_checkpointing(enable)
 
     def extra_repr(self) -> str:
-        return f'ratio={self.plan.ratio}, scale={self.scale}'
+        return f'ratio={self.plan.ratio}, scale={self.scale}, branches={self.branch_kinds}'
 
 
 class StudentView(nn.Module):
@@ -258,6 +297,16 @@ class StudentView(nn.Module):
 
 def _named_tensors(model: nn.Module) -> List[Tuple[str, torch.Tensor]]:
     return [*model.named_parameters(), *model.named_buffers()]
+
+
+def _add_submodule(root: nn.Module, name: str, module: nn.Module) -> None:
+    """Adds a module under a dotted name, with empty modules on the way."""
+    *path, key = name.split('.')
+    for part in path:
+        if part not in root._modules:
+            root.add_module(part, nn.Module())
+        root = root._modules[part]
+    root.add_module(key, module)
 
 
 def _parameter_layout(model: nn.Module) -> Tuple[Dict[str, List[str]], Dict[str, bool]]:

@@ -1,0 +1,142 @@
+"""One set of stored tensors, read as the dynamic teacher's and as the student's."""
+from typing import Dict, Iterable, List, Mapping, NamedTuple, Sequence, Tuple
+
+import torch
+
+from .axes import TensorMap
+
+__all__ = ['SharedTensors']
+
+_BUCKET = 2 ** 20  # entries; large enough to spare small tensors a call each, small enough to free gradients early
+
+
+class SharedTensors:
+    """Reads stored tensors as two models: the teacher's are multiples of them, the student's multiples of slices.
+
+    Autograd alone would build the gradient of a stored tensor from three of its size: the teacher's times its factor,
+    the student's in a tensor of zeros, and their sum. Here it is one. Tensors go in buckets, each a few calls however
+    many they are, so that gradients are ready, and a gradient reduction can start, while the backward pass still runs.
+
+    Args:
+        tensor_maps: how each stored tensor widens, by name.
+        teacher_scales: what the teacher's tensor is over the stored one, where that is not 1.
+        student_scales: what the student's tensor is over the slice of the stored one, where that is not 1.
+    """
+
+    def __init__(
+            self,
+            tensor_maps: Mapping[str, TensorMap],
+            teacher_scales: Mapping[str, float],
+            student_scales: Mapping[str, float],
+    ) -> None:
+        self.buckets: List[Tuple[Tuple[str, ...], _Bucket]] = []
+        for names in _fill_buckets(tensor_maps):
+            self.buckets.append((names, _Bucket(
+                tuple(tensor_maps[name] for name in names),
+                tuple(teacher_scales.get(name, 1.0) for name in names),
+                tuple(student_scales.get(name, 1.0) for name in names))))
+
+    def __call__(
+            self,
+            stored: Mapping[str, torch.Tensor],
+    ) -> Tuple[Dict[str, torch.Tensor], Dict[str, torch.Tensor]]:
+        """Teacher's and student's tensors by name; a tensor without a map is both. Differentiable."""
+        teacher, student = dict(stored), dict(stored)
+        for names, bucket in self.buckets:
+            tensors = _Share.apply(bucket, *[stored[name] for name in names])
+            teacher.update(zip(names, tensors))
+            student.update(zip(names, tensors[len(names):]))
+        return teacher, student
+
+
+class _Bucket(NamedTuple):
+    """Tensors that are read together."""
+    tensor_maps: Tuple[TensorMap, ...]
+    teacher_scales: Tuple[float, ...]
+    student_scales: Tuple[float, ...]
+
+
+def _fill_buckets(tensor_maps: Mapping[str, TensorMap]) -> Iterable[Tuple[str, ...]]:
+    names: List[str] = []
+    size = 0
+    for name, tensor_map in tensor_maps.items():
+        entries = torch.Size(tensor_map.teacher_shape).numel()
+        if names and size + entries > _BUCKET:
+            yield tuple(names)
+            names, size = [], 0
+        names.append(name)
+        size += entries
+    if names:
+        yield tuple(names)
+
+
+class _Share(torch.autograd.Function):
+
+    @staticmethod
+    def forward(ctx, bucket: _Bucket, *stored: torch.Tensor):
+        ctx.bucket = bucket
+        ctx.set_materialize_grads(False)
+        teacher = _multiply(stored, bucket.teacher_scales)
+        # Copies, not views: strided, each of the student's convolutions would copy its kernel three times a step, and
+        # torch 2.15's channels_last BatchNorm backward on the CPU misreads a strided weight.
+        student = [tensor_map.first_replica(tensor).clone() for tensor_map, tensor in zip(bucket.tensor_maps, stored)]
+        return *teacher, *_multiply(student, bucket.student_scales)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        bucket = ctx.bucket
+        count = len(bucket.tensor_maps)
+        teacher, student = grads[:count], grads[count:]
+        used = [i for i in range(count) if teacher[i] is not None or student[i] is not None]
+        result = [None] * count
+        for i in used:
+            shape = bucket.tensor_maps[i].teacher_shape
+            result[i] = teacher[i] if teacher[i] is not None else student[i].new_zeros(shape)
+        stored = torch._foreach_mul([result[i] for i in used], [bucket.teacher_scales[i] for i in used])
+        for i, grad in zip(used, stored):
+            result[i] = grad
+
+        used = [i for i in used if student[i] is not None]
+        narrow = _multiply([student[i] for i in used], [bucket.student_scales[i] for i in used])
+        replicas, parts = [], []
+        for i, grad in zip(used, narrow):
+            replicas += _first_replica_views(result[i], bucket.tensor_maps[i])
+            parts += _student_views(grad, bucket.tensor_maps[i])
+        if parts:
+            torch._foreach_add_(replicas, parts)
+        return None, *result
+
+
+def _multiply(tensors: Sequence[torch.Tensor], scales: Sequence[float]) -> List[torch.Tensor]:
+    """Every tensor times its scale; a tensor whose scale is 1 is not copied."""
+    result = [tensor.view_as(tensor) for tensor in tensors]
+    scaled = [i for i, scale in enumerate(scales) if scale != 1]
+    if scaled:
+        products = torch._foreach_mul([tensors[i] for i in scaled], [scales[i] for i in scaled])
+        for i, product in zip(scaled, products):
+            result[i] = product
+    return result
+
+
+def _first_replica_views(tensor: torch.Tensor, tensor_map: TensorMap) -> List[torch.Tensor]:
+    """Views of a teacher tensor that together hold the student's entries, one for each combination of segments."""
+    views = [tensor]
+    for axis, axis_map in reversed(tensor_map.axes):  # the last first: an axis that is split moves those behind it
+        sizes = [segment.teacher_size for segment in axis_map]
+        views = [
+            part.unflatten(axis, (-1, segment.ratio, segment.block)).select(axis + 1, 0)
+            for view in views for segment, part in zip(axis_map, view.split(sizes, axis))
+        ]
+    return views
+
+
+def _student_views(tensor: torch.Tensor, tensor_map: TensorMap) -> List[torch.Tensor]:
+    """Views of a student tensor, of the shapes and in the order of :func:`_first_replica_views`."""
+    views = [tensor]
+    for axis, axis_map in reversed(tensor_map.axes):
+        sizes = [segment.size for segment in axis_map]
+        views = [
+            part.unflatten(axis, (-1, segment.block))
+            for view in views for segment, part in zip(axis_map, view.split(sizes, axis))
+        ]
+    return views
