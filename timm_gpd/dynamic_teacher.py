@@ -5,8 +5,8 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn as nn
-from torch.func import functional_call
 
+from .borrowing import call_with_parameters
 from .branches import BranchedKernel, branch_kinds, cosine_prior, is_branchable
 from .model_copy import parameterless_copy, wide_copy
 from .plan import ExpansionPlan
@@ -122,8 +122,8 @@ class DynamicTeacher(nn.Module):
             Teacher logits, shape (B, num_classes), or student logits and teacher logits.
         """
         teacher, student = self._parameters_of_both()
-        teacher_logits = functional_call(self.wide, teacher, (x,))
-        return (self._run_student(student, x), teacher_logits) if joint else teacher_logits
+        teacher_logits = call_with_parameters(self.wide, teacher, x)
+        return (call_with_parameters(self.student, student, x), teacher_logits) if joint else teacher_logits
 
     def joint(self, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
         """Student and dynamic teacher on one batch, from one shared set of parameters.
@@ -138,10 +138,7 @@ class DynamicTeacher(nn.Module):
 
     def forward_student(self, x: torch.Tensor) -> torch.Tensor:
         """Student's logits, shape (B, num_classes), for images of shape (B, in_chans, H, W)."""
-        return self._run_student(self.student_parameters(), x)
-
-    def _run_student(self, parameters: Dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-        return functional_call(self.student, parameters, (x,), tie_weights=False)
+        return call_with_parameters(self.student, self.student_parameters(), x)
 
     # -- parameters -------------------------------------------------------------------------------------------------
 
@@ -158,8 +155,10 @@ class DynamicTeacher(nn.Module):
         stored = dict(self.wide.named_parameters())
         for name, branched in self._branched:
             stored[name] = branched(stored[name])
-        teacher, student = self._shared(stored)
-        return teacher, {alias: student[name] for name, aliases in self._tied.items() for alias in aliases}
+        teacher, student = (
+            {alias: tensors[name] for name, aliases in self._tied.items() for alias in aliases}
+            for tensors in self._shared(stored))
+        return teacher, student
 
     def teacher_parameters(self) -> Dict[str, torch.Tensor]:
         """What the teacher runs on, branches merged, by the student's parameter names. Differentiable."""

@@ -1,0 +1,119 @@
+"""How one set of stored tensors runs as two models: gradients, gradient checkpointing, compilation."""
+import copy
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+
+from timm_gpd import expand
+from timm_gpd.axes import AxisMap, Segment, TensorMap
+from timm_gpd.sharing import SharedTensors
+
+HEADS = AxisMap((Segment(6, 2, 3), Segment(4, 3)))
+TENSOR_MAPS = {
+    'kernel': TensorMap((4, 6, 3, 3), ((0, AxisMap.uniform(4, 2)), (1, AxisMap.uniform(6, 3))), sum_axis=1),
+    'heads': TensorMap((10, 8), ((0, HEADS), (1, AxisMap.uniform(8, 2, 4))), sum_axis=1),
+    'norm': TensorMap((4,), ((0, AxisMap.uniform(4, 2)),)),
+}
+
+
+@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
+def test_shared_tensors_and_their_gradients_are_those_of_the_plain_formula(memory_format):
+    stored = {name: torch.randn(tensor_map.teacher_shape, dtype=torch.float64, requires_grad=True)
+              for name, tensor_map in TENSOR_MAPS.items()}
+    stored['kernel'] = stored['kernel'].detach().to(memory_format=memory_format).requires_grad_()
+    stored['head'] = torch.randn(5, dtype=torch.float64, requires_grad=True)
+    wide_scales, narrow_scales = {'kernel': 1 / 3, 'heads': 0.5}, {'norm': 4.0}
+    teacher, student = SharedTensors(TENSOR_MAPS, wide_scales, narrow_scales)(stored)
+    expected_teacher = {name: tensor * wide_scales.get(name, 1) for name, tensor in stored.items()}
+    expected_student = {
+        name: (TENSOR_MAPS[name].first_replica(tensor) if name in TENSOR_MAPS else tensor) * narrow_scales.get(name, 1)
+        for name, tensor in stored.items()}
+
+    def gradients(teacher, student):
+        loss = sum((tensor ** 2).sum() for tensor in teacher.values())
+        loss = loss + sum((tensor ** 3).sum() for tensor in student.values())
+        return torch.autograd.grad(loss, list(stored.values()), retain_graph=True)
+
+    for name in stored:
+        assert student[name].is_contiguous(memory_format=memory_format if name == 'kernel' else torch.contiguous_format)
+        torch.testing.assert_close(teacher[name], expected_teacher[name])
+        torch.testing.assert_close(student[name], expected_student[name])
+    for actual, expected in zip(gradients(teacher, student), gradients(expected_teacher, expected_student)):
+        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize('used', ['teacher', 'student'])
+def test_a_tensor_that_one_model_uses_gets_its_gradient_and_an_unused_one_none(used):
+    stored = {name: torch.randn(tensor_map.teacher_shape, requires_grad=True)
+              for name, tensor_map in TENSOR_MAPS.items()}
+    teacher, student = SharedTensors(TENSOR_MAPS, {}, {})(stored)
+    {'teacher': teacher, 'student': student}[used]['kernel'].sum().backward()
+    expected = torch.ones_like(stored['kernel']) if used == 'teacher' else torch.zeros_like(stored['kernel'])
+    expected[::2, ::3] = 1
+    torch.testing.assert_close(stored['kernel'].grad, expected)
+    assert stored['heads'].grad is None and stored['norm'].grad is None
+
+
+def joint_gradients(teacher, call, x):
+    """Of a loss whose gradient is the same for every sum order, by parameter name."""
+    teacher.zero_grad()
+    student_logits, teacher_logits = call(x, joint=True)
+    (student_logits.square().sum() + teacher_logits.cos().sum()).backward()
+    return {name: parameter.grad for name, parameter in teacher.named_parameters()}
+
+
+@pytest.mark.parametrize('scale', ['student', 'teacher'])
+@pytest.mark.parametrize('branches', [1, 6])
+def test_gradient_checkpointing_changes_no_gradient(tiny_student, scale, branches):
+    teacher = expand(tiny_student, scale=scale, num_branches=branches).train()
+    recomputing = copy.deepcopy(teacher)
+    recomputing.set_grad_checkpointing()
+    x = torch.randn(4, 1, 32, 32)
+    expected = joint_gradients(teacher, teacher, x)
+    for name, gradient in joint_gradients(recomputing, recomputing, x).items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-5, atol=1e-6)
+    assert list(recomputing.state_dict()) == list(teacher.state_dict()), 'parameters are back in their places'
+
+
+def test_gradient_checkpointing_refuses_what_it_would_get_wrong(tiny_student):
+    teacher = expand(tiny_student).train()
+    teacher.set_grad_checkpointing()
+    losses = [sum(logits.sum() for logits in teacher.joint(torch.randn(4, 1, 32, 32))) for _ in range(2)]
+    with pytest.raises(RuntimeError, match=r'call backward\(\) on each loss'):
+        sum(losses).backward()
+
+
+STUDENTS = {
+    'resnet': lambda: timm.create_model('test_resnet', channels=(8, 8, 16, 16), stem_width=4, num_classes=10),
+    'efficientnet': lambda: timm.create_model('test_efficientnet', num_classes=10),
+    'vit': lambda: timm.create_model('test_vit', depth=2, num_classes=10, img_size=32),
+}
+
+
+@pytest.mark.parametrize('name, branches, backend', [
+    ('resnet', 6, 'aot_eager'), ('efficientnet', 6, 'eager'), ('vit', 1, 'eager')])
+def test_compiles_as_one_graph(name, branches, backend):
+    """No graph break anywhere in the joint step, and the same gradients."""
+    teacher = expand(STUDENTS[name](), num_branches=branches).train()
+    x = torch.randn(2, 3, 32, 32)
+    twin = copy.deepcopy(teacher)
+    expected = joint_gradients(teacher, teacher, x)
+    torch._dynamo.reset()
+    compiled = torch.compile(twin, backend=backend, fullgraph=True)
+    for parameter, gradient in joint_gradients(twin, compiled, x).items():
+        torch.testing.assert_close(gradient, expected[parameter], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize('branches', [1, 6])
+def test_kernels_are_merged_once_a_step(tiny_student, branches, monkeypatch):
+    from timm_gpd.branches import BranchedKernel
+    teacher = expand(tiny_student, num_branches=branches)
+    calls = []
+    merge = BranchedKernel.forward
+    monkeypatch.setattr(BranchedKernel, 'forward', lambda self, kernel: calls.append(self) or merge(self, kernel))
+    teacher.joint(torch.randn(2, 1, 32, 32))
+    assert len(calls) == len(set(calls)) == sum(
+        isinstance(module, BranchedKernel) for module in teacher.branches.modules())
+    assert bool(calls) == (branches > 1)
