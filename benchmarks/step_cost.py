@@ -1,0 +1,380 @@
+#!/usr/bin/env python3
+"""Measures one training step of Gap Preserving Distillation against its floor, and writes docs/cost.md.
+
+The floor is what cannot be avoided: one step of the plain wide model, one of the plain student and, with a static
+teacher, one of its forward passes. All are timed in one process, in turns; peak memory is measured in a process each.
+Devices and precisions that this run does not measure keep what an earlier run wrote, or say "not measured".
+
+    python benchmarks/step_cost.py              all of the CPU part, and CUDA's where there is one
+    python benchmarks/step_cost.py --models resnet18 --modes fp32 --profile
+"""
+import argparse
+import contextlib
+import copy
+import ctypes
+import gc
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from typing import Any, Callable, Dict, Iterator, List, Optional
+
+import timm
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+
+from timm_gpd import GapPreservingTask, expand  # noqa: E402
+
+MODELS = ('resnet18', 'mobilenetv1_100', 'vit_tiny_patch16_224')
+MODES = ('fp32', 'amp', 'channels_last', 'compile')
+DEVICES = ('cpu', 'cuda')
+NOT_MEASURED = 'not measured'
+# (batch, pixels): the small batch of the design, and where a step is long enough for a GPU.
+SETTINGS = {'cpu': ((16, 128),), 'cuda': ((16, 128), (128, 224))}
+
+
+def create_student(name: str, size: int) -> nn.Module:
+    sized = {'img_size': size} if 'vit' in name else {}
+    return timm.create_model(name, num_classes=1000, **sized)
+
+
+class Bench:
+    """Steps of one model on one batch, in one mode.
+
+    Args:
+        name: timm model name.
+        device: 'cpu' or 'cuda'.
+        mode: one of ``MODES``.
+        batch: images a batch.
+        size: pixels of a side.
+        static: timm name of a static teacher, of random weights, or None.
+        ratio: expansion ratio.
+    """
+
+    def __init__(
+            self,
+            name: str,
+            device: str,
+            mode: str,
+            batch: int,
+            size: int,
+            static: Optional[str] = None,
+            ratio: int = 2,
+    ) -> None:
+        self.device, self.mode, self.ratio = torch.device(device), mode, ratio
+        torch.manual_seed(0)
+        self.student = self._to_device(create_student(name, size))
+        self.static = None if static is None else self._to_device(create_student(static, size)).eval()
+        self.x = torch.randn(batch, 3, size, size, device=self.device)
+        if mode == 'channels_last':
+            self.x = self.x.contiguous(memory_format=torch.channels_last)
+        self.target = torch.randint(1000, (batch,), device=self.device)
+
+    def _to_device(self, model: nn.Module) -> nn.Module:
+        memory_format = torch.channels_last if self.mode == 'channels_last' else torch.preserve_format
+        return model.to(self.device, memory_format=memory_format)
+
+    def _autocast(self) -> Any:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.mode == 'amp')
+
+    def _stepper(self, module: nn.Module, loss: Callable[[], torch.Tensor]) -> Callable[[], None]:
+        optimizer = torch.optim.SGD(module.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-4)
+
+        def step() -> None:
+            with self._autocast():
+                value = loss()
+            value.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return step
+
+    def plain(self, model: nn.Module) -> Callable[[], None]:
+        """One training step of a model on its own."""
+        model.train()
+        run = torch.compile(model) if self.mode == 'compile' else model
+        return self._stepper(model, lambda: F.cross_entropy(run(self.x), self.target))
+
+    def floor(self) -> Callable[[], None]:
+        wide = expand(self.student, self.ratio, scale='teacher').wide
+        steps = [self.plain(self._to_device(wide)), self.plain(copy.deepcopy(self.student))]
+
+        def step() -> None:
+            for part in steps:
+                part()
+            if self.static is not None:
+                with torch.no_grad(), self._autocast():
+                    self.static(self.x)
+        return step
+
+    def gpd(self, branches: int) -> Callable[[], None]:
+        """One training step of student and dynamic teacher."""
+        task = GapPreservingTask(
+            self.student, self.static, ratio=self.ratio, num_branches=branches, device=self.device, verbose=False)
+        task.trainable_module = module = self._to_device(task.trainable_module)
+        task.train()
+        if self.mode == 'compile':
+            task.trainable_module = torch.compile(module)
+        return self._stepper(module, lambda: task(self.x, self.target)['loss'])
+
+    def subject(self, name: str) -> Callable[[], None]:
+        """A step by its name: 'floor', 'student', or a number of branches."""
+        if name == 'student':
+            return self.plain(copy.deepcopy(self.student))
+        return self.floor() if name == 'floor' else self.gpd(int(name))
+
+    def seconds(self, step: Callable[[], None]) -> float:
+        self._wait()
+        start = time.perf_counter()
+        step()
+        self._wait()
+        return time.perf_counter() - start
+
+    def _wait(self) -> None:
+        if self.device.type == 'cuda':
+            torch.cuda.synchronize()
+
+
+def time_in_turns(bench: Bench, subjects: List[str], repeats: int, warmup: int = 2) -> Dict[str, List[float]]:
+    """Seconds of every subject's step; a turn of each, ``repeats`` times."""
+    steps = {name: bench.subject(name) for name in subjects}
+    for step in steps.values():
+        for _ in range(warmup):
+            step()
+    times: Dict[str, List[float]] = {name: [] for name in subjects}
+    for _ in range(repeats):
+        for name, step in steps.items():
+            times[name].append(bench.seconds(step))
+    return times
+
+
+def median_ratio(times: List[float], reference: List[float]) -> float:
+    """Median over turns of a step's time over the reference's in the same turn."""
+    return statistics.median(a / b for a, b in zip(times, reference))
+
+
+# -- memory, in a process of its own -----------------------------------------------------------------------------------
+
+def peak_memory(bench: Bench, subject: str, steps: int = 3) -> int:
+    """Bytes at the peak of a few steps, above what the process held before the models were made (Linux, or CUDA)."""
+    step = bench.subject(subject)
+    if bench.device.type == 'cuda':
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
+        with open('/proc/self/clear_refs', 'w') as file:
+            file.write('5')  # starts the peak again: building a teacher is not part of a step
+    for _ in range(steps):
+        step()
+    return torch.cuda.max_memory_allocated() if bench.device.type == 'cuda' else _resident('VmHWM')
+
+
+def _resident(field: str) -> int:
+    with open('/proc/self/status') as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(field))
+
+
+def measure_memory_apart(arguments: Dict[str, Any], subject: str) -> int:
+    """:func:`peak_memory` in a new process."""
+    command = [sys.executable, os.path.abspath(__file__), '--memory-of', subject, '--cell', json.dumps(arguments)]
+    return int(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split()[-1])
+
+
+def memory_process(subject: str, arguments: Dict[str, Any]) -> int:
+    base = _resident('VmRSS') if arguments['device'] == 'cpu' else 0
+    return peak_memory(Bench(**arguments), subject) - base
+
+
+# -- the cells of the table --------------------------------------------------------------------------------------------
+
+def has_branches(name: str, size: int) -> bool:
+    from timm_gpd.branches import is_branchable
+    return any(is_branchable(module) for module in create_student(name, size).modules())
+
+
+def measure_cell(arguments: Dict[str, Any], branches: List[int], repeats: int, memory: bool) -> Dict[str, Any]:
+    """Times of floor and GPD steps, their ratios, and peak memory, for one model, device, mode and batch."""
+    if not has_branches(arguments['name'], arguments['size']):
+        branches = [1]
+    subjects = ['floor', *map(str, branches)]
+    times = time_in_turns(Bench(**arguments), subjects, repeats)
+    cell = {**arguments, 'seconds': {name: statistics.median(values) for name, values in times.items()},
+            'ratio': {name: median_ratio(times[name], times['floor']) for name in subjects[1:]}}
+    if memory:
+        peak = {name: measure_memory_apart(arguments, name) for name in subjects}
+        cell['bytes'] = peak
+        cell['memory_ratio'] = {name: peak[name] / peak['floor'] for name in subjects[1:]}
+    return cell
+
+
+def measure_rest(name: str, size: int, branches: List[int], repeats: int) -> Dict[str, Any]:
+    """Seconds of what is done now and then: expanding, extracting, and reading both models' parameters in a step."""
+    student = create_student(name, size)
+
+    def median(function: Callable[[], Any]) -> float:
+        times = []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            function()
+            times.append(time.perf_counter() - start)
+        return statistics.median(times)
+
+    rest: Dict[str, Any] = {'name': name, 'expand': median(lambda: expand(student))}
+    for count in branches:
+        teacher = expand(student, num_branches=count)
+        rest[f'extract_student, M = {count}'] = median(teacher.extract_student)
+
+        def read_and_back() -> None:
+            wide, narrow = teacher._parameters_of_both()
+            outputs = [tensor for tensors in (wide, narrow) for tensor in tensors.values() if tensor.grad_fn is not None]
+            torch.autograd.backward(outputs, [torch.ones_like(tensor) for tensor in outputs])
+            teacher.zero_grad()
+        rest[f'sharing in a step, M = {count}'] = median(read_and_back)
+    return rest
+
+
+def device_name(device: str) -> str:
+    if device == 'cuda':
+        return torch.cuda.get_device_name()
+    with contextlib.suppress(OSError), open('/proc/cpuinfo') as file:
+        for line in file:
+            if line.startswith('model name'):
+                return f'{line.split(":")[1].strip()}, {torch.get_num_threads()} threads'
+    return f'{platform.machine()}, {torch.get_num_threads()} threads'
+
+
+# -- report ------------------------------------------------------------------------------------------------------------
+
+def format_ratio(cell: Dict[str, Any], key: str, branches: str) -> str:
+    value = cell.get(key, {}).get(branches)
+    return NOT_MEASURED if value is None else f'{value:.3f}'
+
+
+def rows(results: Dict[str, Any]) -> Iterator[str]:
+    for device in DEVICES:
+        for batch, size in SETTINGS[device]:
+            for name in MODELS:
+                for mode in MODES:
+                    key = f'{device}/{name}/{mode}/{batch}/{size}'
+                    cell = results['cells'].get(key, {})
+                    seconds = cell.get('seconds', {})
+                    floor = f'{seconds["floor"]:.3f} s' if seconds else NOT_MEASURED
+                    steps = [format_ratio(cell, kind, count) for kind in ('ratio', 'memory_ratio') for count in '16']
+                    if name.startswith('vit'):
+                        steps[1] = steps[3] = 'no such kernel'
+                    yield f'| {device} | {name} | {mode} | {batch} at {size} px | {floor} | ' + ' | '.join(steps) + ' |'
+
+
+def write_report(results: Dict[str, Any], folder: str) -> None:
+    """Writes cost.json and cost.md."""
+    os.makedirs(folder, exist_ok=True)
+    with open(os.path.join(folder, 'cost.json'), 'w') as file:
+        json.dump(results, file, indent=1, sort_keys=True)
+        file.write('\n')
+    lines = [
+        '# What a training step costs', '',
+        'Written by `python benchmarks/step_cost.py`; figures are in `cost.json`.', '',
+        'The *floor* is one step of the plain wide model and one of the plain student on the same batch. Ratios are a '
+        'GPD step over the floor, ratio r = 2, with M branches, SGD with momentum: medians over turns in one process. '
+        'Memory is the peak of a few steps above what the process held before, each in its own process.', '',
+    ]
+    lines += [f'- {device}: {results["devices"].get(device, NOT_MEASURED)}' for device in DEVICES]
+    lines += [
+        f'- torch {results.get("torch", NOT_MEASURED)}, timm {results.get("timm", NOT_MEASURED)}', '',
+        '| device | model | mode | batch | floor | time, M = 1 | time, M = 6 | memory, M = 1 | memory, M = 6 |',
+        '|---|---|---|---|---|---|---|---|---|', *rows(results), '',
+        '## Around the step', '',
+        'On the CPU, in seconds. `expand` plans, verifies itself in float64, and builds. "Sharing in a step" is what '
+        'both models\' parameters cost a step: merging branches, rescaling, slicing, and their gradients.', '',
+    ]
+    rest = results.get('rest', {})
+    columns = list(dict.fromkeys(key for row in rest.values() for key in row if key != 'name'))
+    if columns:
+        lines += ['| model | ' + ' | '.join(columns) + ' |', '|---' * (len(columns) + 1) + '|']
+        lines += [f'| {name} | ' + ' | '.join(
+            f'{row[key]:.3f}' if key in row else NOT_MEASURED for key in columns) + ' |' for name, row in rest.items()]
+    else:
+        lines.append(NOT_MEASURED)
+    with open(os.path.join(folder, 'cost.md'), 'w') as file:
+        file.write('\n'.join(lines + ['']))
+
+
+def load_results(folder: str) -> Dict[str, Any]:
+    path = os.path.join(folder, 'cost.json')
+    if not os.path.isfile(path):
+        return {'cells': {}, 'devices': {}, 'rest': {}}
+    with open(path) as file:
+        return json.load(file)
+
+
+def print_profile(arguments: Dict[str, Any], subjects: List[str]) -> None:
+    """Where the time of a step goes, by operator."""
+    bench = Bench(**arguments)
+    for subject in subjects:
+        step = bench.subject(subject)
+        step()
+        with torch.profiler.profile() as profile:
+            step()
+            bench._wait()
+        sort = 'self_cuda_time_total' if arguments['device'] == 'cuda' else 'self_cpu_time_total'
+        print(f'{arguments["name"]}, {subject}:')
+        print(profile.key_averages().table(sort_by=sort, row_limit=15, max_name_column_width=50))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--models', nargs='+', default=list(MODELS), choices=MODELS)
+    parser.add_argument('--modes', nargs='+', default=list(MODES), choices=MODES)
+    parser.add_argument('--devices', nargs='+', choices=DEVICES,
+                        default=[d for d in DEVICES if d == 'cpu' or torch.cuda.is_available()])
+    parser.add_argument('--branches', nargs='+', type=int, default=[1, 6], metavar='M')
+    parser.add_argument('--repeats', type=int, default=7, help='turns; the median is reported')
+    parser.add_argument('--static', metavar='MODEL', help='adds a static teacher, printed only')
+    parser.add_argument('--no-memory', action='store_true', help='times only')
+    parser.add_argument('--profile', action='store_true', help='print a profile instead')
+    parser.add_argument('--output', default=os.path.join(ROOT, 'docs'), metavar='FOLDER')
+    parser.add_argument('--memory-of', help=argparse.SUPPRESS)
+    parser.add_argument('--cell', type=json.loads, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.memory_of:
+        print(memory_process(args.memory_of, args.cell))
+        return
+
+    results = load_results(args.output)
+    for device in args.devices:
+        results['devices'][device] = device_name(device)
+        for batch, size in SETTINGS[device]:
+            for name in args.models:
+                for mode in args.modes:
+                    arguments = dict(name=name, device=device, mode=mode, batch=batch, size=size, static=args.static)
+                    if args.profile:
+                        print_profile(arguments, ['floor', *map(str, args.branches)])
+                        continue
+                    # Compiling takes longer than measuring: on the CPU, one teacher a model will do.
+                    branches = args.branches[:1] if mode == 'compile' and device == 'cpu' else args.branches
+                    cell = measure_cell(arguments, branches, args.repeats, not args.no_memory)
+                    print(f'{device} {name} {mode} {batch} at {size} px: floor {cell["seconds"]["floor"]:.3f} s, time '
+                          + ', '.join(f'M={count}: {ratio:.3f}' for count, ratio in cell['ratio'].items())
+                          + '; memory ' + ', '.join(
+                              f'M={count}: {ratio:.3f}' for count, ratio in cell.get('memory_ratio', {}).items()),
+                          flush=True)
+                    if args.static is None:
+                        results['cells'][f'{device}/{name}/{mode}/{batch}/{size}'] = cell
+    if args.profile or args.static is not None:
+        return
+    for name in (*args.models, 'resnet50'):
+        results['rest'][name] = measure_rest(name, 224, [1, 6], 3)
+    results.update(torch=torch.__version__, timm=timm.__version__)
+    write_report(results, args.output)
+    print(f'wrote {os.path.join(args.output, "cost.md")}')
+
+
+if __name__ == '__main__':
+    main()
