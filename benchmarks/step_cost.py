@@ -233,7 +233,7 @@ def measure_rest(name: str, size: int, branches: List[int], repeats: int) -> Dic
 
         def read_and_back() -> None:
             wide, narrow = teacher._parameters_of_both()
-            outputs = [tensor for tensors in (wide, narrow) for tensor in tensors.values() if tensor.grad_fn is not None]
+            outputs = [tensor for tensor in (*wide.values(), *narrow.values()) if tensor.grad_fn is not None]
             torch.autograd.backward(outputs, [torch.ones_like(tensor) for tensor in outputs])
             teacher.zero_grad()
         rest[f'sharing in a step, M = {count}'] = median(read_and_back)
