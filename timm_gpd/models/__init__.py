@@ -1,2 +1,3 @@
 """Models that importing this package adds to timm's registry."""
-from . import variants
+from . import rvt
+from . import variants  # last: it makes a variant of everything that is registered
