@@ -1,13 +1,21 @@
-"""``<arch>_gpd`` in timm's registry."""
+"""``<arch>_gpd`` in timm's registry, and the weights that they load."""
+import dataclasses
+import io
+import os
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import timm
 import torch
 
+from authors_format import SMALL, checkpoint
 from timm_gpd import DynamicTeacher
+from timm_gpd.convert import RELEASES, convert_state_dict
 from timm_gpd.models.variants import plain_name
+from timm_gpd.verify import relative_error
 
 
 def test_every_architecture_has_a_variant():
@@ -47,8 +55,10 @@ def test_weights_come_from_a_file(tmp_path):
 
 
 def test_no_published_weights_is_one_line():
-    with pytest.raises(RuntimeError, match='resnet26_gpd has no published weights: name a file or a Hub repo') as error:
+    with pytest.raises(RuntimeError, match='resnet26_gpd has no published weights') as error:
         timm.create_model('resnet26_gpd', pretrained=True)
+    for word in ('resnet18_gpd', 'mobilenetv1_100_gpd', 'rvt_tiny_gpd', 'file=', 'hf_hub_id='):
+        assert word in str(error.value)
     assert '\n' not in str(error.value)
 
 
@@ -58,6 +68,174 @@ def test_no_published_weights_is_one_line():
 ])
 def test_plain_name(name, plain):
     assert plain_name(name) == plain
+
+
+def test_the_published_weights_are_the_authors():
+    assert timm.list_pretrained('*_gpd') == [
+        'mobilenetv1_100_gpd.dkd_in1k', 'resnet18_gpd.dkd_in1k', 'rvt_tiny_gpd.dkd_in1k']
+    for name, interpolation in (('resnet18', 'bilinear'), ('mobilenetv1_100', 'bilinear'), ('rvt_tiny', 'bicubic')):
+        model = timm.create_model(name + '_gpd.dkd_in1k')
+        data = timm.data.resolve_data_config(model=model)
+        assert data['mean'] == (0.485, 0.456, 0.406) and data['std'] == (0.229, 0.224, 0.225)
+        assert (data['input_size'], data['crop_pct'], data['interpolation']) == ((3, 224, 224), 0.875, interpolation)
+        assert model.pretrained_cfg['architecture'] == name and model.pretrained_cfg['tag'] == 'dkd_in1k'
+        assert model.pretrained_cfg['url'].startswith('https://github.com/guoyongcs/GPD/releases/download/v0.1/')
+        assert 'hf_hub_id' not in model.pretrained_cfg and 'license' not in model.pretrained_cfg
+
+
+def test_the_authors_mobilenet_has_relu():
+    model = timm.create_model('mobilenetv1_100_gpd')
+    activations = {type(module) for module in model.modules() if 'relu' in type(module).__name__.lower()}
+    assert activations == {torch.nn.ReLU}
+    other = timm.create_model('mobilenetv1_100_gpd', act_layer='silu')
+    assert any(isinstance(module, torch.nn.SiLU) for module in other.modules())
+
+
+@pytest.mark.parametrize('arch', ['resnet26', 'resnet18'])
+def test_weights_from_an_unknown_url_are_not_the_plain_ones(arch, tmp_path):
+    """A variant must never load the plain architecture's weights in place of what it was pointed at."""
+    with pytest.raises(RuntimeError, match='127.0.0.1:9/gone.pth cannot be downloaded') as error:
+        timm.create_model(
+            arch + '_gpd', pretrained=True, pretrained_cfg_overlay=dict(url='http://127.0.0.1:9/gone.pth'),
+            cache_dir=str(tmp_path))
+    assert str(tmp_path / 'gone.pth') in str(error.value) and 'file=' in str(error.value)
+    assert '\n' not in str(error.value) and not list(tmp_path.iterdir())
+
+
+class Site:
+    """A web site on this machine. Pages: path -> (status, body, length that is declared)."""
+
+    def __init__(self):
+        self.pages, self.requests = {}, []
+        site = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self):
+                site.requests.append(self.path)
+                status, body, length = site.pages.get(self.path, (404, b'', 0))
+                self.send_response(status)
+                self.send_header('Content-Length', str(length))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *args):
+                pass
+
+        self.server = ThreadingHTTPServer(('127.0.0.1', 0), Handler)
+        self.url = f'http://127.0.0.1:{self.server.server_port}'
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+
+@pytest.fixture
+def site():
+    site = Site()
+    yield site
+    site.server.shutdown()
+    site.server.server_close()
+
+
+@pytest.fixture
+def small_release(monkeypatch):
+    """A checkpoint in the authors' format of a narrow resnet18, as bytes, and its plain state dict."""
+    make_teacher, _, model_args = SMALL['resnet18']
+    monkeypatch.setitem(RELEASES, 'resnet18', dataclasses.replace(RELEASES['resnet18'], model_args=model_args))
+    saved, file = checkpoint(make_teacher()), io.BytesIO()
+    torch.save(saved, file)
+    return file.getvalue(), convert_state_dict(saved)[1]
+
+
+def load_small(cache, **kwargs):
+    overlay = dict(num_classes=5, **kwargs.pop('overlay'))
+    return timm.create_model(
+        'resnet18_gpd', pretrained=True, pretrained_cfg_overlay=overlay, cache_dir=str(cache), **kwargs)
+
+
+def test_a_release_is_downloaded_once_and_converted(site, small_release, tmp_path):
+    body, state_dict = small_release
+    site.pages['/r.pth.tar'] = 200, body, len(body)
+    for _ in range(2):
+        student = load_small(tmp_path, overlay=dict(url=site.url + '/r.pth.tar'))
+        assert all(torch.equal(student.state_dict()[name], tensor.to(student.state_dict()[name].dtype))
+                   for name, tensor in state_dict.items())
+    assert site.requests == ['/r.pth.tar'] and os.listdir(tmp_path) == ['r.pth.tar']
+    assert student.pretrained_cfg['url'] == site.url + '/r.pth.tar'
+    assert not {'file', 'state_dict'} & student.pretrained_cfg.keys()
+
+
+def test_a_release_is_adapted_as_timm_does(small_release, tmp_path):
+    body, state_dict = small_release
+    path = tmp_path / 'release.pth.tar'
+    path.write_bytes(body)
+    overlay = dict(file=str(path))
+    gray = load_small(tmp_path, overlay=overlay, in_chans=1, num_classes=3)
+    assert gray.fc.weight.shape[0] == 3
+    assert relative_error(gray.conv1.weight, state_dict['conv1.weight'].sum(1, keepdim=True).float()) < 1e-6
+    features = load_small(tmp_path, overlay=overlay, features_only=True)
+    assert torch.equal(features.layer1[0].conv1.weight, state_dict['layer1.0.conv1.weight'].float())
+    assert 'state_dict' not in features.pretrained_cfg
+    teacher = load_small(tmp_path, overlay=overlay, gpd_ratio=2)
+    assert torch.equal(teacher.extract_student().fc.bias, state_dict['fc.bias'].float())
+
+
+def damaged(kind, body):
+    if kind == 'truncated':
+        return body[:len(body) // 2]
+    if kind == 'corrupted':  # one bit of a tensor, which torch.load does not notice
+        middle = len(body) // 2
+        return body[:middle] + bytes([body[middle] ^ 1]) + body[middle + 1:]
+    return b'<html>log in first</html>'
+
+
+@pytest.mark.parametrize('kind', ['truncated', 'corrupted', 'page'])
+@pytest.mark.parametrize('honest', [True, False])
+def test_a_damaged_download_is_refused_and_not_kept(kind, honest, site, small_release, tmp_path):
+    body, _ = small_release
+    sent = damaged(kind, body)
+    site.pages['/r.pth.tar'] = 200, sent, len(sent) if honest else len(body)
+    with pytest.raises(RuntimeError, match='/r.pth.tar') as error:
+        load_small(tmp_path, overlay=dict(url=site.url + '/r.pth.tar'))
+    assert '\n' not in str(error.value) and not os.listdir(tmp_path)
+    site.pages['/r.pth.tar'] = 200, body, len(body)
+    load_small(tmp_path, overlay=dict(url=site.url + '/r.pth.tar'))
+
+
+def test_a_page_that_is_not_there_is_one_line(site, tmp_path):
+    with pytest.raises(RuntimeError, match=r'cannot be downloaded \(HTTP Error 404') as error:
+        load_small(tmp_path, overlay=dict(url=site.url + '/none.pth.tar'))
+    assert '\n' not in str(error.value) and not os.listdir(tmp_path)
+
+
+def test_plain_weights_come_from_a_url_too(site, tmp_path):
+    plain, file = timm.create_model('test_resnet'), io.BytesIO()
+    torch.save({'state_dict': plain.state_dict()}, file)
+    site.pages['/plain.pth'] = 200, file.getvalue(), len(file.getvalue())
+    variant = timm.create_model(
+        'test_resnet_gpd', pretrained=True, cache_dir=str(tmp_path),
+        pretrained_cfg_overlay=dict(url=site.url + '/plain.pth'))
+    assert torch.equal(variant.fc.weight, plain.fc.weight)
+
+
+def test_a_release_of_another_architecture_is_one_line(small_release, tmp_path):
+    path = tmp_path / 'release.pth.tar'
+    path.write_bytes(small_release[0])
+    with pytest.raises(RuntimeError, match='holds a resnet18, not a rvt_tiny: create a resnet18_gpd'):
+        timm.create_model('rvt_tiny_gpd', pretrained=True, pretrained_cfg_overlay=dict(file=str(path)))
+
+
+@pytest.mark.parametrize('name', ['none.pth', 'none.safetensors'])
+def test_a_missing_file_is_one_line(name, tmp_path):
+    with pytest.raises(RuntimeError, match=f'there are no weights at .*{name}'):
+        timm.create_model(
+            'resnet18_gpd', pretrained=True, pretrained_cfg_overlay=dict(file=str(tmp_path / name)))
+
+
+def test_an_unreachable_hub_is_one_line(monkeypatch):
+    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
+    with pytest.raises(RuntimeError, match='hf-hub:me/none cannot be loaded') as error:
+        timm.create_model('test_resnet_gpd', pretrained=True, pretrained_cfg_overlay=dict(hf_hub_id='me/none'))
+    for word in ('HF_HOME', 'HF_HUB_OFFLINE=1', 'file='):
+        assert word in str(error.value)
+    assert '\n' not in str(error.value)
 
 
 def test_importing_stays_cheap_in_what_it_imports():
