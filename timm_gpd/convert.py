@@ -16,10 +16,12 @@ import timm
 import torch
 from timm.models import clean_state_dict
 
+from .errors import first_line
 from .models.rvt import checkpoint_filter_fn as rename_rvt
 
 __all__ = [
-    'RELEASES', 'Release', 'convert_checkpoint', 'convert_state_dict', 'is_release', 'merge_branches', 'read_checkpoint',
+    'RELEASES', 'Release', 'convert_checkpoint', 'convert_state_dict', 'is_release', 'merge_branches',
+    'read_checkpoint',
 ]
 
 StateDict = Mapping[str, torch.Tensor]
@@ -100,7 +102,7 @@ def read_checkpoint(path: str) -> Dict[str, Any]:
             raise ValueError(f'{path} holds more than weights, which could run code when loaded: refused')
         raise ValueError(f'{path} is not a checkpoint, or is truncated or corrupted')
     except (RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
-        raise ValueError(f'{path} is not a checkpoint, or is truncated or corrupted: {_first_line(error)}')
+        raise ValueError(f'{path} is not a checkpoint, or is truncated or corrupted: {first_line(error)}')
     if not isinstance(checkpoint, dict) or not all(isinstance(key, str) for key in checkpoint):
         raise ValueError(f'{path} holds a {type(checkpoint).__name__}, not a checkpoint')
     return checkpoint
@@ -208,7 +210,7 @@ def _read_student(release: Release, teacher: StateDict) -> Dict[str, torch.Tenso
                 out_ratio=1 if name == release.classifier else ratio,
             )
         except (KeyError, IndexError, RuntimeError) as error:
-            raise ValueError(f"{name} of the checkpoint is not laid out as the authors' are: {_first_line(error)}")
+            raise ValueError(f"{name} of the checkpoint is not laid out as the authors' are: {first_line(error)}")
         student.update((f'{name}.{key}', tensor) for key, tensor in narrow.items())
     student = dict(release.rename(student))
 
@@ -264,8 +266,4 @@ def _check_fits(architecture: str, student: StateDict, expected: StateDict) -> N
     wrong = [name for name in expected if name not in student or student[name].shape != expected[name].shape]
     wrong += [name for name in student if name not in expected]
     if wrong:
-        raise ValueError(f'the checkpoint is not of a {architecture}: {wrong[0]} does not fit, of {len(wrong)} that do not')
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).strip().splitlines()[0]
+        raise ValueError(f'the checkpoint is not of a {architecture}: {wrong[0]} does not fit ({len(wrong)} such)')

@@ -2,7 +2,7 @@
 from contextlib import contextmanager
 from typing import Iterator, Type
 
-__all__ = ['UnsupportedModelError', 'UsageError', 'usage_errors']
+__all__ = ['UnsupportedModelError', 'UsageError', 'first_line', 'usage_errors']
 
 
 class UnsupportedModelError(ValueError):
@@ -26,5 +26,10 @@ def usage_errors(advice: str, *kinds: Type[BaseException]) -> Iterator[None]:
     except UsageError:
         raise
     except kinds or (ValueError, RuntimeError, OSError, AssertionError) as error:
-        first_line = (str(error) or type(error).__name__).strip().splitlines()[0]
-        raise UsageError(f'{first_line} ({advice})' if advice else first_line) from error
+        line = first_line(error)
+        raise UsageError(f'{line} ({advice})' if advice else line) from error
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, on one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

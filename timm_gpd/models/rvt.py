@@ -10,7 +10,8 @@ from typing import Any, Dict, List, Optional, Sequence, Set, Tuple, Type, Union
 
 import torch
 import torch.nn as nn
-from timm.layers import Attention, DropPath, LayerNorm2d, Mlp, NormMlpClassifierHead, calculate_drop_path_rates, to_2tuple
+from timm.layers import (
+    Attention, DropPath, LayerNorm2d, Mlp, NormMlpClassifierHead, calculate_drop_path_rates, to_2tuple)
 from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from timm.models._manipulate import checkpoint
@@ -19,7 +20,10 @@ __all__ = ['RobustVisionTransformer']  # timm's registry adds the name of every 
 
 
 class ConvEmbedding(nn.Module):
-    """Stem: a strided convolution, max pooling and a patch projection; (B, C, H, W) to (B, D, H / 16, W / 16)."""
+    """Stem: a strided convolution, max pooling and a patch projection.
+
+    Images (B, C, H, W) become positions (B, D, (H + 1) // 16, (W + 1) // 16).
+    """
 
     def __init__(
             self,
@@ -45,8 +49,15 @@ class ConvEmbedding(nn.Module):
 class ConvMlp(nn.Module):
     """Feed-forward with a depthwise 3x3 convolution in its middle, on (B, H, W, C)."""
 
-    def __init__(self, dim: int, hidden_dim: int, act_layer: Type[nn.Module] = nn.GELU, drop: float = 0., device=None,
-                 dtype=None):
+    def __init__(
+            self,
+            dim: int,
+            hidden_dim: int,
+            act_layer: Type[nn.Module] = nn.GELU,
+            drop: float = 0.,
+            device=None,
+            dtype=None,
+    ):
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
         self.fc1 = nn.Conv2d(dim, hidden_dim, kernel_size=1, **dd)

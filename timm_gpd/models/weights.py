@@ -11,6 +11,7 @@ from timm.models import PretrainedCfg
 from torch.hub import download_url_to_file, get_dir
 
 from ..convert import convert_state_dict, is_release, read_checkpoint
+from ..errors import first_line
 
 __all__ = ['resolve_weights', 'hub_errors']
 
@@ -58,7 +59,7 @@ def hub_errors(hub_id: Optional[str]) -> Iterator[None]:
             raise
         from huggingface_hub.constants import HF_HUB_CACHE
         raise RuntimeError(
-            f'the weights at hf-hub:{hub_id} cannot be loaded ({_first_line(error)}): once downloaded they are read '
+            f'the weights at hf-hub:{hub_id} cannot be loaded ({first_line(error)}): once downloaded they are read '
             f'from {HF_HUB_CACHE} (HF_HOME moves it, HF_HUB_OFFLINE=1 asks no network), or name a local file with '
             "pretrained_cfg_overlay=dict(file='...')") from error
 
@@ -76,10 +77,10 @@ def _download(url: str, cache_dir: str) -> str:
         os.replace(partial, cached)
     except (OSError, HTTPException) as error:
         raise RuntimeError(
-            f'{url} cannot be downloaded ({_first_line(error)}): without network, put the file at {cached} '
+            f'{url} cannot be downloaded ({first_line(error)}): without network, put the file at {cached} '
             "(TORCH_HOME moves this cache), or name it with pretrained_cfg_overlay=dict(file='...')") from error
     except (ValueError, SafetensorError) as error:
-        reason = _first_line(error).replace(partial, 'it')
+        reason = first_line(error).replace(partial, 'it')
         raise RuntimeError(f'the download of {url} is refused and not kept: {reason}') from error
     finally:
         if os.path.exists(partial):
@@ -98,7 +99,3 @@ def _check_whole(path: str, name: str) -> None:
             damaged = archive.testzip()  # torch.load itself skips the checksums
         if damaged:
             raise ValueError(f'{path} is corrupted')
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).strip().splitlines()[0]
