@@ -8,6 +8,7 @@ Every run is one ``train.py`` process; runs whose folder is complete are not rep
 import argparse
 import csv
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -70,6 +71,7 @@ def _train(name: str, seed: int, arguments: List[str], output: str) -> Dict[str,
     if not os.path.isdir(os.path.join(folder, 'student')):
         command = [sys.executable, os.path.join(ROOT, 'train.py'), *arguments,
                    '--seed', str(seed), '--output', output, '--experiment', experiment]
+        shutil.rmtree(folder, ignore_errors=True)  # of a run that was interrupted
         start = time.time()
         with open(log, 'w') as file:
             code = subprocess.run(
