@@ -9,6 +9,6 @@ from .rules import Rule, register_rule
 from .task import GapPreservingTask
 
 __all__ = [
-    'DistillationTask', 'DynamicTeacher', 'ExpansionPlan', 'GapPreservingTask', 'Rule', 'UnsupportedModelError', 'expand',
-    'plan_expansion', 'register_rule',
+    'DistillationTask', 'DynamicTeacher', 'ExpansionPlan', 'GapPreservingTask', 'Rule', 'UnsupportedModelError',
+    'expand', 'plan_expansion', 'register_rule',
 ]

@@ -10,6 +10,7 @@ from timm.task import DistillationTeacher
 from timm.utils import unwrap_model
 
 from .distillers import DistillSettings, ModelOutput, tap_teacher
+from .planner import input_shape
 
 __all__ = ['StaticTeacher', 'resolve_static_teacher']
 
@@ -98,7 +99,7 @@ def _create(
 ) -> DistillationTeacher:
     def create() -> DistillationTeacher:
         return DistillationTeacher(
-            name, student.num_classes, student.in_chans, pretrained_path=path, device=device, dtype=dtype)
+            name, student.num_classes, input_shape(student)[0], pretrained_path=path, device=device, dtype=dtype)
 
     if not path:
         return create()
@@ -107,7 +108,8 @@ def _create(
     try:
         weights = load_state_dict(path)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
-        raise ValueError(f'{path} cannot be read as a checkpoint: {(str(error) or type(error).__name__).splitlines()[0]}')
+        reason = (str(error) or type(error).__name__).splitlines()[0].partition('. ')[0]
+        raise ValueError(f'{path} cannot be read as a checkpoint: {reason}')
     try:
         return create()
     except RuntimeError as error:
@@ -116,7 +118,7 @@ def _create(
             if problem.startswith(f'size mismatch for {key}:') and problem.endswith(f'[{student.num_classes}]).'):
                 _check_classes(len(tensor), student)
         raise ValueError(f'{path} does not fit {name}: '
-                         f'{problem if problem.startswith("size mismatch") else "its tensors have other names"}')
+                         f'{problem if problem.startswith("size mismatch") else "its tensors have other names or shapes"}')
 
 
 def _check_classes(classes: int, student: nn.Module) -> None:

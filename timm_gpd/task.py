@@ -83,7 +83,6 @@ class GapPreservingTask(BaseTask):
         self.task_loss_weight, self.distill_loss_weight = loss_weights(task_loss_weight, distill_loss_weight)
         self.criterion = criterion if criterion is not None else nn.CrossEntropyLoss()
         self.settings = dict(ratio=ratio, num_branches=num_branches, scale=scale)
-
         distillers = distill_settings(distill_type, distill_args, temperature)
 
         # Under the name that timm's distillation tasks use.
@@ -102,7 +101,8 @@ class GapPreservingTask(BaseTask):
             _logger.info(
                 f'GapPreservingTask: ratio={ratio}, num_branches={num_branches}, scale={scale}, gpd_loss={gpd_loss}, '
                 f'gpd_weight={gpd_weight}, task_loss_weight={self.task_loss_weight}, '
-                f'distill_loss_weight={self.distill_loss_weight}, {self.settings.get("distillers", "no static teacher")}; '
+                f'distill_loss_weight={self.distill_loss_weight}, '
+                f'distillers={self.settings.get("distillers")}; '
                 f'dynamic teacher of {count} parameters over a student of '
                 f'{sum(p.numel() for p in student.parameters())}')
 
