@@ -7,7 +7,7 @@ from timm.models import group_parameters
 
 from .distillers import Distillers, DistillSettings, ModelOutput, Tap, example_output, tap_learner
 from .dynamic_teacher import DynamicTeacher
-from .planner import input_shape
+from .inputs import accepted_input_shape, input_shape
 from .static_teacher import StaticTeacher
 
 __all__ = ['Learners', 'PairOfLearners', 'StudentLearner', 'examples']
@@ -120,8 +120,8 @@ def examples(
     Raises:
         ValueError: if one of the two does not offer what the losses need, or would be another model if tapped for it.
     """
-    x = torch.randn(1, *input_shape(student), generator=torch.Generator().manual_seed(0))
-    x = x.to(next(student.parameters()))
+    shape = accepted_input_shape(student) or input_shape(student)
+    x = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0)).to(next(student.parameters()))
     tap_learner(student, settings).verify(x)
     static_teacher.verify(x)
     return x, static_teacher(x)

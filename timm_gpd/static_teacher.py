@@ -10,7 +10,7 @@ from timm.task import DistillationTeacher
 from timm.utils import unwrap_model
 
 from .distillers import DistillSettings, ModelOutput, tap_teacher
-from .planner import input_shape
+from .inputs import input_shape
 
 __all__ = ['StaticTeacher', 'resolve_static_teacher']
 
