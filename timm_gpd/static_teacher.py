@@ -117,8 +117,9 @@ def _create(
         for key, tensor in weights.items():
             if problem.startswith(f'size mismatch for {key}:') and problem.endswith(f'[{student.num_classes}]).'):
                 _check_classes(len(tensor), student)
-        raise ValueError(f'{path} does not fit {name}: '
-                         f'{problem if problem.startswith("size mismatch") else "its tensors have other names or shapes"}')
+        if not problem.startswith('size mismatch'):
+            problem = 'its tensors have other names or shapes'
+        raise ValueError(f'{path} does not fit {name}: {problem}')
 
 
 def _check_classes(classes: int, student: nn.Module) -> None:
