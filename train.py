@@ -79,3 +79,6 @@ if __name__ == '__main__':
     except UsageError as error:
         print(f'train.py: error: {error}', file=sys.stderr)
         sys.exit(2)
+    except FloatingPointError as error:  # the loss diverged
+        print(f'train.py: error: {error}', file=sys.stderr)
+        sys.exit(1)

@@ -8,27 +8,70 @@ Every run is one ``train.py`` process; runs whose folder is complete are not rep
 import argparse
 import csv
 import os
+import shutil
 import statistics
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from typing import Dict, List
+from typing import Dict, List, Tuple
 
 from tqdm import tqdm
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
+Results = Dict[Tuple[str, int], Dict[str, float]]
 
-def train(config: str, seed: int, output: str, extra: List[str]) -> Dict[str, float]:
+
+def config_arguments(config: str) -> List[str]:
+    """Arguments of ``train.py`` that choose a file in ``configs/``."""
+    return ['--config', os.path.join(ROOT, 'configs', f'{config}.yaml')]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments that the digits benchmarks share."""
+    parser.add_argument('--seeds', type=int, default=1, metavar='N', help='seeds 0 to N-1')
+    parser.add_argument('--jobs', type=int, default=2, metavar='N', help='runs at a time, one core each')
+    parser.add_argument('--output', default=os.path.join('output', 'digits'), metavar='DIR', help='where runs go')
+    parser.add_argument('extra', nargs='*', metavar='ARG', help='after --: more arguments for every train.py')
+
+
+def measure(runs: Dict[Tuple[str, int], List[str]], args: argparse.Namespace) -> Results:
+    """Trains what is not yet trained.
+
+    Args:
+        runs: arguments of ``train.py`` by name and seed.
+        args: from a parser with :func:`add_arguments`.
+
+    Returns:
+        By name and seed: ``top1`` of the student and of the dynamic ``teacher`` (NaN if there is none) in percent, and
+        ``seconds`` of the run.
+    """
+    os.makedirs(args.output, exist_ok=True)
+    with ThreadPoolExecutor(args.jobs) as pool:
+        futures = {run: pool.submit(_train, *run, [*arguments, *args.extra], args.output)
+                   for run, arguments in runs.items()}
+        return {run: future.result() for run, future in tqdm(futures.items(), unit='run', disable=None)}
+
+
+def summarize(results: Results, name: str, key: str, digits: int = 2) -> str:
+    """Mean and standard deviation of a run over its seeds, empty if it has no such value."""
+    values = [result[key] for (run, _), result in results.items() if run == name]
+    if any(value != value for value in values):
+        return ''
+    spread = f' ± {statistics.stdev(values):.{digits}f}' if len(values) > 1 else ''
+    return f'{statistics.mean(values):.{digits}f}{spread}'
+
+
+def _train(name: str, seed: int, arguments: List[str], output: str) -> Dict[str, float]:
     """Runs one training, on one core, and returns its last validation and how long it took in seconds."""
-    experiment = f'{config}-{seed}'
+    experiment = f'{name}-{seed}'
     folder = os.path.join(output, experiment)
     log = os.path.join(output, f'{experiment}.log')
     if not os.path.isdir(os.path.join(folder, 'student')):
-        command = [
-            sys.executable, os.path.join(ROOT, 'train.py'), '--config', os.path.join(ROOT, 'configs', f'{config}.yaml'),
-            '--seed', str(seed), '--output', output, '--experiment', experiment, *extra]
+        command = [sys.executable, os.path.join(ROOT, 'train.py'), *arguments,
+                   '--seed', str(seed), '--output', output, '--experiment', experiment]
+        shutil.rmtree(folder, ignore_errors=True)  # of a run that was interrupted
         start = time.time()
         with open(log, 'w') as file:
             code = subprocess.run(
@@ -48,28 +91,17 @@ def train(config: str, seed: int, output: str, extra: List[str]) -> Dict[str, fl
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--configs', nargs='+', default=['digits', 'digits_gpd'], help='names in configs/')
-    parser.add_argument('--seeds', type=int, default=1, metavar='N', help='seeds 0 to N-1')
-    parser.add_argument('--jobs', type=int, default=2, metavar='N', help='runs at a time, one core each')
-    parser.add_argument('--output', default=os.path.join('output', 'digits'), metavar='DIR', help='where runs go')
-    parser.add_argument('extra', nargs='*', metavar='ARG', help='after --: more arguments for every train.py')
+    add_arguments(parser)
     args = parser.parse_args()
-    os.makedirs(args.output, exist_ok=True)
-    jobs = [(config, seed) for seed in range(args.seeds) for config in args.configs]
-    with ThreadPoolExecutor(args.jobs) as pool:
-        futures = {job: pool.submit(train, *job, args.output, args.extra) for job in jobs}
-        results = {job: future.result() for job, future in tqdm(futures.items(), unit='run', disable=None)}
+    results = measure(
+        {(config, seed): config_arguments(config) for seed in range(args.seeds) for config in args.configs}, args)
 
     print('| seed | ' + ' | '.join(args.configs) + ' |\n|---|' + '---|' * len(args.configs))
     for seed in range(args.seeds):
         print(f'| {seed} | ' + ' | '.join(f'{results[config, seed]["top1"]:.2f}' for config in args.configs) + ' |')
     for name, key, digits in (
             ('student top-1 (%)', 'top1', 2), ('dynamic teacher top-1 (%)', 'teacher', 2), ('seconds', 'seconds', 0)):
-        cells = []
-        for config in args.configs:
-            values = [results[config, seed][key] for seed in range(args.seeds)]
-            spread = f' ± {statistics.stdev(values):.{digits}f}' if len(values) > 1 else ''
-            cells.append('' if values[0] != values[0] else f'{statistics.mean(values):.{digits}f}{spread}')
-        print(f'| {name} | ' + ' | '.join(cells) + ' |')
+        print(f'| {name} | ' + ' | '.join(summarize(results, config, key, digits) for config in args.configs) + ' |')
 
 
 if __name__ == '__main__':

@@ -69,8 +69,8 @@ def test_loss_is_the_sum_of_its_terms(tiny_student, gpd_loss):
         0.3 * (F.cross_entropy(student, target) + F.cross_entropy(teacher, target))
         + 0.7 * (kl(student, static_logits, 2.0) + kl(teacher, static_logits, 2.0)) + 2.0 * gap)
     torch.testing.assert_close(result['loss'], expected)
-    assert set(result) == {'loss', 'output', 'teacher_output', 'task_loss', 'teacher_task_loss', 'gpd_loss', 'kd_loss',
-                           'teacher_kd_loss'}
+    assert set(result) == {'loss', 'output', 'teacher_output', 'task_loss', 'teacher_task_loss', 'gpd_loss', 'kd/logit',
+                           'teacher_kd/logit'}
 
 
 def test_the_student_does_not_teach_the_teacher(tiny_student):

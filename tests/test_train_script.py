@@ -126,7 +126,33 @@ def test_plain_run_with_a_static_teacher_and_without(trained, tmp_path):
     assert float(summary(tmp_path / 'kd')[0]['eval_static_top1']) == pytest.approx(
         float(summary(folder)[-1]['eval_top1']), abs=1e-4)
     train(tmp_path, '--experiment', 'gpd', '--epochs', '1', '--kd-model-name', teacher)
-    assert {'train_kd_loss', 'train_teacher_kd_loss', 'eval_static_top1'} <= summary(tmp_path / 'gpd')[0].keys()
+    assert {'train_kd/logit', 'train_teacher_kd/logit', 'eval_static_top1'} <= summary(tmp_path / 'gpd')[0].keys()
+
+
+def test_several_losses_with_their_arguments(trained, tmp_path):
+    folder, _ = trained
+    losses = ['--epochs', '1', '--kd-model-name', f'local-dir:{folder}/student', '--kd-distill-type', 'dkd,reviewkd',
+              '--kd-loss-args', 'beta=2', 'reviewkd.weight=0.5']
+    train(tmp_path, '--experiment', 'alone', *losses, config='digits')
+    train(tmp_path, '--experiment', 'gpd', *losses)
+    terms = {'train_kd/dkd', 'train_kd/reviewkd'}
+    assert {key for key in summary(tmp_path / 'alone')[0] if '/' in key} == terms
+    assert {key for key in summary(tmp_path / 'gpd')[0] if '/' in key} == terms | {
+        'train_teacher_kd/dkd', 'train_teacher_kd/reviewkd'}
+    for run_ in ('alone', 'gpd'):
+        checkpoint = torch.load(tmp_path / run_ / 'last.pth.tar', weights_only=False)
+        assert checkpoint['task_state']['settings']['distillers'] == {'dkd': {'beta': 2}, 'reviewkd': {'weight': 0.5}}
+        student = timm.create_model(f'local-dir:{tmp_path}/{run_}/student', pretrained=True)
+        assert checkpoint['state_dict'].keys() == student.state_dict().keys()
+
+
+def test_a_loss_that_diverges_is_named(trained, tmp_path):
+    folder, _ = trained
+    result = train(tmp_path, '--experiment', 'nan', '--lr', '1e30', '--kd-model-name', f'local-dir:{folder}/student',
+                   '--kd-distill-type', 'dkd', config='digits', code=1)
+    error = result.stderr.splitlines()[-1]
+    assert error.startswith('train.py: error: ') and 'kd/dkd is nan' in error and 'lower the learning rate' in error
+    assert 'Traceback' not in result.stderr and not (tmp_path / 'nan' / 'last.pth.tar').exists()
 
 
 def test_the_rest_of_the_recipe(tmp_path):
@@ -166,6 +192,12 @@ def files(folder):
     (['--digits-train-size', '5'], '--digits-train-size must be between'),
     (['--kd-model-name', 'local-dir:TEACHER7'], 'static teacher has 7 classes'),
     (['--kd-model-name', 'resnet19'], 'Unknown model'),
+    (['--kd-model-name', 'test_resnet', '--kd-model-path', 'missing.pth'], 'checkpoint missing.pth does not exist'),
+    (['--kd-model-name', 'test_resnet', '--kd-model-path', 'BROKEN'], 'cannot be read as a checkpoint'),
+    (['--kd-model-name', 'test_resnet', '--kd-model-path', 'OTHER'], 'does not fit test_resnet'),
+    (['--kd-model-path', 'missing.pth'], '--kd-model-path needs --kd-model-name'),
+    (['--kd-distill-type', 'dkd,kdd'], "'kdd' is not a distillation loss: choose of logit, kd, feature, dkd"),
+    (['--kd-loss-args', 'beta=2'], "loss argument 'beta' is none"),
     (['--resume', 'missing.pth.tar'], 'does not exist: check --resume'),
     (['--resume', 'OTHER'], 'does not fit --model test_resnet'),
     (['--resume', 'BROKEN'], 'cannot be read as a checkpoint'),

@@ -1,5 +1,6 @@
 """Gap Preserving Distillation (arXiv 2410.04140) as an extension of timm."""
 from . import models
+from .distillation_task import DistillationTask
 from .dynamic_teacher import DynamicTeacher, expand
 from .errors import UnsupportedModelError
 from .plan import ExpansionPlan
@@ -8,6 +9,6 @@ from .rules import Rule, register_rule
 from .task import GapPreservingTask
 
 __all__ = [
-    'DynamicTeacher', 'ExpansionPlan', 'GapPreservingTask', 'Rule', 'UnsupportedModelError', 'expand',
-    'plan_expansion', 'register_rule',
+    'DistillationTask', 'DynamicTeacher', 'ExpansionPlan', 'GapPreservingTask', 'Rule', 'UnsupportedModelError',
+    'expand', 'plan_expansion', 'register_rule',
 ]

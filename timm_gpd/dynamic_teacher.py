@@ -136,6 +136,23 @@ class DynamicTeacher(nn.Module):
         """
         return self(x, joint=True)
 
+    def joint_tapped(self, x: torch.Tensor, student_tap: nn.Module, teacher_tap: nn.Module) -> Tuple[Any, Any]:
+        """What :meth:`joint` runs, each model through a module that holds it as ``model`` and is not its own.
+
+        Args:
+            x: images, shape (B, in_chans, H, W).
+            student_tap: holds ``student``.
+            teacher_tap: holds ``wide``.
+
+        Returns:
+            What the two modules return.
+        """
+        def run(tap: nn.Module, parameters: Dict[str, torch.Tensor], **kwargs: Any) -> Any:
+            return functional_call(tap, {f'model.{name}': p for name, p in parameters.items()}, (x,), **kwargs)
+
+        teacher = run(teacher_tap, self.teacher_parameters())
+        return run(student_tap, self.student_parameters(), tie_weights=False), teacher
+
     def forward_student(self, x: torch.Tensor) -> torch.Tensor:
         """Student's logits, shape (B, num_classes), for images of shape (B, in_chans, H, W)."""
         return call_with_parameters(self.student, self.student_parameters(), x)

@@ -152,7 +152,7 @@ def _method(recipe: Dict[str, Any]) -> str:
     if recipe.get('gpd'):
         return (f'Trained by {gpd} with a dynamic teacher of ratio {recipe["gpd_ratio"]}, with which it shares its '
                 'parameters and from which it was read without post-training.')
-    return 'Trained by logit distillation.' if recipe.get('kd_model_name') else 'Trained on its own.'
+    return 'Trained by distillation.' if recipe.get('kd_model_name') else 'Trained on its own.'
 
 
 def _details(student: nn.Module, recipe: Dict[str, Any]) -> Dict[str, str]:
@@ -166,7 +166,8 @@ def _details(student: nn.Module, recipe: Dict[str, Any]) -> Dict[str, str]:
             f'ratio {recipe["gpd_ratio"]}, branches per convolution: {recipe["gpd_branches"]}; '
             f'its loss `{recipe["gpd_loss"]}` has weight {recipe["gpd_weight"]:g}')
     if recipe.get('kd_model_name'):
-        details['Static teacher'] = f'`{_without_folder(recipe["kd_model_name"])}`'
+        details['Static teacher'] = (
+            f'`{_without_folder(recipe["kd_model_name"])}`, by the losses `{recipe["kd_distill_type"]}`')
     if not recipe.get('converted_from'):
         details['Data'] = f'`{_dataset(recipe)}`'
     if 'epochs' in recipe:

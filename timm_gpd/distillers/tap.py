@@ -1,6 +1,6 @@
 """Logits, stages and embedding of a timm model out of one forward pass."""
 import contextlib
-from typing import Callable, Iterator, List, Mapping, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Iterator, List, Mapping, NamedTuple, Optional, Tuple
 
 import torch
 import torch.nn as nn
@@ -133,14 +133,14 @@ class Tap(nn.Module):
 def example_output(
         module: nn.Module,
         example_input: torch.Tensor,
-        run: Optional[Callable[[torch.Tensor], ModelOutput]] = None,
-) -> ModelOutput:
+        run: Optional[Callable[[torch.Tensor], Any]] = None,
+) -> Any:
     """A model's output in evaluation mode, from which distillers take their shapes. Leaves the model as it was.
 
     Args:
         module: the tap, or the module that ``run`` runs.
         example_input: images, shape (B, in_chans, H, W).
-        run: how to run it, if it is not called directly.
+        run: how to run it, if it is not called directly; what it returns is returned.
     """
     with _evaluation(module):
         return (run or module)(example_input)

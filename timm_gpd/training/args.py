@@ -6,6 +6,7 @@ from typing import Any, List, NoReturn, Optional
 import yaml
 from timm.utils import ParseKwargs
 
+from ..distillers import DISTILLERS
 from ..dynamic_teacher import SCALES
 from ..errors import UsageError
 from ..losses import GPD_LOSSES
@@ -82,10 +83,15 @@ def _add_static_teacher(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group('Static teacher')
     group.add_argument('--kd-model-name', default=None, metavar='MODEL',
                        help='timm model, hf-hub:<repo> or local-dir:<folder>, pretrained')
+    group.add_argument('--kd-model-path', default=None, metavar='FILE', help='load this checkpoint into it instead')
+    group.add_argument('--kd-distill-type', default='logit', metavar='NAMES',
+                       help=f'losses, separated by commas: {", ".join(DISTILLERS)}')
+    group.add_argument('--kd-loss-args', nargs='*', default={}, action=ParseKwargs, metavar='NAME=VALUE',
+                       help='their hyperparameters, such as alpha=1 beta=2, or dkd.weight=2 where several have one')
     group.add_argument('--distill-loss-weight', type=float, default=None, metavar='B',
-                       help='weight of the static teacher\'s loss (default: 1, or 1 - A where A is given)')
+                       help='weight of the static teacher\'s losses (default: 1, or 1 - A where A is given)')
     group.add_argument('--task-loss-weight', type=float, default=None, metavar='A', help='weight of the task loss')
-    group.add_argument('--kd-temperature', type=float, default=4.0, help='temperature of the static teacher\'s loss')
+    group.add_argument('--kd-temperature', type=float, default=4.0, help='temperature of the loss logit (kd)')
 
 
 def _add_optimizer(parser: argparse.ArgumentParser) -> None:

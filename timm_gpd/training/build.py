@@ -8,8 +8,10 @@ import torch.nn as nn
 from timm import create_model
 from timm.data import resolve_data_config
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
-from timm.task import ClassificationTask, LogitDistillationTask, TrainingTask
+from timm.task import ClassificationTask, TrainingTask
 
+from ..distillation_task import DistillationTask
+from ..distillers import distill_settings
 from ..errors import UsageError, usage_errors
 from ..static_teacher import resolve_static_teacher
 from ..task import GapPreservingTask
@@ -77,34 +79,41 @@ def _create_criterion(args: argparse.Namespace) -> nn.Module:
 
 
 def create_task(args: argparse.Namespace, student: nn.Module, device: torch.device) -> TrainingTask:
-    """What the run trains: gap preserving with ``--gpd``, else timm's distillation or classification task.
+    """What the run trains: gap preserving with ``--gpd``, else distillation or classification.
 
     Raises:
         UsageError: if the student cannot be widened, or the static teacher does not fit it.
     """
     common = dict(criterion=_create_criterion(args).to(device), device=device)
-    static = dict(
+    distillation = dict(
+        distill_type=args.kd_distill_type,
+        distill_args=args.kd_loss_args,
         distill_loss_weight=args.distill_loss_weight,
         task_loss_weight=args.task_loss_weight,
         temperature=args.kd_temperature,
     )
-    with usage_errors('check --kd-model-name' if args.kd_model_name else ''):
+    with usage_errors('check --kd-distill-type and --kd-loss-args'):
+        distill_settings(args.kd_distill_type, args.kd_loss_args, args.kd_temperature)
+    if args.kd_model_path and not args.kd_model_name:
+        raise UsageError('--kd-model-path needs --kd-model-name, the architecture of that checkpoint')
+    with usage_errors('check --kd-model-name, --kd-model-path and --kd-distill-type' if args.kd_model_name else ''):
+        teacher = resolve_static_teacher(
+            args.kd_model_name, student, device, path=args.kd_model_path) if args.kd_model_name else None
         if args.gpd:
             return GapPreservingTask(
                 student,
-                static_teacher=args.kd_model_name,
+                static_teacher=teacher,
                 ratio=args.gpd_ratio,
                 num_branches=args.gpd_branches,
                 noise=args.gpd_noise,
                 scale=args.gpd_scale,
                 gpd_loss=args.gpd_loss,
                 gpd_weight=args.gpd_weight,
-                **static,
+                **distillation,
                 **common,
             )
-        if args.kd_model_name:
-            teacher = resolve_static_teacher(args.kd_model_name, student, device)
-            return LogitDistillationTask(student, teacher, **static, **common)
+        if teacher is not None:
+            return DistillationTask(student, teacher, **distillation, **common)
     return ClassificationTask(student, **common)
 
 

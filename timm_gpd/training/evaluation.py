@@ -25,7 +25,7 @@ class Evaluation:
         self.task, self.loader, self.compute, self.log_interval = task, loader, compute, log_interval
         self.static: Dict[str, float] = {}
         if getattr(task, 'teacher', None) is not None:
-            metrics = self._validate({'static_': _NormalizedTeacher(task)})
+            metrics = self._validate({'static_': task.teacher})
             self.static = {'static_top1': metrics['static_top1']}
 
     def _validate(self, models: Dict[str, nn.Module]) -> Dict[str, float]:
@@ -42,14 +42,3 @@ class Evaluation:
             metrics['gap'] = metrics['teacher_top1'] - metrics['top1']
         metrics.update(self.static)
         return metrics
-
-
-class _NormalizedTeacher(nn.Module):
-    """A task's static teacher behind the student's normalisation."""
-
-    def __init__(self, task: TrainingTask) -> None:
-        super().__init__()
-        self.teacher, self.mean, self.std = task.teacher, task.student_mean, task.student_std
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.teacher(self.teacher.normalize_input(x, self.mean, self.std))

@@ -1,6 +1,7 @@
 """One epoch of training and one pass of validation, for any of timm's tasks."""
 import argparse
 import logging
+import math
 import time
 from collections import OrderedDict
 from contextlib import nullcontext
@@ -14,6 +15,7 @@ from timm.task import TrainingTask
 from timm.utils import AverageMeter, CheckpointSaver, NativeScaler, accuracy, dispatch_clip_grad
 
 from ..errors import UsageError
+from ..losses import check_finite
 
 __all__ = ['Compute', 'create_compute', 'mean_lr', 'train_one_epoch', 'validate']
 
@@ -85,6 +87,9 @@ def train_one_epoch(
 
     Returns:
         Mean of the loss and of each of its terms, weighted by batch size.
+
+    Raises:
+        FloatingPointError: if the loss is NaN or infinite; names its terms that are.
     """
     if args.mixup_off_epoch and epoch >= args.mixup_off_epoch:
         if mixup_fn is not None:
@@ -121,7 +126,10 @@ def train_one_epoch(
             num_updates += 1
             optimizer.zero_grad()
             task.update_ema(step=num_updates)
-            loss_meter.update(result['loss'].item(), images.shape[0])
+            loss = result['loss'].item()
+            if not math.isfinite(loss):
+                means.check_finite()
+            loss_meter.update(loss, images.shape[0])
             update_time.update(time.time() - update_start)
             update_start = time.time()
             if update % args.log_interval == 0 or last_batch:
@@ -181,6 +189,10 @@ class _ScalarMeans:
         for name, value in result.items():
             if value.dim() == 0:
                 self.sums[name] = self.sums.get(name, 0) + value.detach() * batch_size
+
+    def check_finite(self) -> None:
+        """Raises a FloatingPointError that names the terms that have been NaN or infinite."""
+        check_finite(self.sums)
 
     def compute(self) -> Dict[str, float]:
         return OrderedDict((name, total.item() / self.count) for name, total in self.sums.items())

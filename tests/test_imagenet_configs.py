@@ -1,0 +1,97 @@
+"""The paper's ImageNet recipes: what their files say, and two steps of each on random images."""
+import glob
+import os
+
+import pytest
+import timm
+import torch
+from timm.optim import create_optimizer_v2, optimizer_kwargs
+
+from timm_gpd.training.args import parse_train_args
+from timm_gpd.training.build import create_student, create_task, resolve_input
+from timm_gpd.training.loop import Compute, train_one_epoch
+
+FOLDER = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), 'configs', 'imagenet')
+CONFIGS = sorted(os.path.basename(path)[:-len('.yaml')] for path in glob.glob(os.path.join(FOLDER, '*.yaml')))
+PAIRS = {
+    'resnet34_resnet18': ('resnet34.tv_in1k', 'resnet18', 0.5),
+    'resnet50_mobilenetv1': ('resnet50.tv_in1k', 'mobilenetv1_100', 2),
+    'rvt_small_rvt_tiny': ('rvt_small', 'rvt_tiny', 0.5),
+}
+KINDS = ('dkd', 'reviewkd', 'scratch', 'finetune')
+CLASSES, SIZE, BATCH = 3, 32, 3
+# A tiny run. Branches have tests of their own and would take most of the time.
+TINY = ['--device', 'cpu', '--num-classes', CLASSES, '--input-size', 3, SIZE, SIZE, '--batch-size', BATCH,
+        '--gpd-branches', 1]
+
+
+def parse(config, *arguments):
+    return parse_train_args(['--config', os.path.join(FOLDER, f'{config}.yaml'), *map(str, arguments)])
+
+
+@pytest.fixture(scope='module')
+def weights(tmp_path_factory):
+    """File of an architecture's random weights; each is made once."""
+    folder = tmp_path_factory.mktemp('weights')
+
+    def file(name):
+        path = folder / f'{name}.pth'
+        if not path.exists():
+            torch.save(timm.create_model(name, num_classes=CLASSES).state_dict(), path)
+        return path
+
+    return file
+
+
+@pytest.mark.parametrize('config', CONFIGS)
+def test_values_are_the_recipes(config):
+    pair, kind = config.rsplit('_', 1)
+    teacher, student, beta = PAIRS[pair]
+    args = parse(config)
+    assert args.model.partition('.')[0] == student and args.num_classes == 1000
+    recipe = dict(momentum=0.9, weight_decay=1e-4, clip_grad=5.0, clip_mode='norm', batch_size=512, grad_accum_steps=1,
+                  sched='multistep', decay_milestones=[30, 60, 90], decay_rate=0.1, warmup_epochs=0, smoothing=0.0,
+                  mixup=0.0, cutmix=0.0, gpd=True, gpd_ratio=2, gpd_branches=6, gpd_loss='sce', gpd_weight=3.0,
+                  lr=0.01 if kind == 'finetune' else 0.1, epochs=50 if kind == 'finetune' else 100)
+    assert {name: getattr(args, name) for name in recipe} == recipe
+    static = kind in ('dkd', 'reviewkd')
+    assert args.kd_model_name == (teacher if static else None)
+    if static:
+        assert args.kd_distill_type == kind
+        assert args.kd_loss_args == (
+            dict(alpha=1, beta=beta, temperature=1) if kind == 'dkd' else dict(weight=1))
+
+
+def test_there_is_one_of_each():
+    assert CONFIGS == sorted(f'{pair}_{kind}' for pair in PAIRS for kind in KINDS)
+
+
+@pytest.mark.parametrize('config', CONFIGS)
+def test_two_steps(config, weights):
+    args = parse(config, *TINY)
+    for name in (args.model, args.kd_model_name):
+        if name and not timm.is_model(name):
+            pytest.skip(f'timm_gpd does not register {name} in this version')
+    if args.pretrained:
+        args.pretrained_path = str(weights(args.model))
+    elif config.endswith('finetune'):
+        args.initial_checkpoint = str(weights(args.model))
+    if args.kd_model_name:
+        args.kd_model_path = str(weights(args.kd_model_name))
+    student = create_student(args)
+    resolve_input(args, student)
+    if config.endswith('finetune'):
+        started = torch.load(weights(args.model))
+        assert all(torch.equal(started[name], tensor) for name, tensor in student.state_dict().items()
+                   if not name.startswith(student.pretrained_cfg['classifier']))
+    task = create_task(args, student, torch.device('cpu'))
+    optimizer = create_optimizer_v2(task.get_trainable_module(), **optimizer_kwargs(cfg=args), **args.opt_kwargs)
+    batches = [(torch.randn(BATCH, 3, SIZE, SIZE), torch.randint(CLASSES, (BATCH,))) for _ in range(2)]
+    name = f'{student.pretrained_cfg["classifier"]}.weight'
+    before = student.state_dict()[name].clone()
+    metrics = train_one_epoch(0, task, batches, optimizer, Compute(torch.device('cpu')), args)
+    assert all(value == value and abs(value) < float('inf') for value in metrics.values())
+    assert set(optimizer.state) == set(task.get_trainable_module().parameters())  # every parameter had a gradient
+    assert not torch.equal(task.get_eval_model().state_dict()[name], before)
+    expected = {f'{prefix}/{args.kd_distill_type}' for prefix in ('kd', 'teacher_kd')} if args.kd_model_name else set()
+    assert {name for name in metrics if '/' in name} == expected

@@ -1,0 +1,90 @@
+"""Distillation from a static teacher alone, with the losses of the literature, as one of timm's training tasks."""
+import logging
+from typing import Any, Dict, Mapping, Optional, Union
+
+import torch
+import torch.nn as nn
+from timm.utils import unwrap_model
+
+from .base_task import BaseTask, loss_weights
+from .distillers import distill_settings
+from .learners import Learners, StudentLearner, examples
+from .static_teacher import StaticTeacher, resolve_static_teacher
+
+__all__ = ['DistillationTask']
+
+_logger = logging.getLogger(__name__)
+
+
+class DistillationTask(BaseTask):
+    """Trains a student with a static teacher: ``a * L_task + b * L_KD``.
+
+    What timm's distillation tasks do, for the losses of :mod:`timm_gpd.losses`, several at once. A checkpoint's
+    ``state_dict`` is the plain student's, and its ``task_state`` the distillers, which train with it.
+
+    Args:
+        student: timm model with a classifier.
+        static_teacher: timm model name (created with pretrained weights), module or timm DistillationTeacher.
+        criterion: task loss of logits and targets (default: cross-entropy).
+        distill_type: names of losses, separated by commas, keys of ``timm_gpd.distillers.DISTILLERS``.
+        distill_args: their hyperparameters, see :func:`timm_gpd.distillers.distill_settings`.
+        distill_loss_weight: weight b of L_KD.
+        task_loss_weight: weight a of the task loss. Given alone, b = 1 - a.
+        temperature: temperature of the loss ``kd`` or ``logit``.
+        device: device of the task.
+        dtype: dtype of the task.
+        verbose: log what was built.
+
+    Raises:
+        ValueError: if a loss does not exist, the static teacher has other classes than the student, or one of the two
+            does not offer the features that a loss needs.
+    """
+
+    def __init__(
+            self,
+            student: nn.Module,
+            static_teacher: Union[str, nn.Module],
+            criterion: Optional[nn.Module] = None,
+            distill_type: str = 'logit',
+            distill_args: Optional[Mapping[str, Any]] = None,
+            distill_loss_weight: Optional[float] = None,
+            task_loss_weight: Optional[float] = None,
+            temperature: float = 4.0,
+            device: Optional[torch.device] = None,
+            dtype: Optional[torch.dtype] = None,
+            verbose: bool = True,
+    ) -> None:
+        super().__init__(device=device, dtype=dtype, verbose=verbose)
+        settings = distill_settings(distill_type, distill_args, temperature)
+        self.settings = dict(distillers=settings)
+        self.task_loss_weight, self.distill_loss_weight = loss_weights(task_loss_weight, distill_loss_weight)
+        self.criterion = criterion if criterion is not None else nn.CrossEntropyLoss()
+        # Under the name that timm's distillation tasks use.
+        self.teacher = StaticTeacher(
+            resolve_static_teacher(static_teacher, student, self.device, self.dtype), student, settings)
+        self.trainable_module = StudentLearner(student, settings, *examples(student, self.teacher, settings))
+        if verbose:
+            _logger.info(f'DistillationTask: task_loss_weight={self.task_loss_weight}, '
+                         f'distill_loss_weight={self.distill_loss_weight}, {settings}')
+
+    def forward(self, input: torch.Tensor, target: torch.Tensor) -> Dict[str, torch.Tensor]:
+        """Forward pass and loss.
+
+        Args:
+            input: images, shape (B, in_chans, H, W), normalised for the student.
+            target: class indices, shape (B,), or whatever else criterion and losses take.
+
+        Returns:
+            ``loss``; ``output``, the student's logits, shape (B, num_classes); ``task_loss``, and ``kd/<loss>`` for
+            every distillation loss.
+        """
+        outputs, distillation = self.trainable_module(input, self.teacher(input), target)
+        task_loss = self.criterion(outputs['student'], target)
+        loss = self.task_loss_weight * task_loss + self.distill_loss_weight * sum(distillation.values())
+        return {'loss': loss, 'output': outputs['student'], 'task_loss': task_loss, **distillation}
+
+    def get_eval_model(self, module: Optional[nn.Module] = None, ema: bool = False) -> Optional[nn.Module]:
+        """The student, without distillers."""
+        model = super().get_eval_model(module=module, ema=ema)
+        trained = None if model is None else unwrap_model(model)
+        return trained.model if isinstance(trained, Learners) else model
