@@ -74,7 +74,7 @@ def test_every_module_has_a_smallest_architecture():
     ('edgenext_xx_small', {'num_classes': 3}),
     ('convnext_zepto_rms', {'global_pool': 'avgmax'}),
     ('efficientvit_m0', {'img_size': 96}),
-    ('focalnet_tiny_srf', {'num_classes': 4, 'depths': (1, 1, 1, 1)}),
+    ('focalnet_tiny_srf', {'num_classes': 4}),
     ('lambda_resnet26rpt_256', {'img_size': 64}),
     ('efficientnet_cc_b0_4e', {'num_classes': 2}),
 ])

@@ -32,12 +32,11 @@ from . import planner
 from .errors import UnsupportedModelError
 from .plan import ExpansionPlan
 from .planner import plan_expansion
-from .verify import ROUNDING, compare, relative_error
+from .verify import ROUNDING, SMALL_IMAGES, compare, relative_error
 
 __all__ = ['create_small', 'main', 'read_back_error', 'timm_modules']
 
 OWN_MODULE = 'variants'  # this package's registered variants are not timm's
-SMALL_SIZES = (64, 128)  # pixels; tried before a model's own size
 MODES = ('evaluation', 'training')
 READ_BACK = 1e-6  # relative; one rounding in float32, where a factor is no power of two
 WORKER_TASKS = 25  # architectures after which a worker process gives its memory back
@@ -60,7 +59,7 @@ def create(name: str, **kwargs: Any) -> nn.Module:
 def create_small(name: str, **kwargs: Any) -> nn.Module:
     """An untrained architecture for images as small as its ``img_size`` argument, where it has one, allows."""
     default = (timm.models.get_pretrained_cfg_value(name, 'input_size') or (3, 224, 224))[-1]
-    for size in SMALL_SIZES:
+    for size in SMALL_IMAGES:
         if size >= default:
             break
         try:

@@ -16,8 +16,8 @@ __all__ = ['Agreement', 'compare', 'disable_randomness_', 'randomize_', 'relativ
 
 TOLERANCE = 1e-9  # relative, in float64; errors of method start near 1e-6, rounding stays below 1e-12
 ROUNDING = 1e-12  # relative; what float64 is expected to lose in a deep model
-SMALL_IMAGE = 64  # pixels: enough for a check wherever a model accepts it
-TRAINING_BATCH = 8  # small images whose statistics batch norm shares; fewer where they must be larger, but 2
+SMALL_IMAGES = (64, 56, 128)  # pixels: enough for a check wherever a model accepts one of them
+TRAINING_BATCH = 4  # images whose statistics batch norm shares
 RANDOM_RATES = ('p', 'prob', 'drop_prob', 'drop_rate', 'attn_drop_p', 'patch_drop_rate', 'dropout')
 
 
@@ -112,7 +112,7 @@ def compare(student: nn.Module, plan: ExpansionPlan, training: bool = False) -> 
     reference = disable_randomness_(randomize_(copy.deepcopy(student).to('cpu', torch.float64))).train(training)
     teacher = wide_copy(reference, plan, plan.expand_tensor)
     with _InFloat64():
-        x, expected = _sample(reference, training)
+        x, expected = _sample(reference, TRAINING_BATCH if training else 1)
     try:
         with _InFloat64():
             error = _largest_error(teacher(x), expected)
@@ -152,14 +152,13 @@ def verify_plan(student: nn.Module, plan: ExpansionPlan) -> float:
     return error
 
 
-def _sample(model: nn.Module, training: bool) -> Tuple[torch.Tensor, Any]:
+def _sample(model: nn.Module, batch: int) -> Tuple[torch.Tensor, Any]:
     """Random images that the model accepts, as small as that allows, and what it makes of them."""
     channels, height, width = input_shape(model)
-    shapes = [(channels, min(SMALL_IMAGE, height), min(SMALL_IMAGE, width)), (channels, height, width), None]
-    for shape in shapes:
+    small = [(channels, min(size, height), min(size, width)) for size in SMALL_IMAGES]
+    for shape in (*small, (channels, height, width), None):
         shape = shape or accepted_input_shape(model)
         if shape is not None:
-            batch = max(2, TRAINING_BATCH * SMALL_IMAGE ** 2 // (shape[1] * shape[2])) if training else 1
             x = torch.randn(batch, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
             try:
                 return x, model(x)

@@ -23,5 +23,6 @@ register_rule('timm.models.mlp_mixer.SpatialGatingUnit', Rule(keep=('proj',)))
 # Embeddings of rows and columns are added before they meet the tokens.
 register_rule('timm.models.naflexvit.NaFlexEmbeds', Rule(params={'pos_embed_y': 2, 'pos_embed_x': 2}))
 
-# A second head, for the classes of patches.
+# Auxiliary classifiers: of patches, and of a middle layer.
 register_rule('timm.models.volo.VOLO', Rule(keep=('aux_head',)))
+register_rule('timm.models.inception_v3.InceptionAux', Rule(keep=('fc',)))
