@@ -83,12 +83,16 @@ def test_the_published_weights_are_the_authors():
         assert 'hf_hub_id' not in model.pretrained_cfg and 'license' not in model.pretrained_cfg
 
 
-def test_the_authors_mobilenet_has_relu():
-    model = timm.create_model('mobilenetv1_100_gpd')
-    activations = {type(module) for module in model.modules() if 'relu' in type(module).__name__.lower()}
-    assert activations == {torch.nn.ReLU}
-    other = timm.create_model('mobilenetv1_100_gpd', act_layer='silu')
-    assert any(isinstance(module, torch.nn.SiLU) for module in other.modules())
+def activations(model):
+    return {type(module) for module in model.modules() if 'relu' in type(module).__name__.lower()}
+
+
+def test_the_authors_mobilenet_has_relu_and_a_new_one_is_plain(tmp_path):
+    assert activations(timm.create_model('mobilenetv1_100_gpd')) == {torch.nn.ReLU6}
+    torch.save(checkpoint(SMALL['mobilenetv1_100'][0]()), tmp_path / 'release.pth.tar')
+    released = timm.create_model('mobilenetv1_100_gpd', pretrained=True, num_classes=5, pretrained_cfg_overlay=dict(
+        file=str(tmp_path / 'release.pth.tar'), num_classes=5))
+    assert activations(released) == {torch.nn.ReLU}
 
 
 @pytest.mark.parametrize('arch', ['resnet26', 'resnet18'])

@@ -1,6 +1,6 @@
 """Gap Preserving Distillation as one more of timm's training tasks."""
 import logging
-from typing import Any, Dict, Mapping, Optional, Union
+from typing import Any, Dict, Mapping, Optional, Sequence, Union
 
 import torch
 import torch.nn as nn
@@ -8,6 +8,7 @@ from timm.utils import unwrap_model
 
 from .base_task import BaseTask, loss_weights
 from .distillers import distill_settings
+from .branches import branch_kinds
 from .dynamic_teacher import DynamicTeacher, StudentView, expand
 from .learners import Learners, PairOfLearners, examples
 from .losses import GPD_LOSSES
@@ -48,6 +49,7 @@ class GapPreservingTask(BaseTask):
         device: device of the task.
         dtype: dtype of the task.
         verbose: log what was built.
+        branches: names the kinds of branch instead of their number, see :func:`timm_gpd.expand`.
 
     Raises:
         ValueError: if an argument is out of range, or the static teacher has other classes than the student or not the
@@ -74,6 +76,7 @@ class GapPreservingTask(BaseTask):
             device: Optional[torch.device] = None,
             dtype: Optional[torch.dtype] = None,
             verbose: bool = True,
+            branches: Optional[Sequence[str]] = None,
     ) -> None:
         super().__init__(device=device, dtype=dtype, verbose=verbose)
         if gpd_loss not in GPD_LOSSES:
@@ -82,24 +85,24 @@ class GapPreservingTask(BaseTask):
         self.gpd_weight = gpd_weight
         self.task_loss_weight, self.distill_loss_weight = loss_weights(task_loss_weight, distill_loss_weight)
         self.criterion = criterion if criterion is not None else nn.CrossEntropyLoss()
-        self.settings = dict(ratio=ratio, num_branches=num_branches, scale=scale)
+        self.settings = dict(ratio=ratio, branches=list(branch_kinds(num_branches, branches)), scale=scale)
         distillers = distill_settings(distill_type, distill_args, temperature)
 
         # Under the name that timm's distillation tasks use.
         self.teacher = None if static_teacher is None else StaticTeacher(
             resolve_static_teacher(static_teacher, student, self.device, self.dtype), student, distillers)
         if self.teacher is None:
-            self.trainable_module = dynamic_teacher = expand(student, ratio, num_branches, noise, scale)
+            self.trainable_module = dynamic_teacher = expand(student, ratio, num_branches, noise, scale, branches)
         else:
             self.settings['distillers'] = distillers
             example = examples(student, self.teacher, distillers)
-            dynamic_teacher = expand(student, ratio, num_branches, noise, scale)
+            dynamic_teacher = expand(student, ratio, num_branches, noise, scale, branches)
             self.trainable_module = PairOfLearners(dynamic_teacher, distillers, *example)
         self.eval_model = StudentView(dynamic_teacher)
         if verbose:
             count = sum(p.numel() for p in dynamic_teacher.parameters())
             _logger.info(
-                f'GapPreservingTask: ratio={ratio}, num_branches={num_branches}, scale={scale}, gpd_loss={gpd_loss}, '
+                f'GapPreservingTask: ratio={ratio}, branches={self.settings["branches"]}, scale={scale}, gpd_loss={gpd_loss}, '
                 f'gpd_weight={gpd_weight}, task_loss_weight={self.task_loss_weight}, '
                 f'distill_loss_weight={self.distill_loss_weight}, '
                 f'distillers={self.settings.get("distillers")}; '

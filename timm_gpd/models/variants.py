@@ -76,7 +76,7 @@ def _make_entrypoint(arch: str) -> Callable[..., nn.Module]:
                 f'{variant} has no published weights ({", ".join(default_cfgs)} have): name a file or a Hub repo, as '
                 "in pretrained_cfg_overlay=dict(file='student/model.safetensors') or dict(hf_hub_id='me/my-student')")
         found = resolve_weights(cfg, kwargs.get('cache_dir')) if pretrained else {}
-        if arch in RELEASES:
+        if 'state_dict' in found:  # converted from a release, whose architecture may differ in an activation
             kwargs = {**RELEASES[arch].model_args, **kwargs}
         with hub_errors(cfg.hf_hub_id if pretrained and not found else None):
             student = create_model(
