@@ -7,8 +7,8 @@ import torch.nn as nn
 from timm.utils import unwrap_model
 
 from .base_task import BaseTask, loss_weights
-from .distillers import distill_settings
 from .branches import branch_kinds
+from .distillers import distill_settings
 from .dynamic_teacher import DynamicTeacher, StudentView, expand
 from .learners import Learners, PairOfLearners, examples
 from .losses import GPD_LOSSES
