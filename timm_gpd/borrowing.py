@@ -1,5 +1,5 @@
 """Running a module on parameters that it does not own."""
-from typing import Mapping
+from typing import Any, Mapping
 
 import torch
 import torch.nn as nn
@@ -8,7 +8,7 @@ from torch.func import functional_call
 __all__ = ['call_with_parameters']
 
 
-def call_with_parameters(model: nn.Module, parameters: Mapping[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+def call_with_parameters(model: nn.Module, parameters: Mapping[str, torch.Tensor], x: torch.Tensor) -> Any:
     """The model's output for ``x`` with other tensors in the place of its parameters, tied ones under every name.
 
     Unlike :func:`torch.func.functional_call` alone, it allows gradient checkpointing in the model: what is recomputed
@@ -20,8 +20,10 @@ def call_with_parameters(model: nn.Module, parameters: Mapping[str, torch.Tensor
     output = functional_call(model, parameters, (x,), tie_weights=False)
     recomputes = not torch.compiler.is_compiling() and torch.is_grad_enabled() and any(
         getattr(module, 'grad_checkpointing', False) for module in model.modules())
-    if recomputes and isinstance(output, torch.Tensor) and output.requires_grad:
-        output.register_hook(lambda grad: _lend_until_backward_ends(model, parameters))
+    # Of several outputs the first, the logits, is computed last, so its hook runs before anything is recomputed.
+    last = output if isinstance(output, torch.Tensor) else output[0]
+    if recomputes and last.requires_grad:
+        last.register_hook(lambda grad: _lend_until_backward_ends(model, parameters))
     return output
 
 

@@ -147,11 +147,11 @@ class DynamicTeacher(nn.Module):
         Returns:
             What the two modules return.
         """
-        def run(tap: nn.Module, parameters: Dict[str, torch.Tensor], **kwargs: Any) -> Any:
-            return functional_call(tap, {f'model.{name}': p for name, p in parameters.items()}, (x,), **kwargs)
-
-        teacher = run(teacher_tap, self.teacher_parameters())
-        return run(student_tap, self.student_parameters(), tie_weights=False), teacher
+        teacher, student = (
+            {f'model.{name}': tensor for name, tensor in parameters.items()}
+            for parameters in self._parameters_of_both())
+        teacher_output = call_with_parameters(teacher_tap, teacher, x)
+        return call_with_parameters(student_tap, student, x), teacher_output
 
     def forward_student(self, x: torch.Tensor) -> torch.Tensor:
         """Student's logits, shape (B, num_classes), for images of shape (B, in_chans, H, W)."""
