@@ -63,9 +63,10 @@ def randomize_(model: nn.Module, seed: int = 0) -> nn.Module:
     """
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
-        fan_in = parameter[0].numel() if parameter.dim() > 1 else 25
+        fan_in = parameter[0].numel() if parameter.dim() > 1 else 1
+        fan_in = fan_in if fan_in > 1 else 25  # a scale or a shift of each output
         noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
-        parameter += noise.to(parameter.device) / max(fan_in, 1) ** 0.5
+        parameter += noise.to(parameter.device) / fan_in ** 0.5
     for name, buffer in model.named_buffers():
         noise = torch.rand(buffer.shape, generator=generator)
         if name.endswith('running_mean'):
