@@ -34,8 +34,8 @@ class Agreement(NamedTuple):
 
     @property
     def is_exact(self) -> bool:
-        """Whether the error is rounding: at most 1e-12, or ten times the student's own response to a rounding."""
-        return self.error <= max(ROUNDING, 10 * self.sensitivity)
+        """Whether the error is rounding: at most 1e-12, or ten times the student's own response, but never above 1e-9."""
+        return self.error <= min(TOLERANCE, max(ROUNDING, 10 * self.sensitivity))
 
 
 class _InFloat64(TorchFunctionMode):
