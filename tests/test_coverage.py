@@ -44,6 +44,13 @@ def test_only_the_smallest_of_each_module_are_compared(tmp_path):
     assert {r['model'] for r in records(tmp_path) if r['step'] == 'compare'} == {'test_resnet', 'test_vit'}
 
 
+def test_what_is_too_large_is_compared_with_fewer_blocks(tmp_path):
+    assert sweep(tmp_path, '--models', 'test_vit', 'vit_tiny_patch16_224', '--max-params', '2', '--smallest', '2') == 0
+    assert row(tmp_path, 'vision_transformer')[1:3] == ['2', '2']
+    assert '`vit_tiny_patch16_224` (depth=2)' in (tmp_path / 'coverage.md').read_text()
+    assert '`test_vit`' not in (tmp_path / 'coverage.md').read_text()
+
+
 def test_a_sweep_goes_on_where_it_stopped(tmp_path, monkeypatch):
     assert sweep(tmp_path, '--models', 'test_resnet', '--max-params', '1') == 0
     known = records(tmp_path)
@@ -53,8 +60,8 @@ def test_a_sweep_goes_on_where_it_stopped(tmp_path, monkeypatch):
         file.write('\n')
     asked = []
     plan_one, compare_one = coverage.plan_one, coverage.compare_one
-    monkeypatch.setattr(coverage, 'plan_one', lambda name, ratio: asked.append(name) or plan_one(name, ratio))
-    monkeypatch.setattr(coverage, 'compare_one', lambda name, ratio: asked.append(name) or compare_one(name, ratio))
+    monkeypatch.setattr(coverage, 'plan_one', lambda name, *args: asked.append(name) or plan_one(name, *args))
+    monkeypatch.setattr(coverage, 'compare_one', lambda name, *args: asked.append(name) or compare_one(name, *args))
     assert sweep(tmp_path, '--models', 'test_resnet', 'test_vit', '--max-params', '1') == 0
     assert asked == ['test_vit', 'test_vit'] and len(known) == 2  # planned and compared; the other was known
 

@@ -1,9 +1,10 @@
 """Which of timm's architectures expand exactly: ``python -m timm_gpd.coverage``.
 
 Every architecture is planned on the meta device. Those that are small enough are also compared numerically with their
-planned teachers, in evaluation and training mode, and read back from them. What was found is kept, line by line, in a
-cache, so that an interrupted sweep goes on where it stopped; it starts again when timm or the rules have changed. Then
-the table is written.
+planned teachers, in evaluation and training mode, and read back from them; where even the smallest of a module is too
+large, with fewer blocks, and the table says so. What was found is kept, line by line, in a cache, so that an
+interrupted sweep goes on where it stopped; it starts again when timm or the rules have changed. Then the table is
+written.
 
 Exit codes:
     0: every architecture that has a classifier is planned, and exact where it was compared.
@@ -39,6 +40,7 @@ __all__ = ['create_small', 'main', 'read_back_error', 'timm_modules']
 OWN_MODULE = 'variants'  # this package's registered variants are not timm's
 MODES = ('evaluation', 'training')
 READ_BACK = 1e-6  # relative; one rounding in float32, where a factor is no power of two
+REDUCTIONS = ({'mlp_ratio': 1 / 16}, {'depth': 2})  # arguments that make an architecture smaller; the last that fits
 WORKER_TASKS = 25  # architectures after which a worker process gives its memory back
 
 Record = Dict[str, Any]
@@ -103,12 +105,12 @@ def plan_one(name: str, ratio: int) -> Record:
     return {**record, 'status': 'planned', 'seconds': time.process_time() - start}
 
 
-def compare_one(name: str, ratio: int) -> Record:
-    """Compares an architecture with its planned teacher, in evaluation and training mode."""
-    record: Record = {'model': name, 'step': 'compare'}
+def compare_one(name: str, ratio: int, **reduction: Any) -> Record:
+    """Compares an architecture, or a reduced one, with its planned teacher, in evaluation and training mode."""
+    record: Record = {'model': name, 'step': 'compare', 'reduction': reduction}
     torch.manual_seed(0)
     try:
-        model = create_small(name)
+        model = create_small(name, **reduction)
         plan = plan_expansion(model, ratio)
         agreements = {mode: compare(model, plan, training=mode == 'training') for mode in MODES}
         read_back = read_back_error(model, plan)
@@ -171,28 +173,27 @@ def _fingerprint() -> str:
 FINGERPRINTED = ('axes.py', 'inputs.py', 'model_copy.py', 'plan.py', 'planner.py', 'verify.py')
 
 
-def run(task: Callable[[str, int], Record], names: Sequence[str], ratio: int, jobs: int, cache: Cache) -> None:
-    """Runs a task for every architecture that the cache does not know yet."""
-    step = 'plan' if task is plan_one else 'compare'
-    todo = [name for name in names if not cache.get(step, name)]
-    with tqdm(total=len(names), initial=len(names) - len(todo), desc=step, unit='model') as bar:
+def run(task: Callable[..., Record], step: str, models: Mapping[str, Dict], ratio: int, jobs: int, cache: Cache) -> None:
+    """Runs a task, with keyword arguments, for every architecture that the cache does not know yet."""
+    todo = {name: kwargs for name, kwargs in models.items() if not cache.get(step, name)}
+    with tqdm(total=len(models), initial=len(models) - len(todo), desc=step, unit='model') as bar:
         for record in _results(task, todo, ratio, jobs):
             cache.add(record)
             bar.set_postfix_str(record['model'])
             bar.update()
 
 
-def _results(task: Callable[[str, int], Record], names: Sequence[str], ratio: int, jobs: int) -> Iterator[Record]:
+def _results(task: Callable[..., Record], models: Mapping[str, Dict], ratio: int, jobs: int) -> Iterator[Record]:
     if jobs == 1:
-        for name in names:
-            yield task(name, ratio)
+        for name, kwargs in models.items():
+            yield task(name, ratio, **kwargs)
             gc.collect()
         return
     context = multiprocessing.get_context('spawn')
     with ProcessPoolExecutor(
             jobs, context, _start_worker, (max(1, torch.get_num_threads() // jobs),),
             max_tasks_per_child=WORKER_TASKS) as pool:
-        for future in as_completed([pool.submit(task, name, ratio) for name in names]):
+        for future in as_completed([pool.submit(task, name, ratio, **kwargs) for name, kwargs in models.items()]):
             yield future.result()
 
 
@@ -206,15 +207,31 @@ def chosen(
         modules: Mapping[str, Sequence[str]],
         max_parameters: float,
         smallest: Optional[int],
-) -> List[str]:
-    """The architectures to compare: planned, at most so large, and the smallest few of each module if so asked."""
-    names = []
+) -> Dict[str, Record]:
+    """The architectures to compare, and how each is reduced: planned, at most so large, and the smallest few if asked.
+
+    The smallest few of a module, or at least the smallest, are reduced to that size where they can be.
+    """
+    models = {}
     for module in modules.values():
         sizes = [
             (cache.get('plan', name)['parameters'], name)
             for name in module if cache.get('plan', name).get('status') == 'planned']
-        names += [name for size, name in sorted(sizes)[:smallest] if size <= max_parameters]
-    return names
+        for position, (size, name) in enumerate(sorted(sizes)[:smallest]):
+            if size <= max_parameters:
+                models[name] = {}
+            elif position < (smallest or 1):
+                models.update({name: reduction for reduction in REDUCTIONS if _size(name, reduction) <= max_parameters})
+    return models
+
+
+def _size(name: str, reduction: Record) -> float:
+    """Parameters of a reduced architecture; infinitely many if it cannot be reduced like this."""
+    try:
+        with torch.device('meta'):
+            return sum(parameter.numel() for parameter in create(name, **reduction).parameters())
+    except Exception:
+        return float('inf')
 
 
 # -- the table ------------------------------------------------------------------------------------------------------
@@ -231,7 +248,7 @@ def status_of(cache: Cache, name: str) -> str:
 def table(cache: Cache, modules: Mapping[str, Sequence[str]], ratio: int) -> str:
     """The coverage page, in Markdown."""
     totals: Dict[str, int] = defaultdict(int)
-    rows, notes, without, rounded = [], [], [], []
+    rows, notes, reduced, rounded, without = [], [], [], [], []
     slowest = (0., '')
     for module, names in modules.items():
         counts: Dict[str, int] = defaultdict(int)
@@ -247,6 +264,9 @@ def table(cache: Cache, modules: Mapping[str, Sequence[str]], ratio: int) -> str
                     worst[mode] = max(worst.get(mode, 0.), error)
                     if status == 'exact' and error > ROUNDING:
                         rounded.append(f'- `{name}`, {mode}: {error:.1e}, against {sensitivity:.1e}')
+            if comparison.get('reduction'):
+                changes = ', '.join(f'{key}={value}' for key, value in comparison['reduction'].items())
+                reduced.append(f'`{name}` ({changes})')
             if status == 'no classifier':
                 without.append(name)
             elif status in ('unsupported', 'inexact'):
@@ -265,8 +285,8 @@ def table(cache: Cache, modules: Mapping[str, Sequence[str]], ratio: int) -> str
         f'torch {torch.__version__.split("+")[0]} and ratio {ratio}.',
         '',
         f'Of {sum(map(len, modules.values()))} architectures in {len(modules)} modules, {classifiers} have a '
-        f'classifier. {planned} of those ({100 * planned / max(classifiers, 1):.1f} %) plan without error, {totals["exact"]} were '
-        f'compared and are exact, {totals["inexact"]} were compared and are not. '
+        f'classifier. {planned} of those ({100 * planned / max(classifiers, 1):.1f} %) plan without error, '
+        f'{totals["exact"]} were compared and are exact, {totals["inexact"]} were compared and are not. '
         f'The slowest plan took {slowest[0]:.1f} s of CPU time ({slowest[1]}).',
         '',
         '- *exact*: in float64, with randomised weights and running statistics and no stochastic layer, the teacher\'s '
@@ -282,6 +302,7 @@ def table(cache: Cache, modules: Mapping[str, Sequence[str]], ratio: int) -> str
     for title, items in (
         ('Exceptions', notes),
         ('Errors above 1e-12, against what rounding alone does to the student', rounded),
+        ('Too large, and compared with fewer blocks or features', [', '.join(reduced)] if reduced else []),
         ('Without a classifier', [', '.join(f'`{name}`' for name in without)] if without else []),
     ):
         if items:
@@ -332,9 +353,9 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     modules = {module: names for module, names in modules.items() if names}
     names = [name for names in modules.values() for name in names]
     cache = Cache(options.cache, options.ratio)
-    run(plan_one, names, options.ratio, options.jobs, cache)
-    run(compare_one, chosen(cache, modules, options.max_params * 1e6, options.smallest),
-        options.ratio, options.jobs, cache)
+    run(plan_one, 'plan', {name: {} for name in names}, options.ratio, options.jobs, cache)
+    models = chosen(cache, modules, options.max_params * 1e6, options.smallest)
+    run(compare_one, 'compare', models, options.ratio, options.jobs, cache)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(table(cache, modules, options.ratio))
     failed = [name for name in names if status_of(cache, name) in ('unsupported', 'inexact')]

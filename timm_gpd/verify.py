@@ -34,8 +34,8 @@ class Agreement(NamedTuple):
 
     @property
     def is_exact(self) -> bool:
-        """Whether the error is rounding: at most 1e-12, or ten times the student's own response to a rounding."""
-        return self.error <= max(ROUNDING, 10 * self.sensitivity)
+        """Whether the error is rounding: at most 1e-12, or ten times the student's own response, but never above 1e-9."""
+        return self.error <= min(TOLERANCE, max(ROUNDING, 10 * self.sensitivity))
 
 
 class _InFloat64(TorchFunctionMode):
@@ -63,9 +63,10 @@ def randomize_(model: nn.Module, seed: int = 0) -> nn.Module:
     """
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
-        fan_in = parameter[0].numel() if parameter.dim() > 1 else 25
+        fan_in = parameter[0].numel() if parameter.dim() > 1 else 1
+        fan_in = fan_in if fan_in > 1 else 25  # a scale or a shift of each output
         noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
-        parameter += noise.to(parameter.device) / max(fan_in, 1) ** 0.5
+        parameter += noise.to(parameter.device) / fan_in ** 0.5
     for name, buffer in model.named_buffers():
         noise = torch.rand(buffer.shape, generator=generator)
         if name.endswith('running_mean'):
