@@ -37,7 +37,7 @@ from .verify import ROUNDING, SMALL_IMAGES, compare, relative_error
 
 __all__ = ['create_small', 'main', 'read_back_error', 'timm_modules']
 
-OWN_MODULE = 'variants'  # this package's registered variants are not timm's
+OWN_MODULES = ('rvt', 'variants')  # what this package registers is not timm's
 MODES = ('evaluation', 'training')
 READ_BACK = 1e-6  # relative; one rounding in float32, where a factor is no power of two
 REDUCTIONS = ({'mlp_ratio': 1 / 16}, {'depth': 2})  # arguments that make an architecture smaller; the last that fits
@@ -48,7 +48,7 @@ Record = Dict[str, Any]
 
 def timm_modules() -> List[str]:
     """Names of timm's model modules, in order."""
-    return sorted(module for module in timm.list_modules() if module != OWN_MODULE)
+    return sorted(module for module in timm.list_modules() if module not in OWN_MODULES)
 
 
 def create(name: str, **kwargs: Any) -> nn.Module:
