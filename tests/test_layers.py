@@ -85,7 +85,8 @@ def channels_last() -> nn.Module:
 
 BODIES = {
     'conv1d': lambda: nn.Sequential(
-        Reshape(lambda x: x.flatten(2)), nn.Conv1d(3, 8, 3), nn.BatchNorm1d(8), nn.GELU(), nn.Conv1d(8, 12, 3, groups=4),
+        Reshape(lambda x: x.flatten(2)), nn.Conv1d(3, 8, 3), nn.BatchNorm1d(8), nn.GELU(),
+        nn.Conv1d(8, 12, 3, groups=4),
         nn.Conv1d(12, 12, 3, groups=12), nn.InstanceNorm1d(12, affine=True), nn.Conv1d(12, 8, 1), channels_last()),
     'conv3d': lambda: nn.Sequential(
         Reshape(lambda x: x.unsqueeze(2).expand(-1, -1, 4, -1, -1)), nn.Conv3d(3, 6, 3), nn.BatchNorm3d(6), nn.PReLU(6),
