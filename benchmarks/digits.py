@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Trains the digits student alone and with a dynamic teacher, and prints their accuracy side by side.
 
-Every run is one ``train.py`` process; runs whose folder is complete are not repeated. Exit codes: 0 done, 1 a run failed.
+Every run is one ``train.py`` process; runs whose folder is complete are not repeated.
+Exit codes: 0 done, 1 a run failed.
 
     python benchmarks/digits.py --seeds 5 --jobs 2
 """

@@ -41,7 +41,8 @@ def run(script, *arguments, code=0):
 
 
 def train(tmp_path, *arguments, config='digits_gpd', **kwargs):
-    return run('train.py', '-c', os.path.join(ROOT, 'configs', f'{config}.yaml'), '--data-dir', tmp_path.parent / 'data',
+    return run('train.py', '-c', os.path.join(ROOT, 'configs', f'{config}.yaml'),
+               '--data-dir', tmp_path.parent / 'data',
                '--output', tmp_path, *QUICK, *arguments, **kwargs)
 
 
@@ -158,7 +159,8 @@ def test_a_loss_that_diverges_is_named(trained, tmp_path):
 def test_the_rest_of_the_recipe(tmp_path):
     """Mixup, moving average, accumulation, clipping, mixed precision, channels_last: together, for one epoch."""
     train(tmp_path, '--experiment', 'all', '--epochs', '1', '--mixup', '0.2', '--cutmix', '1.0', '--model-ema',
-          '--model-ema-decay', '0.5', '--grad-accum-steps', '2', '--clip-grad', '1.0', '--amp', '--amp-dtype', 'bfloat16',
+          '--model-ema-decay', '0.5', '--grad-accum-steps', '2', '--clip-grad', '1.0', '--amp',
+          '--amp-dtype', 'bfloat16',
           '--channels-last', '--opt', 'adamw', '--lr', '1e-3', '--gpd-ratio', '3', '--gpd-scale', 'teacher',
           '--gpd-loss', 'kl', '--recovery-interval', '1', '--workers', '1')
     checkpoint = torch.load(tmp_path / 'all' / 'last.pth.tar', weights_only=False)

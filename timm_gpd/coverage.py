@@ -173,7 +173,9 @@ def _fingerprint() -> str:
 FINGERPRINTED = ('axes.py', 'inputs.py', 'model_copy.py', 'plan.py', 'planner.py', 'verify.py')
 
 
-def run(task: Callable[..., Record], step: str, models: Mapping[str, Dict], ratio: int, jobs: int, cache: Cache) -> None:
+def run(
+        task: Callable[..., Record], step: str, models: Mapping[str, Dict], ratio: int, jobs: int, cache: Cache,
+) -> None:
     """Runs a task, with keyword arguments, for every architecture that the cache does not know yet."""
     todo = {name: kwargs for name, kwargs in models.items() if not cache.get(step, name)}
     with tqdm(total=len(models), initial=len(models) - len(todo), desc=step, unit='model') as bar:

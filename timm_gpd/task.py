@@ -102,8 +102,8 @@ class GapPreservingTask(BaseTask):
         if verbose:
             count = sum(p.numel() for p in dynamic_teacher.parameters())
             _logger.info(
-                f'GapPreservingTask: ratio={ratio}, branches={self.settings["branches"]}, scale={scale}, gpd_loss={gpd_loss}, '
-                f'gpd_weight={gpd_weight}, task_loss_weight={self.task_loss_weight}, '
+                f'GapPreservingTask: ratio={ratio}, branches={self.settings["branches"]}, scale={scale}, '
+                f'gpd_loss={gpd_loss}, gpd_weight={gpd_weight}, task_loss_weight={self.task_loss_weight}, '
                 f'distill_loss_weight={self.distill_loss_weight}, '
                 f'distillers={self.settings.get("distillers")}; '
                 f'dynamic teacher of {count} parameters over a student of '

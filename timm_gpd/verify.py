@@ -34,7 +34,7 @@ class Agreement(NamedTuple):
 
     @property
     def is_exact(self) -> bool:
-        """Whether the error is rounding: at most 1e-12, or ten times the student's own response, but never above 1e-9."""
+        """Whether the error is rounding: at most 1e-12, or ten times the student's own response, never above 1e-9."""
         return self.error <= min(TOLERANCE, max(ROUNDING, 10 * self.sensitivity))
 
 

@@ -43,7 +43,8 @@ class RunFolder:
         self.results: List[Dict[str, Any]] = []
         continued = args.resume and os.path.dirname(os.path.abspath(args.resume)) == os.path.abspath(self.path)
         if os.path.exists(self.file('args.yaml')) and not continued:
-            raise UsageError(f'{self.path} holds another run: choose another --experiment, or --resume its last.pth.tar')
+            raise UsageError(
+                f'{self.path} holds another run: choose another --experiment, or --resume its last.pth.tar')
         try:
             os.makedirs(self.path, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.path):
