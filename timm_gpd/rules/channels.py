@@ -23,6 +23,10 @@ for name, attributes in {
 }.items():
     register_rule(name, Rule(multiply=attributes))
 
+# Pixels of a patch become channels, those of one channel side by side.
+register_rule('timm.models.deepseek_vit.DeepseekVitAligner', Rule(
+    multiply=('hidden_size',), blocks={'fc1.in': lambda m: m.downsample_ratio ** 2}))
+
 # A fixed blur, one copy for each channel.
 register_rule('timm.layers.blur_pool.BlurPool2d', Rule(multiply=('channels',), params={'filt': 0}))
 
