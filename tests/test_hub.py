@@ -12,8 +12,10 @@ import yaml
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
+from authors_format import SMALL, checkpoint
 from hub_server import TOKEN, HubServer
 from timm_gpd import hub
+from timm_gpd.convert import convert_checkpoint
 from timm_gpd.export import STUDENT_FILES, save_student
 from timm_gpd.training.args import parse_train_args
 
@@ -269,20 +271,20 @@ class _Harmful:
         return os.mkdir, (str(self.path),)
 
 
-def test_a_converted_checkpoint_is_a_folder_to_push(server, cli, tmp_path, monkeypatch, capsys):
-    student = timm.create_model('test_resnet')
-    module = SimpleNamespace(convert_checkpoint=lambda path: ('test_resnet', student.state_dict()))
-    monkeypatch.setitem(sys.modules, 'timm_gpd.convert', module)
-    (tmp_path / 'released.pth.tar').write_bytes(b'weights')
-    assert hub.main(['convert', str(tmp_path / 'released.pth.tar'), str(tmp_path / 'out')]) == 0
+def test_a_converted_checkpoint_is_a_folder_to_push(server, cli, tmp_path, capsys):
+    released = str(tmp_path / 'released.pth.tar')
+    torch.save(checkpoint(SMALL['mobilenetv1_100'][0]()), released)
+    assert hub.main(['convert', released, str(tmp_path / 'out')]) == 0
     assert capsys.readouterr().out == f'{tmp_path / "out"}\n'
-    loaded = timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True).state_dict()
-    assert all(loaded[name].equal(tensor) for name, tensor in student.state_dict().items())
+    student = timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True)
+    _, state_dict = convert_checkpoint(released)
+    assert all(tensor.equal(state_dict[name].to(tensor)) for name, tensor in student.state_dict().items())
+    assert any(type(module) is torch.nn.ReLU for module in student.modules())  # the authors', where timm has ReLU6
     cli('push', tmp_path / 'out', '--repo-id', 'me/converted')
     assert b'released.pth.tar' in _head(server, 'me/converted')['README.md']
-    assert hub.main(['convert', str(tmp_path / 'released.pth.tar'), str(tmp_path / 'out')]) == 2
+    assert hub.main(['convert', released, str(tmp_path / 'out')]) == 2
     assert hub.main(['convert', str(tmp_path / 'missing'), str(tmp_path / 'other')]) == 2
-    module.convert_checkpoint = lambda path: ('test_vit', student.state_dict())
-    assert hub.main(['convert', str(tmp_path / 'released.pth.tar'), str(tmp_path / 'other')]) == 2
+    torch.save(timm.create_model('test_vit').state_dict(), released)
+    assert hub.main(['convert', released, str(tmp_path / 'other')]) == 2
     assert sorted(os.listdir(tmp_path)) == ['out', 'released.pth.tar']
     assert capsys.readouterr().err.count('\n') == 3

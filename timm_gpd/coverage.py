@@ -20,7 +20,7 @@ import sys
 import time
 import warnings
 from collections import defaultdict
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
 
@@ -192,11 +192,14 @@ def _results(task: Callable[..., Record], models: Mapping[str, Dict], ratio: int
             gc.collect()
         return
     context = multiprocessing.get_context('spawn')
-    with ProcessPoolExecutor(
-            jobs, context, _start_worker, (max(1, torch.get_num_threads() // jobs),),
-            max_tasks_per_child=WORKER_TASKS) as pool:
-        for future in as_completed([pool.submit(task, name, ratio, **kwargs) for name, kwargs in models.items()]):
-            yield future.result()
+    threads = max(1, torch.get_num_threads() // jobs)
+    with context.Pool(jobs, _start_worker, (threads,), maxtasksperchild=WORKER_TASKS) as pool:
+        yield from pool.imap_unordered(partial(_call, task, ratio), models.items())
+
+
+def _call(task: Callable[..., Record], ratio: int, model: Tuple[str, Dict]) -> Record:
+    name, kwargs = model
+    return task(name, ratio, **kwargs)
 
 
 def _start_worker(threads: int) -> None:

@@ -119,16 +119,20 @@ def convert(path: str, folder: str) -> None:
     Raises:
         UsageError: if the folder is in use, or the file is missing or not one of theirs.
     """
-    from .convert import convert_checkpoint
+    from .convert import RELEASES, convert_checkpoint
     if not os.path.isfile(path):
         raise UsageError(f'checkpoint {path} does not exist')
     _check_free(folder)
     with usage_errors('give a checkpoint of the authors\' repository, guoyongcs/GPD', ValueError, RuntimeError, OSError,
                       KeyError, pickle.UnpicklingError, EOFError):
         arch, state_dict = convert_checkpoint(path)
-        student = timm.create_model(arch)
+        # The variant's config tells how the authors evaluate, and the release which activation they use.
+        cfg, model_args = timm.get_pretrained_cfg(f'{arch}_gpd'), RELEASES[arch].model_args
+        classes = len(state_dict[f'{cfg.classifier}.bias'])
+        student = timm.create_model(f'{arch}_gpd', num_classes=classes, **model_args)
         student.load_state_dict(state_dict)
-    save_student(student, folder, dict(model=arch, gpd=True, converted_from=os.path.basename(path)))
+    save_student(student, folder, dict(
+        model=arch, model_kwargs=model_args, gpd=True, converted_from=os.path.basename(path)))
 
 
 def _student_folder(source: str, scratch: str) -> str:
