@@ -5,21 +5,11 @@ import torch
 import torch.nn as nn
 
 from timm_gpd import ExpansionPlan
-from timm_gpd.model_copy import wide_copy
-from timm_gpd.verify import disable_randomness_, randomize_, relative_error
+from timm_gpd.coverage import read_back_error
+from timm_gpd.verify import compare, randomize_
 
 
 def expansion_errors(student: nn.Module, plan: ExpansionPlan, x: torch.Tensor) -> dict:
     """Errors of expansion, relative to the largest logit, in both modes, and of extraction, relative to each tensor."""
-    student = disable_randomness_(randomize_(copy.deepcopy(student).double()))
-    teacher = wide_copy(student, plan, plan.expand_tensor)
-    errors = {}
-    with torch.no_grad():
-        back = plan.extract(dict(teacher.state_dict()))
-        errors['extract'] = max(
-            ((back[name] - tensor).abs().max() / tensor.abs().max().clamp_min(1e-30)).item()
-            for name, tensor in student.state_dict().items() if tensor.is_floating_point())
-        for mode in (False, True):
-            student.train(mode), teacher.train(mode)
-            errors['train' if mode else 'eval'] = relative_error(teacher(x.double()), student(x.double()))
-    return errors
+    errors = {mode: agreement.error for mode, agreement in compare(student, plan, images=x).items()}
+    return {**errors, 'extraction': read_back_error(randomize_(copy.deepcopy(student).double()), plan)}

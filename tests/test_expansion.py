@@ -13,9 +13,9 @@ from timm_gpd.verify import relative_error, verify_plan
 
 # Architecture, image size in pixels, further arguments.
 MODELS = [
-    ('resnet18', 32, {}),
-    ('resnet34', 32, {}),
-    ('resnet50', 32, {}),
+    ('resnet18', 64, {}),
+    ('resnet34', 64, {}),
+    ('resnet50', 64, {}),
     ('mobilenetv1_100', 64, {}),
     ('mobilenetv3_small_100', 64, {}),
     ('efficientnet_b0', 64, {}),
@@ -171,9 +171,8 @@ def test_the_module_that_stops_the_plan_is_named():
         expand(ThirdsNet())
 
 
-def test_an_ill_conditioned_check_refuses_nothing():
-    """Random running statistics amplify rounding in a deep model; that is told apart from an error of the plan."""
-    for seed in range(3):
-        torch.manual_seed(seed)
-        student = timm.create_model('efficientnet_b4')
-        assert verify_plan(student, plan_expansion(student)) < 1e-6
+def test_statistics_of_the_check_leave_deep_models_well_conditioned():
+    """Random running statistics alone amplify rounding in these to 1e-7 or more, as much as an error of the plan."""
+    for name in ('efficientnet_b4', 'ghostnetv3_050'):
+        student = timm.create_model(name)
+        assert verify_plan(student, plan_expansion(student)) <= 1e-12

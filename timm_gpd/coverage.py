@@ -33,12 +33,11 @@ from . import planner
 from .errors import UnsupportedModelError
 from .plan import ExpansionPlan
 from .planner import plan_expansion
-from .verify import ROUNDING, SMALL_IMAGES, compare, relative_error
+from .verify import MODES, ROUNDING, SMALL_IMAGES, compare, relative_error
 
 __all__ = ['create_small', 'main', 'read_back_error', 'timm_modules']
 
 OWN_MODULES = ('rvt', 'variants')  # what this package registers is not timm's
-MODES = ('evaluation', 'training')
 READ_BACK = 1e-6  # relative; one rounding in float32, where a factor is no power of two
 REDUCTIONS = ({'mlp_ratio': 1 / 16}, {'depth': 2})  # arguments that make an architecture smaller; the last that fits
 WORKER_TASKS = 25  # architectures after which a worker process gives its memory back
@@ -112,7 +111,7 @@ def compare_one(name: str, ratio: int, **reduction: Any) -> Record:
     try:
         model = create_small(name, **reduction)
         plan = plan_expansion(model, ratio)
-        agreements = {mode: compare(model, plan, training=mode == 'training') for mode in MODES}
+        agreements = compare(model, plan)
         read_back = read_back_error(model, plan)
     except UnsupportedModelError as error:
         return {**record, 'status': 'inexact', 'reason': _one_line(error)}

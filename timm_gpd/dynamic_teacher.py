@@ -164,8 +164,8 @@ class DynamicTeacher(nn.Module):
         tensor_map = self.plan.tensors.get(name)
         if tensor_map is None:
             return tensor.clone()
-        wide = tensor_map.replicate(tensor)
-        return wide / tensor_map.factor if self.scale == 'teacher' and tensor_map.factor > 1 else wide
+        divides = self.scale == 'teacher' and tensor_map.factor > 1
+        return tensor_map.replicate(tensor / tensor_map.factor if divides else tensor)
 
     def _parameters_of_both(self) -> Tuple[Dict[str, torch.Tensor], Dict[str, torch.Tensor]]:
         """What teacher and student run on, from kernels that are merged once (Sec. 3.3). Differentiable."""

@@ -47,8 +47,7 @@ class ExpansionPlan:
         if tensor_map is None:
             return tensor.clone()
         self._check(name, tensor, tensor_map.shape)
-        wide = tensor_map.replicate(tensor)
-        return wide / tensor_map.factor if tensor_map.factor > 1 else wide
+        return tensor_map.replicate(tensor / tensor_map.factor if tensor_map.factor > 1 else tensor)
 
     def extract(self, state_dict: Mapping[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
         """Channel-branch reparameterization: teacher tensors to student tensors (Sec. 3.3). Differentiable.
