@@ -43,6 +43,9 @@ def test_expansion_is_exact(name, size, kwargs, ratio):
     ('vit_tiny_patch16_224', {'num_classes': 4, 'dynamic_img_size': True, 'qk_norm': True, 'init_values': 1e-6},
      (48, 48)),
     ('swin_tiny_patch4_window7_224', {'num_classes': 4, 'img_size': (64, 32), 'window_size': 4}, (64, 32)),
+    # These keep no record of img_size and accept no square.
+    ('levit_128s', {'num_classes': 4, 'img_size': (64, 128)}, (64, 128)),
+    ('hiera_tiny_224', {'num_classes': 4, 'img_size': (64, 96)}, (64, 96)),
 ])
 def test_any_input_and_classes(name, kwargs, size):
     student = timm.create_model(name, **kwargs)

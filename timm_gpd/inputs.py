@@ -27,7 +27,7 @@ def blank_images(model: nn.Module, shape: Tuple[int, int, int], device: str = 'm
 
 
 def accepted_input_shape(model: nn.Module) -> Optional[Tuple[int, int, int]]:
-    """An input shape that the model's forward accepts: its own, or the first square that runs on the meta device.
+    """An input shape that the model's forward accepts: its own, or the first that runs on the meta device.
 
     Some classes bake ``img_size`` into a table and keep no record of it. None if no shape runs.
     """
@@ -48,3 +48,5 @@ def _sizes(height: int, width: int) -> Iterator[Tuple[int, int]]:
     for step in (32, 28, 16):
         for size in range(step, 1025, step):
             yield size, size
+    sides = range(32, 513, 32)
+    yield from ((height, width) for height in sides for width in sides if height != width)

@@ -146,8 +146,7 @@ def compare(
         UnsupportedModelError: if the planned teacher does not run.
     """
     reference = disable_randomness_(randomize_(copy.deepcopy(student).to('cpu', torch.float64))).eval()
-    with _statistics_from_data(reference):
-        x = _run_on_images(reference, images)
+    x = _set_statistics_(reference, images)
     teacher = wide_copy(reference, plan, plan.expand_tensor)
     agreements = {}
     for mode in modes:
@@ -190,21 +189,23 @@ def _run(model: nn.Module, x: torch.Tensor) -> Any:
         return model(x)
 
 
-def _run_on_images(model: nn.Module, images: Optional[torch.Tensor]) -> torch.Tensor:
-    """Runs the model on images, in float64: those given, or random ones as small as it accepts. Returns a copy."""
+def _set_statistics_(model: nn.Module, images: Optional[torch.Tensor]) -> torch.Tensor:
+    """Sets running statistics from images: those given, or random ones as small as the model accepts. Returns them."""
+    def run(x: torch.Tensor) -> torch.Tensor:
+        with _statistics_from_data(model):
+            _run(model, x)
+        return x
+
     if images is not None:
-        images = images.to('cpu', torch.float64, copy=True)
-        _run(model, images)
-        return images
+        return run(images.to('cpu', torch.float64))
     channels, height, width = input_shape(model)
     small = [(channels, min(size, height), min(size, width)) for size in SMALL_IMAGES]
     for shape in (*small, (channels, height, width), None):
         shape = shape or accepted_input_shape(model)
         if shape is not None:
-            images = torch.randn(BATCH, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
             try:
-                _run(model, images)
-                return images
+                return run(torch.randn(
+                    BATCH, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
             except Exception as failure:
                 error = failure
     raise error
