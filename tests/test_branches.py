@@ -46,7 +46,7 @@ def run_branch(kind, branched, kernel, x, inputs, outputs, size, groups, stride,
         # Stored by input channel of the convolution: (group, input, output, multiplier).
         pw = branched.pw.reshape(groups, inputs // groups, outputs // groups, 8).transpose(1, 2)
         return F.conv2d(spread, pw.reshape(outputs, -1, 1, 1), groups=groups)
-    pointwise = F.conv2d(x, branched.pointwise[kind][..., None, None], groups=groups)
+    pointwise = F.conv2d(x, branched.pointwise[..., branched.patterned.index(kind), None, None], groups=groups)
     pattern = {
         'avg': torch.full((outputs, size, size), 1 / size ** 2, dtype=x.dtype),
         'freq': cosine_prior(outputs, size),
@@ -245,3 +245,11 @@ def test_branches_tell_replicas_apart(tiny_student):
         replicas = weight.unflatten(0, (-1, 2)).unflatten(2, (-1, 2))[:, 1]  # output replica 1, both input replicas
         unequal[branches] = relative_error(replicas[:, :, 0], replicas[:, :, 1])
     assert unequal[6] > 10 * unequal[1]
+
+
+@pytest.mark.parametrize('size', [3, 5, 7])
+def test_a_frequency_without_a_pattern_is_exactly_0(size):
+    """Patterns of 1e-16 would make denormal gradients."""
+    prior = cosine_prior(64, size)
+    assert (prior[prior.abs() < 1e-3] == 0).all()
+    assert (prior[size - 1] == 0).all() and (prior[32 + size - 1] == 0).all()
