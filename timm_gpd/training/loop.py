@@ -16,6 +16,7 @@ from timm.utils import AverageMeter, CheckpointSaver, NativeScaler, accuracy, di
 
 from ..errors import UsageError
 from ..losses import check_finite
+from .cpu import tune_cpu
 
 __all__ = ['Compute', 'create_compute', 'mean_lr', 'train_one_epoch', 'validate']
 
@@ -39,7 +40,7 @@ class Compute:
 
 
 def create_compute(args: argparse.Namespace) -> Compute:
-    """Reads ``--device``, ``--amp``, ``--amp-dtype`` and ``--channels-last``.
+    """Reads ``--device``, ``--amp``, ``--amp-dtype`` and ``--channels-last``. Tunes the process for the CPU.
 
     Raises:
         UsageError: if the device is not there.
@@ -49,6 +50,8 @@ def create_compute(args: argparse.Namespace) -> Compute:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f'device {args.device} cannot be used: {str(error).splitlines()[0]} (try --device cpu)')
+    if device.type == 'cpu':
+        tune_cpu()
     compute = Compute(device)
     if args.channels_last:
         compute.memory_format = torch.channels_last
