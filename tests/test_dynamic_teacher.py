@@ -117,3 +117,24 @@ def test_kernels_are_merged_once_a_step(tiny_student, branches, monkeypatch):
     assert len(calls) == len(set(calls)) == sum(
         isinstance(module, BranchedKernel) for module in teacher.branches.modules())
     assert bool(calls) == (branches > 1)
+
+
+@pytest.mark.parametrize('scale', ['student', 'teacher'])
+@pytest.mark.parametrize('name, branches', [('test_resnet', 6), ('test_vit', 1)])
+def test_extracted_models_are_ordinary_ones_with_the_same_functions(name, branches, scale):
+    dynamic_teacher = expand(timm.create_model(name, num_classes=5), num_branches=branches, noise=0.5, scale=scale)
+    optimizer = torch.optim.SGD(dynamic_teacher.parameters(), lr=0.1)
+    x = torch.randn(4, 3, 160, 160)
+    for _ in range(2):  # branches leave 0, batch statistics move
+        sum(F.cross_entropy(logits, torch.arange(4)) for logits in dynamic_teacher.joint(x)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    student, teacher = dynamic_teacher.eval().extract_student(), dynamic_teacher.extract_teacher()
+    wide = dict(dynamic_teacher.wide.named_parameters())
+    assert list(dict(teacher.named_parameters())) == list(wide)
+    assert all(p.shape == wide[n].shape and p.data_ptr() != wide[n].data_ptr() for n, p in teacher.named_parameters())
+    with torch.no_grad():
+        student_logits, teacher_logits = dynamic_teacher.joint(x)
+        assert not torch.allclose(student_logits, teacher_logits)
+        torch.testing.assert_close(student(x), student_logits)
+        torch.testing.assert_close(teacher(x), teacher_logits)

@@ -8,7 +8,7 @@ import torch.nn as nn
 
 from .borrowing import call_with_parameters
 from .branches import BranchedKernel, branch_kinds, cosine_prior, is_branchable
-from .model_copy import parameterless_copy, wide_copy
+from .model_copy import copy_model, parameterless_copy, wide_copy
 from .plan import ExpansionPlan
 from .planner import plan_expansion
 from .sharing import SharedTensors
@@ -229,6 +229,16 @@ class DynamicTeacher(nn.Module):
             owner, _, key = name.rpartition('.')
             owners[owner]._parameters[key] = made[first[name]]
         return student
+
+    @torch.no_grad()
+    def extract_teacher(self) -> nn.Module:
+        """The dynamic teacher as an ordinary model, branches merged: what to run it often on fixed parameters.
+
+        Returns:
+            A new model of the student's class, in this module's mode, that shares no memory with it.
+        """
+        parameters = self.teacher_parameters()
+        return copy_model(self.wide, lambda name, tensor: parameters.get(name, tensor).detach().clone())
 
     @torch.no_grad()
     def _add_noise(self, noise: float) -> None:

@@ -34,9 +34,12 @@ class Evaluation:
     def __call__(self) -> Dict[str, float]:
         """Metrics without prefix are the student's; ``gap`` is the dynamic teacher's lead in top-1, in percent."""
         ema = self.task.has_ema()
-        models = {'': self.task.get_eval_model(ema=ema)}
         if isinstance(self.task, GapPreservingTask):
-            models['teacher_'] = self.task.get_dynamic_teacher(ema=ema)
+            # As plain models: the two inside the dynamic teacher compute their parameters anew for every batch.
+            dynamic_teacher = self.task.get_dynamic_teacher(ema=ema)
+            models = {'': dynamic_teacher.extract_student(), 'teacher_': dynamic_teacher.extract_teacher()}
+        else:
+            models = {'': self.task.get_eval_model(ema=ema)}
         metrics = self._validate(models)
         if 'teacher_top1' in metrics:
             metrics['gap'] = metrics['teacher_top1'] - metrics['top1']
