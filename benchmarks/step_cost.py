@@ -31,6 +31,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
 from timm_gpd import GapPreservingTask, expand  # noqa: E402
+from timm_gpd.training.cpu import tune_cpu  # noqa: E402
 
 MODELS = ('resnet18', 'mobilenetv1_100', 'vit_tiny_patch16_224')
 MODES = ('fp32', 'amp', 'channels_last', 'compile')
@@ -69,6 +70,8 @@ class Bench:
             ratio: int = 2,
     ) -> None:
         self.device, self.mode, self.ratio = torch.device(device), mode, ratio
+        if device == 'cpu':
+            tune_cpu()  # as train.py does
         torch.manual_seed(0)
         self.student = self._to_device(create_student(name, size))
         self.static = None if static is None else self._to_device(create_student(static, size)).eval()
@@ -85,7 +88,7 @@ class Bench:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.mode == 'amp')
 
     def _stepper(self, module: nn.Module, loss: Callable[[], torch.Tensor]) -> Callable[[], None]:
-        optimizer = torch.optim.SGD(module.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-4)
+        optimizer = torch.optim.SGD(module.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-4, fused=True)
 
         def step() -> None:
             with self._autocast():

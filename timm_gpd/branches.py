@@ -198,9 +198,10 @@ class _ScaledSum(torch.autograd.Function):
         scales, *kernels = ctx.saved_tensors
         scale_grads, kernel_grads = [], []
         for kernel, scale in zip(kernels, scales.view(*scales.shape, 1, 1, 1)):
-            ordered = torch.empty_like(kernel).copy_(grad)
+            in_order = grad.stride() == kernel.stride()
+            ordered = grad if in_order else torch.empty_like(kernel).copy_(grad)
             scale_grads.append((ordered * kernel).sum((1, 2, 3)))
-            kernel_grads.append(ordered.mul_(scale))
+            kernel_grads.append(ordered * scale if in_order else ordered.mul_(scale))
         return torch.stack(scale_grads), *kernel_grads
 
 
