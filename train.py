@@ -9,7 +9,7 @@ from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.task import load_task_ema_checkpoint
 from timm.utils import CheckpointSaver, random_seed, setup_default_logging
 
-from timm_gpd.errors import UsageError
+from timm_gpd.errors import UsageError, usage_errors
 from timm_gpd.training.args import parse_train_args
 from timm_gpd.training.build import create_student, create_task, resolve_input, resolve_lr
 from timm_gpd.training.data import create_eval_loader, create_train_loader, prepare_dataset
@@ -50,6 +50,9 @@ def main() -> None:
         (lr_scheduler.step_update(start_epoch * updates_per_epoch) if args.sched_on_updates
          else lr_scheduler.step(start_epoch))
 
+    if args.torchcompile:
+        with usage_errors('check --torchcompile and --torchcompile-mode', RuntimeError):
+            task.compile(backend=args.torchcompile, mode=args.torchcompile_mode)
     run.open()
     saver = CheckpointSaver(
         task.get_trainable_module(), optimizer, args=args, amp_scaler=compute.loss_scaler, task=task,

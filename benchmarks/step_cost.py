@@ -123,7 +123,7 @@ class Bench:
         task.trainable_module = module = self._to_device(task.trainable_module)
         task.train()
         if self.mode == 'compile':
-            task.trainable_module = torch.compile(module)
+            task.compile()
         return self._stepper(module, lambda: task(self.x, self.target)['loss'])
 
     def subject(self, name: str) -> Callable[[], None]:

@@ -117,6 +117,18 @@ def test_gpd_name_and_flag_mean_the_same(tmp_path):
     assert summary(tmp_path / 'flag') == summary(tmp_path / 'name')
 
 
+@pytest.mark.parametrize('config', ['digits', 'digits_gpd', 'digits_teacher'])
+def test_a_compiled_run_is_the_same(tmp_path, config):
+    torch._dynamo.reset()
+    train(tmp_path, '--experiment', 'eager', config=config)
+    train(tmp_path, '--experiment', 'compiled', '--torchcompile', 'aot_eager', config=config)
+    eager, compiled = (summary(tmp_path / name)[-1] for name in ('eager', 'compiled'))
+    assert float(compiled['train_loss']) == pytest.approx(float(eager['train_loss']), rel=1e-3)
+    plain = [torch.load(tmp_path / name / 'last.pth.tar', weights_only=False)['state_dict']
+             for name in ('eager', 'compiled')]
+    assert list(plain[0]) == list(plain[1])
+
+
 def test_plain_run_with_a_static_teacher_and_without(trained, tmp_path):
     folder, _ = trained
     train(tmp_path, '--experiment', 'plain', '--epochs', '1', config='digits')
@@ -207,6 +219,7 @@ def files(folder):
     (['--experiment', 'run'], 'holds another run'),
     (['--device', 'cuda:7'], 'device cuda:7 cannot be used'),
     (['-c', 'missing.yaml'], 'config file missing.yaml does not exist'),
+    (['--torchcompile', 'nonsense'], 'Invalid backend'),
     (['--no-such-flag'], 'unrecognized arguments: --no-such-flag'),
 ])
 def test_bad_input_is_one_line_and_overwrites_nothing(trained, tmp_path, arguments, message):

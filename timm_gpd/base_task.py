@@ -61,6 +61,13 @@ class BaseTask(TrainingTask):
         parameters = list(model.parameters())
         return [*(parameters[:-2] if exclude_head else parameters), *others]
 
+    def compile(self, backend: str = 'inductor', mode: Optional[str] = None, **compile_kwargs: Any) -> nn.Module:
+        """Compiles the training forward pass, in place, and the static teacher's. Validation runs uncompiled."""
+        self.get_trainable_module().compile(backend=backend, mode=mode, **compile_kwargs)
+        if getattr(self, 'teacher', None) is not None:
+            self.teacher.compile(backend=backend, mode=mode, **compile_kwargs)
+        return self.get_eval_model()
+
     def prepare_distributed(self, device_ids: Optional[list] = None, **ddp_kwargs: Any) -> 'BaseTask':
         """Wraps what is trained in DistributedDataParallel; a static teacher stays as it is."""
         self.trainable_module = nn.parallel.DistributedDataParallel(

@@ -178,6 +178,9 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--model-ema', action='store_true', help='track a moving average of the weights')
     group.add_argument('--model-ema-decay', type=float, default=0.9998, help='its decay')
     group.add_argument('--model-ema-warmup', action='store_true', help='warm its decay up')
+    group.add_argument('--torchcompile', nargs='?', default=None, const='inductor', metavar='BACKEND',
+                       help='compile what is trained (default backend: inductor)')
+    group.add_argument('--torchcompile-mode', default=None, metavar='MODE', help='mode of torch.compile')
     group.add_argument('--seed', type=int, default=42, metavar='S', help='random seed')
     group.add_argument('--worker-seeding', default='all', help='worker seed mode')
     group.add_argument('--val-interval', type=int, default=1, metavar='N', help='epochs between validations')
