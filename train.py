@@ -9,7 +9,8 @@ from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.task import load_task_ema_checkpoint
 from timm.utils import CheckpointSaver, random_seed, setup_default_logging
 
-from timm_gpd.errors import UsageError, usage_errors
+from timm_gpd.command_line import run_program
+from timm_gpd.errors import usage_errors
 from timm_gpd.training.args import parse_train_args
 from timm_gpd.training.build import create_student, create_task, resolve_input, resolve_lr
 from timm_gpd.training.data import create_eval_loader, create_train_loader, prepare_dataset
@@ -77,11 +78,4 @@ def main() -> None:
 
 if __name__ == '__main__':
     setup_default_logging()
-    try:
-        main()
-    except UsageError as error:
-        print(f'train.py: error: {error}', file=sys.stderr)
-        sys.exit(2)
-    except FloatingPointError as error:  # the loss diverged
-        print(f'train.py: error: {error}', file=sys.stderr)
-        sys.exit(1)
+    sys.exit(run_program('train.py', main))

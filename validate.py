@@ -10,6 +10,7 @@ from timm.data import resolve_data_config
 from timm.models import load_checkpoint
 from timm.utils import setup_default_logging
 
+from timm_gpd.command_line import run_program
 from timm_gpd.errors import UsageError, usage_errors
 from timm_gpd.training.args import parse_validate_args
 from timm_gpd.training.data import create_eval_loader, prepare_dataset
@@ -48,8 +49,4 @@ def main() -> None:
 
 if __name__ == '__main__':
     setup_default_logging()
-    try:
-        main()
-    except UsageError as error:
-        print(f'validate.py: error: {error}', file=sys.stderr)
-        sys.exit(2)
+    sys.exit(run_program('validate.py', main))

@@ -13,29 +13,13 @@ from timm.task import TrainingTask, load_task_ema_checkpoint, resume_task_checkp
 from timm.utils import CheckpointSaver
 
 from conftest import TINY_RESNET
+from steps import batch, train
 from timm_gpd import GapPreservingTask
 from timm_gpd.losses import GPD_LOSSES
 
 
 def make_task(student, **kwargs):
     return GapPreservingTask(student, verbose=False, **kwargs).train()
-
-
-def batch(seed=1):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(8, 1, 32, 32, generator=generator), torch.randint(10, (8,), generator=generator)
-
-
-def train(task, optimizer, steps, first=0):
-    losses = []
-    for step in range(first, first + steps):
-        optimizer.zero_grad()
-        loss = task(*batch(step))['loss']
-        loss.backward()
-        optimizer.step()
-        task.update_ema(step + 1)
-        losses.append(loss.item())
-    return losses
 
 
 @pytest.mark.parametrize('gpd_loss', list(GPD_LOSSES))

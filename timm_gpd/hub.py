@@ -17,9 +17,9 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError, RevisionNotFoundError)
 from huggingface_hub.utils import validate_repo_id
 
+from .command_line import Parser, run_program
 from .errors import UsageError, usage_errors
 from .export import CARD, CONFIG, PLOT, STUDENT_FILES, WEIGHTS, card_of_repo, new_folder, read_metrics, save_student
-from .training.args import _Parser
 from .training.build import create_student, resolve_input
 from .version import __version__
 
@@ -247,7 +247,7 @@ def _hub_errors(repo_id: str, revision: Optional[str]) -> Iterator[None]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog='timm_gpd.hub', description='Publish, fetch and convert students.', epilog=_EPILOG)
+    parser = Parser(prog='timm_gpd.hub', description='Publish, fetch and convert students.', epilog=_EPILOG)
     commands = parser.add_subparsers(dest='command', metavar='COMMAND', required=True)
     command = commands.add_parser('push', help='publish a student', epilog=_EPILOG, description=(
         'Publish a student in one commit: model.safetensors, config.json, README.md and gap.png. '
@@ -271,22 +271,21 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _run_command(argv: Optional[List[str]]) -> None:
+    args = _parser().parse_args(argv)
+    if args.command == 'push':
+        print(push(args.source, args.repo_id, args.private, args.revision, args.create_pr, args.dry_run))
+    elif args.command == 'pull':
+        pull(args.repo_id, args.outdir, args.revision)
+        print(args.outdir)
+    else:
+        convert(args.file, args.outdir)
+        print(args.outdir)
+
+
 def main(argv: Optional[List[str]] = None) -> int:
     """Runs a command. Returns the exit code."""
-    try:
-        args = _parser().parse_args(argv)
-        if args.command == 'push':
-            print(push(args.source, args.repo_id, args.private, args.revision, args.create_pr, args.dry_run))
-        elif args.command == 'pull':
-            pull(args.repo_id, args.outdir, args.revision)
-            print(args.outdir)
-        else:
-            convert(args.file, args.outdir)
-            print(args.outdir)
-    except UsageError as error:
-        print(f'timm_gpd.hub: error: {error}', file=sys.stderr)
-        return 2
-    return 0
+    return run_program('timm_gpd.hub', lambda: _run_command(argv))
 
 
 if __name__ == '__main__':

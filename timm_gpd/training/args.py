@@ -1,11 +1,12 @@
 """Command lines of ``train.py`` and ``validate.py``: timm's flag names and defaults, plus ``--gpd``."""
 import argparse
 import os
-from typing import Any, List, NoReturn, Optional
+from typing import Any, List, Optional
 
 import yaml
 from timm.utils import ParseKwargs
 
+from ..command_line import Parser
 from ..distillers import DISTILLERS
 from ..dynamic_teacher import SCALES
 from ..errors import UsageError
@@ -16,13 +17,6 @@ from ..version import __version__
 __all__ = ['parse_train_args', 'parse_validate_args']
 
 EXIT_CODES = 'exit codes: 0 done, 2 bad input (one line says what to do; nothing was overwritten), 1 anything else'
-
-
-class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f'{message} (see --help)')
 
 
 def _add_data(parser: argparse.ArgumentParser) -> None:
@@ -193,7 +187,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
 
 
 def _train_parser() -> argparse.ArgumentParser:
-    parser = _Parser(description='Train a timm model, with --gpd by Gap Preserving Distillation.', epilog=EXIT_CODES)
+    parser = Parser(description='Train a timm model, with --gpd by Gap Preserving Distillation.', epilog=EXIT_CODES)
     parser.add_argument('-c', '--config', default='', metavar='FILE', help='YAML file of default arguments')
     parser.add_argument('--version', action='version', version=__version__)
     _add_gpd(parser)
@@ -219,7 +213,7 @@ def _train_parser() -> argparse.ArgumentParser:
 
 
 def _validate_parser() -> argparse.ArgumentParser:
-    parser = _Parser(description='Validate a timm model or a training checkpoint.', epilog=EXIT_CODES)
+    parser = Parser(description='Validate a timm model or a training checkpoint.', epilog=EXIT_CODES)
     parser.add_argument('--version', action='version', version=__version__)
     _add_data(parser)
     model = _add_model(parser)
