@@ -1,8 +1,8 @@
 """Which of timm's architectures expand exactly: ``python -m timm_gpd.coverage``.
 
 Every architecture is planned on the meta device. Those that are small enough are also compared numerically with their
-planned teachers, in evaluation and training mode, and read back from them; where even the smallest of a module is too
-large, with fewer blocks, and the table says so. What was found is kept, line by line, in a cache, so that an
+planned teachers, in evaluation and training mode, and read back from them; where even the two smallest of a module are
+too large, with fewer blocks, and the table says so. What was found is kept, line by line, in a cache, so that an
 interrupted sweep goes on where it stopped; it starts again when timm or the rules have changed. Then the table is
 written.
 
@@ -40,6 +40,7 @@ __all__ = ['create_small', 'main', 'read_back_error', 'timm_modules']
 OWN_MODULES = ('rvt', 'variants')  # what this package registers is not timm's
 READ_BACK = 1e-6  # relative; one rounding in float32, where a factor is no power of two
 REDUCTIONS = ({'mlp_ratio': 1 / 16}, {'depth': 2})  # arguments that make an architecture smaller; the last that fits
+ALWAYS_COMPARED = 2  # architectures of every module, however large its smallest are
 WORKER_TASKS = 25  # architectures after which a worker process gives its memory back
 
 Record = Dict[str, Any]
@@ -158,6 +159,11 @@ class Cache:
     def get(self, step: str, name: str) -> Record:
         return self.records.get((step, name), {})
 
+    def knows(self, step: str, name: str, reduction: Record) -> bool:
+        """Whether there is a record of the architecture, whole or reduced like this."""
+        record = self.get(step, name)
+        return bool(record) and record.get('reduction', {}) in ({}, reduction)
+
 
 def _fingerprint() -> str:
     """What the outcome depends on in this package."""
@@ -176,7 +182,7 @@ def run(
         task: Callable[..., Record], step: str, models: Mapping[str, Dict], ratio: int, jobs: int, cache: Cache,
 ) -> None:
     """Runs a task, with keyword arguments, for every architecture that the cache does not know yet."""
-    todo = {name: kwargs for name, kwargs in models.items() if not cache.get(step, name)}
+    todo = {name: kwargs for name, kwargs in models.items() if not cache.knows(step, name, kwargs)}
     with tqdm(total=len(models), initial=len(models) - len(todo), desc=step, unit='model') as bar:
         for record in _results(task, todo, ratio, jobs):
             cache.add(record)
@@ -214,7 +220,7 @@ def chosen(
 ) -> Dict[str, Record]:
     """The architectures to compare, and how each is reduced: planned, at most so large, and the smallest few if asked.
 
-    The smallest few of a module, or at least the smallest, are reduced to that size where they can be.
+    The smallest few of a module (two unless asked otherwise) are reduced to that size where they can be.
     """
     models = {}
     for module in modules.values():
@@ -224,7 +230,7 @@ def chosen(
         for position, (size, name) in enumerate(sorted(sizes)[:smallest]):
             if size <= max_parameters:
                 models[name] = {}
-            elif position < (smallest or 1):
+            elif position < (smallest or ALWAYS_COMPARED):
                 models.update({name: reduction for reduction in REDUCTIONS if _size(name, reduction) <= max_parameters})
     return models
 
