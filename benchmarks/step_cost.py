@@ -144,13 +144,17 @@ class Bench:
             torch.cuda.synchronize()
 
 
-def time_in_turns(bench: Bench, subjects: List[str], repeats: int, warmup: int = 2) -> Dict[str, List[float]]:
-    """Seconds of every subject's step; a turn of each, ``repeats`` times."""
-    steps = {name: bench.subject(name) for name in subjects}
+def time_in_turns(
+        bench: Bench,
+        steps: Dict[str, Callable[[], None]],
+        repeats: int,
+        warmup: int = 2,
+) -> Dict[str, List[float]]:
+    """Seconds of every step, by name; a turn of each, ``repeats`` times."""
     for step in steps.values():
         for _ in range(warmup):
             step()
-    times: Dict[str, List[float]] = {name: [] for name in subjects}
+    times: Dict[str, List[float]] = {name: [] for name in steps}
     for _ in range(repeats):
         for name, step in steps.items():
             times[name].append(bench.seconds(step))
@@ -207,9 +211,17 @@ def measure_cell(arguments: Dict[str, Any], branches: List[int], repeats: int, m
     if not has_branches(arguments['name'], arguments['size']):
         branches = [1]
     subjects = ['floor', *map(str, branches)]
-    times = time_in_turns(Bench(**arguments), subjects, repeats)
+    bench = Bench(**arguments)
+    steps = {name: bench.subject(name) for name in subjects}
+    if bench.mode == 'compile':
+        eager = Bench(**{**arguments, 'mode': 'fp32'})
+        steps.update({f'eager {count}': eager.subject(str(count)) for count in branches})
+    times = time_in_turns(bench, steps, repeats)
     cell = {**arguments, 'seconds': {name: statistics.median(values) for name, values in times.items()},
             'ratio': {name: median_ratio(times[name], times['floor']) for name in subjects[1:]}}
+    if bench.mode == 'compile':
+        cell['over_eager'] = {
+            str(count): median_ratio(times[str(count)], times[f'eager {count}']) for count in branches}
     if memory:
         peak = {name: measure_memory_apart(arguments, name) for name in subjects}
         cell['bytes'] = peak
@@ -260,19 +272,19 @@ def format_ratio(cell: Dict[str, Any], key: str, branches: str) -> str:
     return NOT_MEASURED if value is None else f'{value:.3f}'
 
 
-def rows(results: Dict[str, Any]) -> Iterator[str]:
-    for device in DEVICES:
-        for batch, size in SETTINGS[device]:
-            for name in MODELS:
-                for mode in MODES:
-                    key = f'{device}/{name}/{mode}/{batch}/{size}'
-                    cell = results['cells'].get(key, {})
-                    seconds = cell.get('seconds', {})
-                    floor = f'{seconds["floor"]:.3f} s' if seconds else NOT_MEASURED
-                    steps = [format_ratio(cell, kind, count) for kind in ('ratio', 'memory_ratio') for count in '16']
-                    if name.startswith('vit'):
-                        steps[1] = steps[3] = 'no such kernel'
-                    yield f'| {device} | {name} | {mode} | {batch} at {size} px | {floor} | ' + ' | '.join(steps) + ' |'
+def rows(results: Dict[str, Any], device: str) -> Iterator[str]:
+    for batch, size in SETTINGS[device]:
+        for name in MODELS:
+            for mode in MODES:
+                cell = results['cells'].get(f'{device}/{name}/{mode}/{batch}/{size}', {})
+                seconds = cell.get('seconds', {})
+                floor = f'{seconds["floor"]:.3f} s' if seconds else NOT_MEASURED
+                figures = [format_ratio(cell, kind, count) for kind in ('ratio', 'memory_ratio') for count in '16']
+                if name.startswith('vit'):
+                    figures[1] = figures[3] = 'no such kernel'
+                over_eager = ', '.join(f'{ratio:.3f}' for ratio in cell.get('over_eager', {}).values())
+                cells = [device, name, mode, f'{batch} at {size} px', floor, *figures, over_eager]
+                yield f'| {" | ".join(cells)} |'
 
 
 def write_report(results: Dict[str, Any], folder: str) -> None:
@@ -286,13 +298,17 @@ def write_report(results: Dict[str, Any], folder: str) -> None:
         'Written by `python benchmarks/step_cost.py`; figures are in `cost.json`.', '',
         'The *floor* is one step of the plain wide model and one of the plain student on the same batch. Ratios are a '
         'GPD step over the floor, ratio r = 2, with M branches, SGD with momentum: medians over turns in one process. '
-        'Memory is the peak of a few steps above what the process held before, each in its own process.', '',
+        'Memory is the peak of a few steps above what the process held before, each in its own process. The last column '
+        'is a compiled GPD step over an eager one, in the same turns, for each M. On the CPU, freed memory is kept and '
+        'denormal numbers are flushed, as in `train.py`, for every step alike.', '',
     ]
     lines += [f'- {device}: {results["devices"].get(device, NOT_MEASURED)}' for device in DEVICES]
     lines += [
         f'- torch {results.get("torch", NOT_MEASURED)}, timm {results.get("timm", NOT_MEASURED)}', '',
-        '| device | model | mode | batch | floor | time, M = 1 | time, M = 6 | memory, M = 1 | memory, M = 6 |',
-        '|---|---|---|---|---|---|---|---|---|', *rows(results), '',
+        '| device | model | mode | batch | floor | time, M = 1 | time, M = 6 | memory, M = 1 | memory, M = 6 '
+        '| over eager |',
+        '|---|---|---|---|---|---|---|---|---|---|',
+        *(row for device in DEVICES if device in results['devices'] for row in rows(results, device)), '',
         '## Around the step', '',
         'On the CPU, in seconds. `expand` plans, verifies itself in float64, and builds. "Sharing in a step" is what '
         'both models\' parameters cost a step: merging branches, rescaling, slicing, and their gradients.', '',
@@ -360,9 +376,7 @@ def main() -> None:
                     if args.profile:
                         print_profile(arguments, ['floor', *map(str, args.branches)])
                         continue
-                    # Compiling takes longer than measuring: on the CPU, one teacher a model will do.
-                    branches = args.branches[:1] if mode == 'compile' and device == 'cpu' else args.branches
-                    cell = measure_cell(arguments, branches, args.repeats, not args.no_memory)
+                    cell = measure_cell(arguments, args.branches, args.repeats, not args.no_memory)
                     print(f'{device} {name} {mode} {batch} at {size} px: floor {cell["seconds"]["floor"]:.3f} s, time '
                           + ', '.join(f'M={count}: {ratio:.3f}' for count, ratio in cell['ratio'].items())
                           + '; memory ' + ', '.join(
