@@ -1,4 +1,5 @@
 """What images a model takes."""
+import math
 from typing import Iterator, Optional, Tuple
 
 import torch
@@ -49,4 +50,6 @@ def _sizes(height: int, width: int) -> Iterator[Tuple[int, int]]:
         for size in range(step, 1025, step):
             yield size, size
     sides = range(32, 513, 32)
-    yield from ((height, width) for height in sides for width in sides if height != width)
+    rectangles = ((height, width) for height in sides for width in sides if height != width)
+    # The simplest aspect ratios first: 1:2 and 2:1, 1:3, 2:3, ...
+    yield from sorted(rectangles, key=lambda size: sum(size) // math.gcd(*size))
