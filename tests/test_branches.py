@@ -37,9 +37,8 @@ def run_branch(kind, branched, kernel, x, inputs, outputs, size, groups, stride,
     if kind == 'kxk':
         return F.conv2d(x, kernel, groups=groups, **large)
     if kind == '1x1_kxk':
-        # Stored as (group, input, output).
-        mix = branched.mix.view(groups, inputs // groups, -1) + torch.eye(inputs // groups, dtype=x.dtype)
-        mixed = F.conv2d(x, mix.transpose(1, 2).reshape(inputs, -1, 1, 1), groups=groups)
+        mix = branched.mix + torch.eye(inputs // groups, dtype=x.dtype)
+        mixed = F.conv2d(x, mix.reshape(inputs, -1, 1, 1), groups=groups)
         return F.conv2d(mixed, branched.mixed_kernel, groups=groups, **large)
     if kind == 'dw_pw':
         spread = F.conv2d(x, branched.dw.reshape(inputs * 8, 1, size, size), groups=inputs, **large)

@@ -79,7 +79,7 @@ class BranchedKernel(nn.Module):
     - ``kxk``: s K[o, i], the kernel that :meth:`forward` is given
     - ``avg``: s A[o, i] times the mean over k x k
     - ``freq``: s B[o, i] times a fixed cosine pattern of channel o
-    - ``1x1_kxk``: s sum_t V[o, t] (1 + D)[i, t], a 1x1 of as many outputs as inputs, then a k x k
+    - ``1x1_kxk``: s sum_t V[o, t] (1 + D)[t, i], a 1x1 of as many outputs as inputs, then a k x k
     - ``1x1``: s C[o, i] at the centre
     - ``dw_pw``: s sum_m P[i, o, m] Q[i, m], a depthwise k x k of 8 outputs for every input, then a 1x1
 
@@ -119,9 +119,8 @@ class BranchedKernel(nn.Module):
                 [patterns[kind].flatten(1) for kind in self.patterned], dim=1).to(kernel))  # (O, patterns, k * k)
             self.pointwise = _kaiming(kernel, (outputs, group_inputs, len(self.patterned)), group_inputs, gain)
         if '1x1_kxk' in self.kinds:
-            self.mix = nn.Parameter(kernel.new_zeros(inputs, group_inputs, 1, 1))
-            self.register_buffer(
-                'identity', torch.eye(group_inputs).repeat(groups, 1).to(kernel)[..., None, None], persistent=False)
+            self.mix = nn.Parameter(kernel.new_zeros(groups, group_inputs, group_inputs))
+            self.register_buffer('identity', torch.eye(group_inputs).to(kernel), persistent=False)
             self.mixed_kernel = _kaiming(kernel, self.shape, group_inputs * size ** 2, gain)
             # Inputs last in memory: their product with the 1x1 is then one matrix product without any transposition.
             self.mixed_kernel.data = self.mixed_kernel.data.contiguous(memory_format=torch.channels_last)
@@ -145,7 +144,7 @@ class BranchedKernel(nn.Module):
         Returns:
             The merged kernel, of the same shape.
         """
-        kernels = {'kxk': kernel}
+        kernels = {'kxk': kernel.flatten(2)}
         if '1x1_kxk' in self.kinds:
             kernels['1x1_kxk'] = self._mix_inputs()
         if 'dw_pw' in self.kinds:
@@ -153,32 +152,31 @@ class BranchedKernel(nn.Module):
         merged = _ScaledSum.apply(self._scales(kernels), *kernels.values())
         if self.patterned:
             patterns = self._scales(self.patterned).t()[..., None] * self.patterns
-            merged.view(*self.shape[:2], -1).baddbmm_(self.pointwise, patterns)
-        return merged
+            merged.baddbmm_(self.pointwise, patterns)
+        return merged.view(self.shape)
 
     def _scales(self, kinds: Sequence[str]) -> torch.Tensor:
         """Scales of some of the branches, shape (len(kinds), O)."""
         return torch.stack([self.scale[self.kinds.index(kind)] for kind in kinds])
 
     def _mix_inputs(self) -> torch.Tensor:
-        """Kernels whose inputs are mixed by the 1x1; in memory (O, k, k, I / groups)."""
-        outputs, group_inputs, *size = self.shape
+        """Kernels whose inputs are mixed by the 1x1, shape (O, I / groups, k * k); inputs last in memory."""
+        outputs, group_inputs, *_ = self.shape
         kernels = self.mixed_kernel.permute(0, 2, 3, 1).reshape(self.groups, -1, group_inputs)
-        mix = (self.identity + self.mix).view(self.groups, group_inputs, group_inputs)
-        return torch.bmm(kernels, mix.mT).view(outputs, *size, group_inputs).permute(0, 3, 1, 2)
+        return torch.bmm(kernels, self.identity + self.mix).view(outputs, -1, group_inputs).transpose(1, 2)
 
     def _depthwise_then_pointwise(self) -> torch.Tensor:
-        """In memory (I, O / groups, k, k)."""
-        outputs, group_inputs, *size = self.shape
-        product = torch.bmm(self.pw, self.dw).view(self.groups, group_inputs, -1, *size)
-        return product.transpose(1, 2).flatten(0, 1) if self.groups > 1 else product[0].transpose(0, 1)
+        """Shape (O, I / groups, k * k)."""
+        outputs, group_inputs, *_ = self.shape
+        product = torch.bmm(self.pw, self.dw).view(self.groups, group_inputs, outputs // self.groups, -1)
+        return product.transpose(1, 2).contiguous().view(outputs, group_inputs, -1)
 
     def extra_repr(self) -> str:
         return f'{self.shape}, groups={self.groups}, kinds={self.kinds}'
 
 
 class _ScaledSum(torch.autograd.Function):
-    """sum_j scales[j, o] kernels[j][o, ...], where every kernel may lie in memory in an order of its own.
+    """sum_j scales[j, o] kernels[j][o, i, p], where a kernel may lie in memory in an order of its own.
 
     What has to change its order is read through once, and gradients are made in the order of their kernels, so that
     the matrix products before and behind need no copies.
@@ -187,20 +185,21 @@ class _ScaledSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx, scales: torch.Tensor, *kernels: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(scales, *kernels)
-        first, *others = zip(kernels, scales.view(*scales.shape, 1, 1, 1))
+        first, *others = zip(kernels, scales[..., None, None])
         merged = torch.mul(*first)
         for kernel, scale in others:
-            merged.addcmul_(torch.empty_like(merged).copy_(kernel), scale)  # in one order it is twice as fast
+            in_order = kernel.stride() == merged.stride()
+            merged.addcmul_(kernel if in_order else torch.empty_like(merged).copy_(kernel), scale)
         return merged
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor):
         scales, *kernels = ctx.saved_tensors
         scale_grads, kernel_grads = [], []
-        for kernel, scale in zip(kernels, scales.view(*scales.shape, 1, 1, 1)):
+        for kernel, scale in zip(kernels, scales[..., None, None]):
             in_order = grad.stride() == kernel.stride()
             ordered = grad if in_order else torch.empty_like(kernel).copy_(grad)
-            scale_grads.append((ordered * kernel).sum((1, 2, 3)))
+            scale_grads.append((ordered * kernel).sum((1, 2)))
             kernel_grads.append(ordered * scale if in_order else ordered.mul_(scale))
         return torch.stack(scale_grads), *kernel_grads
 
