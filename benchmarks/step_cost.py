@@ -300,11 +300,11 @@ def write_report(results: Dict[str, Any], folder: str) -> None:
         '# What a training step costs', '',
         'Written by `python benchmarks/step_cost.py`; figures are in `cost.json`.', '',
         'The *floor* is one step of the plain wide model and one of the plain student on the same batch. Ratios are a '
-        'GPD step over the floor, ratio r = 2, with M branches, SGD with momentum: medians over turns in one process. '
-        'Memory is the peak of a few steps above what the process held before, each in a process of its own, the median '
-        'of three (of one where compiled). The last column is a compiled GPD step over an eager one, in the same turns, '
-        'for each M. On the CPU, freed memory is kept and denormal numbers are flushed, as in `train.py`, for every step '
-        'alike.', '',
+        'GPD step over the floor, ratio r = 2, with M branches, fused SGD with momentum: medians over turns in one '
+        'process. Memory is the peak of a few steps above what the process held before, each in a process of its own, '
+        'the median of three (of one where compiled). The last column is a compiled GPD step over an eager one, in the '
+        'same turns, for each M. On the CPU, freed memory is kept and denormal numbers are flushed, as in `train.py`, '
+        'for every step alike.', '',
     ]
     lines += [f'- {device}: {results["devices"].get(device, NOT_MEASURED)}' for device in DEVICES]
     lines += [
