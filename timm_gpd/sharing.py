@@ -92,7 +92,9 @@ class _Share(torch.autograd.Function):
         for i in used:
             shape = bucket.tensor_maps[i].teacher_shape
             result[i] = teacher[i] if teacher[i] is not None else student[i].new_zeros(shape)
-        stored = torch._foreach_mul([result[i] for i in used], [bucket.teacher_scales[i] for i in used])
+        # A copy even where the scale is 1, since parts are added in place. A compiler knows what may be overwritten.
+        multiply = _multiply if torch.compiler.is_compiling() else torch._foreach_mul
+        stored = multiply([result[i] for i in used], [bucket.teacher_scales[i] for i in used])
         for i, grad in zip(used, stored):
             result[i] = grad
 
@@ -103,8 +105,14 @@ class _Share(torch.autograd.Function):
             replicas += _first_replica_views(result[i], bucket.tensor_maps[i])
             parts += _student_views(grad, bucket.tensor_maps[i])
         if parts:
-            torch._foreach_add_(replicas, parts)
+            _add_parts(replicas, parts)
         return None, *result
+
+
+@torch.library.custom_op('timm_gpd::add_parts', mutates_args=('into',))
+def _add_parts(into: List[torch.Tensor], parts: List[torch.Tensor]) -> None:
+    """Adds to strided views. An operator of its own: compiled, each entry of the whole would ask whether it has a part."""
+    torch._foreach_add_(into, parts)
 
 
 def _multiply(tensors: Sequence[torch.Tensor], scales: Sequence[float]) -> List[torch.Tensor]:
