@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from timm.optim import param_groups_weight_decay
 
 from conftest import TINY_RESNET
-from timm_gpd import expand
+from timm_gpd import branches, expand
 from timm_gpd.branches import BRANCH_KINDS, BranchedKernel, branch_kinds, cosine_prior
 from timm_gpd.verify import randomize_, relative_error
 
@@ -39,13 +39,12 @@ def run_branch(kind, branched, kernel, x, inputs, outputs, size, groups, stride,
     if kind == '1x1_kxk':
         mix = branched.mix + torch.eye(inputs // groups, dtype=x.dtype)
         mixed = F.conv2d(x, mix.reshape(inputs, -1, 1, 1), groups=groups)
-        return F.conv2d(mixed, branched.mixed_kernel, groups=groups, **large)
-    if kind == 'dw_pw':
-        spread = F.conv2d(x, branched.dw.reshape(inputs * 8, 1, size, size), groups=inputs, **large)
-        # Stored by input channel of the convolution: (group, input, output, multiplier).
-        pw = branched.pw.reshape(groups, inputs // groups, outputs // groups, 8).transpose(1, 2)
-        return F.conv2d(spread, pw.reshape(outputs, -1, 1, 1), groups=groups)
-    pointwise = F.conv2d(x, branched.pointwise[..., branched.patterned.index(kind), None, None], groups=groups)
+        return F.conv2d(mixed, branched.mixed_kernel.transpose(1, 2).reshape(kernel.shape), groups=groups, **large)
+    if kind == 'dw_pw':  # stored with inputs last
+        spread = F.conv2d(
+            x, branched.dw.permute(0, 3, 1, 2).reshape(inputs * 8, 1, size, size), groups=inputs, **large)
+        return F.conv2d(spread, branched.pw.transpose(1, 2).reshape(outputs, -1, 1, 1), groups=groups)
+    pointwise = F.conv2d(x, branched.pointwise[:, branched.patterned.index(kind), :, None, None], groups=groups)
     pattern = {
         'avg': torch.full((outputs, size, size), 1 / size ** 2, dtype=x.dtype),
         'freq': cosine_prior(outputs, size),
@@ -74,6 +73,45 @@ def test_gradients_of_the_merge(kinds):
         return torch.func.functional_call(branched, dict(zip(names, parameters)), (kernel,))
 
     assert torch.autograd.gradcheck(merge, (kernel.requires_grad_(), *branched.parameters()))
+
+
+@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
+def test_blocks_of_outputs_do_not_show(memory_format, monkeypatch):
+    """Kernel and gradients are those of one block, whatever the order of the kernel in memory."""
+    results = []
+    for block in (branches._BLOCK, 3 * 4 * 9):  # rows 12, and rows 2 of 12
+        monkeypatch.setattr(branches, '_BLOCK', block)
+        torch.manual_seed(0)
+        branched, kernel = branched_kernel(inputs=4, outputs=12, size=3, groups=1)
+        if results:
+            kernel = kernel.contiguous(memory_format=memory_format)
+        merged = branched(kernel.requires_grad_(), 0.5)
+        results.append([merged, *torch.autograd.grad(
+            (merged * torch.randn(merged.shape)).sum(), [kernel, *branched.parameters()])])
+    assert len(branches._row_blocks(kernel.flatten(2), branched.dw)) == 6
+    for one, many in zip(*results):
+        torch.testing.assert_close(many, one, rtol=1e-12, atol=1e-12)
+
+
+def test_the_factor_multiplies_what_is_merged():
+    branched, kernel = branched_kernel(**CONVOLUTIONS['grouped'])
+    torch.testing.assert_close(branched(kernel, 0.25), 0.25 * branched(kernel), rtol=1e-12, atol=1e-12)
+
+
+def test_mixed_precision():
+    """In bfloat16 only products of large matrices are computed; gradients are those of full precision within that."""
+    gradients = []
+    for enabled in (False, True):
+        torch.manual_seed(0)
+        branched, kernel = branched_kernel(inputs=8, outputs=16, size=3, groups=1)
+        branched, kernel = branched.float(), kernel.float().requires_grad_()
+        with torch.autocast('cpu', torch.bfloat16, enabled=enabled):
+            merged = branched(kernel)
+        assert merged.dtype == torch.float32
+        gradients.append(torch.autograd.grad((merged * torch.randn_like(merged)).sum(), [
+            kernel, *branched.parameters()]))
+    for full, mixed in zip(*gradients):
+        assert relative_error(mixed, full) <= 0.02
 
 
 def test_the_number_takes_the_first_kinds():
@@ -231,7 +269,7 @@ def test_channels_of_the_student_keep_their_own_frequencies(tiny_student):
     branched = expand(tiny_student, num_branches=6).branches.get_submodule('layer3.0.conv2')
     freq = branched.patterned.index('freq')
     torch.testing.assert_close(
-        branched.patterns[::2, freq], cosine_prior(32, 3).flatten(1).float(), rtol=1e-6, atol=1e-6)
+        branched.patterns[::2, :, freq], cosine_prior(32, 3).flatten(1).float(), rtol=1e-6, atol=1e-6)
 
 
 def test_branches_tell_replicas_apart(tiny_student):

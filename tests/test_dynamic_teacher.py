@@ -112,7 +112,8 @@ def test_kernels_are_merged_once_a_step(tiny_student, branches, monkeypatch):
     teacher = expand(tiny_student, num_branches=branches)
     calls = []
     merge = BranchedKernel.forward
-    monkeypatch.setattr(BranchedKernel, 'forward', lambda self, kernel: calls.append(self) or merge(self, kernel))
+    monkeypatch.setattr(
+        BranchedKernel, 'forward', lambda self, *inputs: calls.append(self) or merge(self, *inputs))
     teacher.joint(torch.randn(2, 1, 32, 32))
     assert len(calls) == len(set(calls)) == sum(
         isinstance(module, BranchedKernel) for module in teacher.branches.modules())

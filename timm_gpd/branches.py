@@ -5,10 +5,11 @@ normalisation: a dynamic teacher starts as its student's function, so its first 
 (channel-branch reparameterization, Sec. 3.3 of arXiv 2410.04140). Nothing here knows about models.
 """
 import math
-from typing import Optional, Sequence, Tuple
+from typing import List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
+from torch.autograd.function import once_differentiable
 
 __all__ = ['BRANCH_KINDS', 'BranchedKernel', 'branch_kinds', 'cosine_prior', 'is_branchable']
 
@@ -81,7 +82,7 @@ class BranchedKernel(nn.Module):
     - ``freq``: s B[o, i] times a fixed cosine pattern of channel o
     - ``1x1_kxk``: s sum_t V[o, t] (1 + D)[t, i], a 1x1 of as many outputs as inputs, then a k x k
     - ``1x1``: s C[o, i] at the centre
-    - ``dw_pw``: s sum_m P[i, o, m] Q[i, m], a depthwise k x k of 8 outputs for every input, then a 1x1
+    - ``dw_pw``: s sum_m P[o, m, i] Q[m, i], a depthwise k x k of 8 outputs for every input, then a 1x1
 
     As in OREPA, D is learned beside a fixed identity, so that weight decay pulls that 1x1 towards the identity; every
     other parameter decays towards 0, scales included.
@@ -114,20 +115,19 @@ class BranchedKernel(nn.Module):
 
         self.scale = nn.Parameter(kernel.new_zeros(len(self.kinds), outputs))
         self.reset_scale()
+        # Beside the kernel itself, inputs are last in memory: long enough to compute with, as k * k is not.
         if self.patterned:
             self.register_buffer('patterns', torch.stack(
-                [patterns[kind].flatten(1) for kind in self.patterned], dim=1).to(kernel))  # (O, patterns, k * k)
-            self.pointwise = _kaiming(kernel, (outputs, group_inputs, len(self.patterned)), group_inputs, gain)
+                [patterns[kind].flatten(1) for kind in self.patterned], dim=2).to(kernel))  # (O, k * k, patterns)
+            self.pointwise = _kaiming(kernel, (outputs, len(self.patterned), group_inputs), group_inputs, gain)
         if '1x1_kxk' in self.kinds:
             self.mix = nn.Parameter(kernel.new_zeros(groups, group_inputs, group_inputs))
             self.register_buffer('identity', torch.eye(group_inputs).to(kernel), persistent=False)
-            self.mixed_kernel = _kaiming(kernel, self.shape, group_inputs * size ** 2, gain)
-            # Inputs last in memory: their product with the 1x1 is then one matrix product without any transposition.
-            self.mixed_kernel.data = self.mixed_kernel.data.contiguous(memory_format=torch.channels_last)
+            self.mixed_kernel = _kaiming(kernel, (outputs, size ** 2, group_inputs), group_inputs * size ** 2, gain)
         if 'dw_pw' in self.kinds:
-            self.dw = _kaiming(kernel, (inputs, _DW_MULTIPLIER, size ** 2), size ** 2)
+            self.dw = _kaiming(kernel, (groups, _DW_MULTIPLIER, size ** 2, group_inputs), size ** 2)
             self.pw = _kaiming(
-                kernel, (inputs, outputs // groups, _DW_MULTIPLIER), group_inputs * _DW_MULTIPLIER, gain)
+                kernel, (outputs, _DW_MULTIPLIER, group_inputs), group_inputs * _DW_MULTIPLIER, gain)
 
     @torch.no_grad()
     def reset_scale(self) -> None:
@@ -135,73 +135,142 @@ class BranchedKernel(nn.Module):
         self.scale.zero_()
         self.scale[0] = 1
 
-    def forward(self, kernel: torch.Tensor) -> torch.Tensor:
-        """Merges all branches with the kernel. Differentiable.
+    def forward(self, kernel: torch.Tensor, factor: float = 1.0) -> torch.Tensor:
+        """Merges all branches with the kernel. Differentiable once.
 
         Args:
             kernel: shape (O, I / groups, k, k).
+            factor: what the merged kernel is multiplied by.
 
         Returns:
             The merged kernel, of the same shape.
         """
-        kernels = {'kxk': kernel.flatten(2)}
+        scale = dict(zip(self.kinds, self.scale * factor))
+        mixed = patterns = pointwise = pw = dw = None
         if '1x1_kxk' in self.kinds:
-            kernels['1x1_kxk'] = self._mix_inputs()
-        if 'dw_pw' in self.kinds:
-            kernels['dw_pw'] = self._depthwise_then_pointwise()
-        merged = _ScaledSum.apply(self._scales(kernels), *kernels.values())
+            kernels = self.mixed_kernel.view(self.groups, -1, self.mixed_kernel.shape[-1])
+            mixed = torch.bmm(kernels, self.identity + self.mix).view_as(self.mixed_kernel)
         if self.patterned:
-            patterns = self._scales(self.patterned).t()[..., None] * self.patterns
-            merged.baddbmm_(self.pointwise, patterns)
+            patterns = self.patterns * torch.stack([scale[kind] for kind in self.patterned], dim=1)[:, None]
+            pointwise = self.pointwise
+        if 'dw_pw' in self.kinds:
+            pw, dw = self.pw, self.dw
+        merged = _Merge.apply(
+            kernel.flatten(2), scale['kxk'], mixed, scale.get('1x1_kxk'), patterns, pointwise,
+            pw, scale.get('dw_pw'), dw)
         return merged.view(self.shape)
-
-    def _scales(self, kinds: Sequence[str]) -> torch.Tensor:
-        """Scales of some of the branches, shape (len(kinds), O)."""
-        return torch.stack([self.scale[self.kinds.index(kind)] for kind in kinds])
-
-    def _mix_inputs(self) -> torch.Tensor:
-        """Kernels whose inputs are mixed by the 1x1, shape (O, I / groups, k * k); inputs last in memory."""
-        outputs, group_inputs, *_ = self.shape
-        kernels = self.mixed_kernel.permute(0, 2, 3, 1).reshape(self.groups, -1, group_inputs)
-        return torch.bmm(kernels, self.identity + self.mix).view(outputs, -1, group_inputs).transpose(1, 2)
-
-    def _depthwise_then_pointwise(self) -> torch.Tensor:
-        """Shape (O, I / groups, k * k)."""
-        outputs, group_inputs, *_ = self.shape
-        product = torch.bmm(self.pw, self.dw).view(self.groups, group_inputs, outputs // self.groups, -1)
-        return product.transpose(1, 2).contiguous().view(outputs, group_inputs, -1)
 
     def extra_repr(self) -> str:
         return f'{self.shape}, groups={self.groups}, kinds={self.kinds}'
 
 
-class _ScaledSum(torch.autograd.Function):
-    """sum_j scales[j, o] kernels[j][o, i, p], where a kernel may lie in memory in an order of its own.
+class _Merge(torch.autograd.Function):
+    """Sum of a kernel and its branches, and its gradients, in blocks of outputs that stay in a processor's cache.
 
-    What has to change its order is read through once, and gradients are made in the order of their kernels, so that
-    the matrix products before and behind need no copies.
+    Dimensions: O outputs, G groups, I inputs of a group, K = k * k places, P patterns, M the depthwise multiplier. A
+    branch that is not there is None. What is small, P and M, is summed term by term: in blocks that is nearly as fast as
+    matrix products, and ``torch.compile`` fuses it with all else that reads a block, transpositions included.
     """
 
     @staticmethod
-    def forward(ctx, scales: torch.Tensor, *kernels: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(scales, *kernels)
-        first, *others = zip(kernels, scales[..., None, None])
-        merged = torch.mul(*first)
-        for kernel, scale in others:
-            in_order = kernel.stride() == merged.stride()
-            merged.addcmul_(kernel if in_order else torch.empty_like(merged).copy_(kernel), scale)
-        return merged
+    def forward(
+            ctx,
+            kernel_OIK: torch.Tensor,
+            scale_O: torch.Tensor,
+            mixed_OKI: Optional[torch.Tensor],
+            mixed_scale_O: Optional[torch.Tensor],
+            patterns_OKP: Optional[torch.Tensor],
+            pointwise_OPI: Optional[torch.Tensor],
+            pw_OMI: Optional[torch.Tensor],
+            pw_scale_O: Optional[torch.Tensor],
+            dw_GMKI: Optional[torch.Tensor],
+    ) -> torch.Tensor:
+        ctx.save_for_backward(
+            kernel_OIK, scale_O, mixed_OKI, mixed_scale_O, patterns_OKP, pointwise_OPI, pw_OMI, pw_scale_O, dw_GMKI)
+        merged_OIK = torch.empty_like(kernel_OIK)
+        for rows in _row_blocks(kernel_OIK, dw_GMKI):
+            sum_OKI = torch.zeros_like(kernel_OIK[rows].transpose(1, 2), memory_format=torch.contiguous_format)
+            if mixed_OKI is not None:
+                sum_OKI.addcmul_(mixed_OKI[rows], mixed_scale_O[rows, None, None])
+            if patterns_OKP is not None:
+                for pattern_OK, pointwise_OI in zip(patterns_OKP[rows].unbind(2), pointwise_OPI[rows].unbind(1)):
+                    sum_OKI.addcmul_(pattern_OK[..., None], pointwise_OI[:, None])
+            if pw_OMI is not None:
+                sum_GOKI = _split_groups(sum_OKI, dw_GMKI)
+                pw_GOMI = _split_groups(pw_OMI[rows] * pw_scale_O[rows, None, None], dw_GMKI)
+                for pw_GOI, dw_GKI in zip(pw_GOMI.unbind(2), dw_GMKI.unbind(1)):
+                    sum_GOKI.addcmul_(pw_GOI[:, :, None], dw_GKI[:, None])
+            torch.mul(kernel_OIK[rows], scale_O[rows, None, None], out=merged_OIK[rows])
+            merged_OIK[rows] += sum_OKI.transpose(1, 2)
+        return merged_OIK
 
     @staticmethod
-    def backward(ctx, grad: torch.Tensor):
-        scales, *kernels = ctx.saved_tensors
-        scale_grads, kernel_grads = [], []
-        for kernel, scale in zip(kernels, scales[..., None, None]):
-            in_order = grad.stride() == kernel.stride()
-            ordered = grad if in_order else torch.empty_like(kernel).copy_(grad)
-            scale_grads.append((ordered * kernel).sum((1, 2)))
-            kernel_grads.append(ordered * scale if in_order else ordered.mul_(scale))
-        return torch.stack(scale_grads), *kernel_grads
+    @once_differentiable
+    def backward(ctx, grad_OIK: torch.Tensor):
+        (kernel_OIK, scale_O, mixed_OKI, mixed_scale_O, patterns_OKP, pointwise_OPI, pw_OMI, pw_scale_O,
+         dw_GMKI) = ctx.saved_tensors
+        grads = tuple(None if tensor is None else torch.empty_like(tensor) for tensor in ctx.saved_tensors)
+        (kernel_grad, scale_grad, mixed_grad, mixed_scale_grad, patterns_grad, pointwise_grad, pw_grad, pw_scale_grad,
+         dw_grad_GMKI) = grads
+        if dw_grad_GMKI is not None:
+            dw_grad_GMKI.zero_()
+        for rows in _row_blocks(kernel_OIK, dw_GMKI):
+            grad = grad_OIK[rows]
+            scale_grad[rows] = _dot_rows(grad, kernel_OIK[rows])
+            torch.mul(grad, scale_O[rows, None, None], out=kernel_grad[rows])
+            grad_OKI = grad.transpose(1, 2).contiguous()
+            if mixed_OKI is not None:
+                mixed_scale_grad[rows] = _dot_rows(grad_OKI, mixed_OKI[rows])
+                torch.mul(grad_OKI, mixed_scale_O[rows, None, None], out=mixed_grad[rows])
+            if patterns_OKP is not None:
+                torch.bmm(grad_OKI, pointwise_OPI[rows].transpose(1, 2), out=patterns_grad[rows])
+                torch.bmm(patterns_OKP[rows].transpose(1, 2), grad_OKI, out=pointwise_grad[rows])
+            if pw_OMI is not None:
+                grad_GOKI = _split_groups(grad_OKI, dw_GMKI)
+                pw_GOMI = _split_groups(pw_OMI[rows], dw_GMKI)
+                pw_grad_GOMI = _split_groups(pw_grad[rows], dw_GMKI).zero_()
+                for grad_GOI, dw_GMI in zip(grad_GOKI.unbind(2), dw_GMKI.unbind(2)):
+                    pw_grad_GOMI.addcmul_(grad_GOI[:, :, None], dw_GMI[:, None])
+                pw_scale_grad[rows] = _dot_rows(pw_grad[rows], pw_OMI[rows])
+                pw_grad[rows] *= pw_scale_O[rows, None, None]
+                pw_scale_GO = _split_groups(pw_scale_O[rows], dw_GMKI)
+                for grad_GOI, dw_grad_GMI in zip(grad_GOKI.unbind(2), dw_grad_GMKI.unbind(2)):
+                    dw_grad_GMI += _sum_outputs(pw_scale_GO, grad_GOI[:, :, None] * pw_GOMI)
+        return grads
+
+
+_BLOCK = 2 ** 20  # entries; a few tensors of that size fit a CPU's caches
+
+
+def _row_blocks(kernel_OIK: torch.Tensor, dw_GMKI: Optional[torch.Tensor]) -> List[slice]:
+    """Slices of the outputs. One where nothing would be gained: on a GPU, compiled, or with several groups."""
+    rows = outputs = len(kernel_OIK)
+    one_group = dw_GMKI is None or len(dw_GMKI) == 1
+    if one_group and kernel_OIK.device.type == 'cpu' and not torch.compiler.is_compiling():
+        rows = 2 ** int(math.log2(max(1, _BLOCK * outputs // kernel_OIK.numel())))
+    return [slice(start, start + rows) for start in range(0, outputs, rows)]
+
+
+def _split_groups(tensor: torch.Tensor, dw_GMKI: torch.Tensor) -> torch.Tensor:
+    """(G * O, ...) -> (G, O, ...)"""
+    return tensor.unflatten(0, (len(dw_GMKI), -1))
+
+
+def _dot_rows(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Scalar products of corresponding rows, of shape (rows, ., .) and one order in memory, shape (rows,)."""
+    if not a.is_contiguous():
+        a, b = a.transpose(1, 2), b.transpose(1, 2)
+    a, b = a.flatten(1)[:, None], b.flatten(1)[:, None].to(a.dtype)
+    return torch.bmm(a, b.transpose(1, 2)).flatten()
+
+
+def _sum_outputs(scale_GO: torch.Tensor, tensor_GOMI: torch.Tensor) -> torch.Tensor:
+    """Sum over O, scaled, shape (G, M, I)."""
+    if torch.compiler.is_compiling():
+        # In steps of a few outputs, which a cache holds while one loop forms the sums of all places.
+        steps = (-1, math.gcd(tensor_GOMI.shape[1], 32))
+        return (tensor_GOMI * scale_GO[..., None, None]).unflatten(1, steps).sum(2).sum(1)
+    return torch.bmm(scale_GO[:, None], tensor_GOMI.flatten(2)).view(-1, *tensor_GOMI.shape[2:])
 
 
 def _kaiming(like: torch.Tensor, shape: Sequence[int], fan_in: int, gain: float = 1.0) -> nn.Parameter:

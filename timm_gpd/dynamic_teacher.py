@@ -70,7 +70,7 @@ class DynamicTeacher(nn.Module):
         wide: the student's class with wider tensors. Under ``scale='student'`` its weights are stored times the
             factor that the plan divides them by, and divided when it runs.
         branches: what is beside the kernels of ``wide``, under the names of their convolutions. They merge with what
-            is stored there, in its convention, and both models read the merged kernel.
+            is stored there, in its convention, into the teacher's kernel, which both models read.
         student: the student's class without parameters.
         plan: how one maps to the other.
         scale: ``'student'`` or ``'teacher'``, see :func:`expand`.
@@ -93,16 +93,19 @@ class DynamicTeacher(nn.Module):
         self._tied, self._requires_grad = _parameter_layout(student)
         self.wide = wide_copy(student, plan, self._stored)
         self.student = parameterless_copy(student)
-        self._shared = SharedTensors(
-            {name: plan.tensors[name] for name in self._tied if name in plan.tensors},
-            {name: 1 / factor for name, factor in self._factors.items()} if scale == 'student' else {},
-            self._factors if scale == 'teacher' else {})
         if noise:
             self._add_noise(noise)
         self.branches = nn.Module()
-        self._branched: List[Tuple[str, BranchedKernel]] = []
+        self._branched: List[Tuple[str, BranchedKernel, float]] = []
         if len(self.branch_kinds) > 1:
             self._add_branches()
+        # What branches merge into is the teacher's tensor already; what is stored is the student's or the teacher's.
+        merged = {name for name, *_ in self._branched}
+        as_teacher = {name for name in self._factors if scale == 'teacher' or name in merged}
+        self._shared = SharedTensors(
+            {name: plan.tensors[name] for name in self._tied if name in plan.tensors},
+            {name: 1 / factor for name, factor in self._factors.items() if name not in as_teacher},
+            {name: factor for name, factor in self._factors.items() if name in as_teacher})
         self.train(student.training)
 
     # -- the two models ---------------------------------------------------------------------------------------------
@@ -170,8 +173,8 @@ class DynamicTeacher(nn.Module):
     def _parameters_of_both(self) -> Tuple[Dict[str, torch.Tensor], Dict[str, torch.Tensor]]:
         """What teacher and student run on, from kernels that are merged once (Sec. 3.3). Differentiable."""
         stored = dict(self.wide.named_parameters())
-        for name, branched in self._branched:
-            stored[name] = branched(stored[name])
+        for name, branched, factor in self._branched:
+            stored[name] = branched(stored[name], factor)
         teacher, student = (
             {alias: tensors[name] for name, aliases in self._tied.items() for alias in aliases}
             for tensors in self._shared(stored))
@@ -207,7 +210,7 @@ class DynamicTeacher(nn.Module):
             wide[name].copy_(self._stored(name, tensor))
             if name in buffers:
                 buffers[name].copy_(tensor)
-        for _, branched in self._branched:
+        for _, branched, _ in self._branched:
             branched.reset_scale()
         return result
 
@@ -265,7 +268,7 @@ class DynamicTeacher(nn.Module):
             gain = factor ** (0.5 if self.scale == 'student' else -0.5)
             branched = BranchedKernel(module.weight, module.groups, self.branch_kinds, prior, gain)
             _add_submodule(self.branches, name, branched)
-            self._branched.append((weight, branched))
+            self._branched.append((weight, branched, 1 / factor if self.scale == 'student' else 1.0))
 
     # -- what timm's optimizer factory asks a model -----------------------------------------------------------------
 
