@@ -15,7 +15,7 @@ import matplotlib
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
-from step_cost import ROOT, Bench, device_name, median_ratio  # noqa: E402
+from step_cost import ROOT, Bench, device_name, median_ratio, time_in_turns  # noqa: E402
 
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt  # noqa: E402
@@ -24,12 +24,8 @@ import matplotlib.pyplot as plt  # noqa: E402
 def measure(arguments: dict, ratio: int, branches: int, repeats: int) -> float:
     """Time of a GPD step over the plain student's."""
     bench = Bench(**arguments, ratio=ratio)
-    steps = [bench.subject('student'), bench.subject(str(branches))]
-    for step in steps:
-        step()
-    times = [[bench.seconds(step) for step in steps] for _ in range(repeats)]
-    student, gpd = zip(*times)
-    return median_ratio(gpd, student)
+    times = time_in_turns(bench, {name: bench.subject(name) for name in ('student', str(branches))}, repeats)
+    return median_ratio(times[str(branches)], times['student'])
 
 
 def plot(results: dict, path: str) -> None:

@@ -148,9 +148,9 @@ def time_in_turns(
         bench: Bench,
         steps: Dict[str, Callable[[], None]],
         repeats: int,
-        warmup: int = 2,
+        warmup: int = 5,
 ) -> Dict[str, List[float]]:
-    """Seconds of every step, by name; a turn of each, ``repeats`` times."""
+    """Seconds of every step, by name; a turn of each, ``repeats`` times, once the process has the memory it needs."""
     for step in steps.values():
         for _ in range(warmup):
             step()
