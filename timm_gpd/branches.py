@@ -168,8 +168,8 @@ class _Merge(torch.autograd.Function):
     """Sum of a kernel and its branches, and its gradients, in blocks of outputs that stay in a processor's cache.
 
     Dimensions: O outputs, G groups, I inputs of a group, K = k * k places, P patterns, M the depthwise multiplier. A
-    branch that is not there is None. What is small, P and M, is summed term by term: in blocks that is nearly as fast as
-    matrix products, and ``torch.compile`` fuses it with all else that reads a block, transpositions included.
+    branch that is not there is None. Small sums, over P and M, are made term by term: in blocks that is nearly as fast
+    as matrix products, and ``torch.compile`` fuses it with all else that reads a block, transpositions included.
     """
 
     @staticmethod

@@ -92,9 +92,8 @@ class _Share(torch.autograd.Function):
         for i in used:
             shape = bucket.tensor_maps[i].teacher_shape
             result[i] = teacher[i] if teacher[i] is not None else student[i].new_zeros(shape)
-        # A copy even where the scale is 1, since parts are added in place. A compiler knows what may be overwritten.
-        multiply = _multiply if torch.compiler.is_compiling() else torch._foreach_mul
-        stored = multiply([result[i] for i in used], [bucket.teacher_scales[i] for i in used])
+        # Copies even where the scale is 1: parts are added in place, and a gradient may be another tensor's as well.
+        stored = torch._foreach_mul([result[i] for i in used], [bucket.teacher_scales[i] for i in used])
         for i, grad in zip(used, stored):
             result[i] = grad
 
@@ -111,7 +110,7 @@ class _Share(torch.autograd.Function):
 
 @torch.library.custom_op('timm_gpd::add_parts', mutates_args=('into',))
 def _add_parts(into: List[torch.Tensor], parts: List[torch.Tensor]) -> None:
-    """Adds to strided views. An operator of its own: compiled, each entry of the whole would ask whether it has a part."""
+    """Adds to strided views. An operator of its own: compiled, every entry of the whole would ask if it has a part."""
     torch._foreach_add_(into, parts)
 
 
