@@ -217,7 +217,8 @@ def measure_cell(arguments: Dict[str, Any], branches: List[int], repeats: int, m
         eager = Bench(**{**arguments, 'mode': 'fp32'})
         steps.update({f'eager {count}': eager.subject(str(count)) for count in branches})
     times = time_in_turns(bench, steps, repeats)
-    cell = {**arguments, 'seconds': {name: statistics.median(values) for name, values in times.items()},
+    cell = {**arguments, 'torch': torch.__version__,
+            'seconds': {name: statistics.median(values) for name, values in times.items()},
             'ratio': {name: median_ratio(times[name], times['floor']) for name in subjects[1:]}}
     if bench.mode == 'compile':
         cell['over_eager'] = {
@@ -287,7 +288,7 @@ def rows(results: Dict[str, Any], device: str) -> Iterator[str]:
                     figures[1] = figures[3] = 'no such kernel'
                 over_eager = ', '.join(f'{ratio:.3f}' for ratio in cell.get('over_eager', {}).values())
                 cells = [device, name, mode, f'{batch} at {size} px', floor, *figures, over_eager]
-                yield f'| {" | ".join(cells)} |'
+                yield f'| {" | ".join([*cells, cell.get("torch", "")])} |'
 
 
 def write_report(results: Dict[str, Any], folder: str) -> None:
@@ -308,10 +309,10 @@ def write_report(results: Dict[str, Any], folder: str) -> None:
     ]
     lines += [f'- {device}: {results["devices"].get(device, NOT_MEASURED)}' for device in DEVICES]
     lines += [
-        f'- torch {results.get("torch", NOT_MEASURED)}, timm {results.get("timm", NOT_MEASURED)}', '',
+        f'- timm {results.get("timm", NOT_MEASURED)}; a row is what was measured last, with the torch it names', '',
         '| device | model | mode | batch | floor | time, M = 1 | time, M = 6 | memory, M = 1 | memory, M = 6 '
-        '| over eager |',
-        '|---|---|---|---|---|---|---|---|---|---|',
+        '| over eager | torch |',
+        '|---|---|---|---|---|---|---|---|---|---|---|',
         *(row for device in DEVICES if device in results['devices'] for row in rows(results, device)), '',
         '## Around the step', '',
         'On the CPU, in seconds. `expand` plans, verifies itself in float64, and builds. "Sharing in a step" is what '
@@ -392,7 +393,7 @@ def main() -> None:
         return
     for name in (*args.models, 'resnet50'):
         results['rest'][name] = measure_rest(name, 224, [1, 6], 3)
-    results.update(torch=torch.__version__, timm=timm.__version__)
+    results['timm'] = timm.__version__
     write_report(results, args.output)
     print(f'wrote {os.path.join(args.output, "cost.md")}')
 
