@@ -108,7 +108,6 @@ class BranchedKernel(nn.Module):
         self.groups = groups
         self.shape = tuple(kernel.shape)
         outputs, group_inputs, size, _ = kernel.shape
-        inputs = group_inputs * groups
         patterns = {'avg': torch.full_like(prior, 1 / size ** 2), 'freq': prior, '1x1': torch.zeros_like(prior)}
         patterns['1x1'][:, size // 2, size // 2] = 1
         self.patterned = tuple(kind for kind in self.kinds if kind in _PATTERNED)
@@ -126,8 +125,7 @@ class BranchedKernel(nn.Module):
             self.mixed_kernel = _kaiming(kernel, (outputs, size ** 2, group_inputs), group_inputs * size ** 2, gain)
         if 'dw_pw' in self.kinds:
             self.dw = _kaiming(kernel, (groups, _DW_MULTIPLIER, size ** 2, group_inputs), size ** 2)
-            self.pw = _kaiming(
-                kernel, (outputs, _DW_MULTIPLIER, group_inputs), group_inputs * _DW_MULTIPLIER, gain)
+            self.pw = _kaiming(kernel, (outputs, _DW_MULTIPLIER, group_inputs), group_inputs * _DW_MULTIPLIER, gain)
 
     @torch.no_grad()
     def reset_scale(self) -> None:
@@ -243,7 +241,7 @@ _BLOCK = 2 ** 20  # entries; a few tensors of that size fit a CPU's caches
 
 
 def _row_blocks(kernel_OIK: torch.Tensor, dw_GMKI: Optional[torch.Tensor]) -> List[slice]:
-    """Slices of the outputs. One where nothing would be gained: on a GPU, compiled, or with several groups."""
+    """Slices of the outputs. One on a GPU and compiled, where it gains nothing, and for ``dw_pw`` of several groups."""
     rows = outputs = len(kernel_OIK)
     one_group = dw_GMKI is None or len(dw_GMKI) == 1
     if one_group and kernel_OIK.device.type == 'cpu' and not torch.compiler.is_compiling():
