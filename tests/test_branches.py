@@ -41,8 +41,8 @@ def run_branch(kind, branched, kernel, x, inputs, outputs, size, groups, stride,
         mixed = F.conv2d(x, mix.reshape(inputs, -1, 1, 1), groups=groups)
         return F.conv2d(mixed, branched.mixed_kernel.transpose(1, 2).reshape(kernel.shape), groups=groups, **large)
     if kind == 'dw_pw':  # stored with inputs last
-        spread = F.conv2d(
-            x, branched.dw.permute(0, 3, 1, 2).reshape(inputs * 8, 1, size, size), groups=inputs, **large)
+        dw = branched.dw.unflatten(0, (groups, 8)).permute(0, 3, 1, 2)
+        spread = F.conv2d(x, dw.reshape(inputs * 8, 1, size, size), groups=inputs, **large)
         return F.conv2d(spread, branched.pw.transpose(1, 2).reshape(outputs, -1, 1, 1), groups=groups)
     pointwise = F.conv2d(x, branched.pointwise[:, branched.patterned.index(kind), :, None, None], groups=groups)
     pattern = {
@@ -88,7 +88,7 @@ def test_blocks_of_outputs_do_not_show(memory_format, monkeypatch):
         merged = branched(kernel.requires_grad_(), 0.5)
         results.append([merged, *torch.autograd.grad(
             (merged * torch.randn(merged.shape)).sum(), [kernel, *branched.parameters()])])
-    assert len(branches._row_blocks(kernel.flatten(2), branched.dw)) == 6
+    assert len(branches._row_blocks(kernel.flatten(2), branched.dw[None])) == 6
     for one, many in zip(*results):
         torch.testing.assert_close(many, one, rtol=1e-12, atol=1e-12)
 
@@ -290,3 +290,9 @@ def test_a_frequency_without_a_pattern_is_exactly_0(size):
     prior = cosine_prior(64, size)
     assert (prior[prior.abs() < 1e-3] == 0).all()
     assert (prior[size - 1] == 0).all() and (prior[32 + size - 1] == 0).all()
+
+
+def test_channels_last_reorders_no_branch():
+    """A memory format is for images and kernels: a branch in it would have its inputs apart in memory."""
+    branched, _ = branched_kernel(inputs=8, outputs=16, size=3, groups=2)
+    assert all(tensor.is_contiguous() for tensor in branched.to(memory_format=torch.channels_last).parameters())

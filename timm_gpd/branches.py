@@ -114,7 +114,8 @@ class BranchedKernel(nn.Module):
 
         self.scale = nn.Parameter(kernel.new_zeros(len(self.kinds), outputs))
         self.reset_scale()
-        # Beside the kernel itself, inputs are last in memory: long enough to compute with, as k * k is not.
+        # Beside the kernel itself, inputs are last in memory: long enough to compute with, as k * k is not. No tensor
+        # has four dimensions, or Module.to would reorder it for channels_last.
         if self.patterned:
             self.register_buffer('patterns', torch.stack(
                 [patterns[kind].flatten(1) for kind in self.patterned], dim=2).to(kernel))  # (O, k * k, patterns)
@@ -124,7 +125,7 @@ class BranchedKernel(nn.Module):
             self.register_buffer('identity', torch.eye(group_inputs).to(kernel), persistent=False)
             self.mixed_kernel = _kaiming(kernel, (outputs, size ** 2, group_inputs), group_inputs * size ** 2, gain)
         if 'dw_pw' in self.kinds:
-            self.dw = _kaiming(kernel, (groups, _DW_MULTIPLIER, size ** 2, group_inputs), size ** 2)
+            self.dw = _kaiming(kernel, (groups * _DW_MULTIPLIER, size ** 2, group_inputs), size ** 2)
             self.pw = _kaiming(kernel, (outputs, _DW_MULTIPLIER, group_inputs), group_inputs * _DW_MULTIPLIER, gain)
 
     @torch.no_grad()
@@ -152,7 +153,7 @@ class BranchedKernel(nn.Module):
             patterns = self.patterns * torch.stack([scale[kind] for kind in self.patterned], dim=1)[:, None]
             pointwise = self.pointwise
         if 'dw_pw' in self.kinds:
-            pw, dw = self.pw, self.dw
+            pw, dw = self.pw, self.dw.unflatten(0, (self.groups, _DW_MULTIPLIER))
         merged = _Merge.apply(
             kernel.flatten(2), scale['kxk'], mixed, scale.get('1x1_kxk'), patterns, pointwise,
             pw, scale.get('dw_pw'), dw)
