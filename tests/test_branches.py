@@ -10,6 +10,7 @@ from timm.optim import param_groups_weight_decay
 
 from conftest import TINY_RESNET
 from timm_gpd import branches, expand
+from timm_gpd.axes import AxisMap, TensorMap
 from timm_gpd.branches import BRANCH_KINDS, BranchedKernel, branch_kinds, cosine_prior
 from timm_gpd.verify import randomize_, relative_error
 
@@ -61,7 +62,7 @@ def test_the_merged_kernel_is_the_sum_of_the_branches_as_layers(convolution):
     expected = sum(
         branched.scale[j].view(-1, 1, 1) * run_branch(kind, branched, kernel, x, **convolution)
         for j, kind in enumerate(BRANCH_KINDS))
-    torch.testing.assert_close(F.conv2d(x, branched(kernel), **conv), expected, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(F.conv2d(x, branched(kernel)[0], **conv), expected, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize('kinds', [BRANCH_KINDS, *[('kxk', kind) for kind in BRANCH_KINDS[1:]]], ids='+'.join)
@@ -70,32 +71,52 @@ def test_gradients_of_the_merge(kinds):
     names = [name for name, _ in branched.named_parameters()]
 
     def merge(kernel, *parameters):
-        return torch.func.functional_call(branched, dict(zip(names, parameters)), (kernel,))
+        return torch.func.functional_call(branched, dict(zip(names, parameters)), (kernel,))[0]
 
     assert torch.autograd.gradcheck(merge, (kernel.requires_grad_(), *branched.parameters()))
 
 
 @pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
-def test_blocks_of_outputs_do_not_show(memory_format, monkeypatch):
-    """Kernel and gradients are those of one block, whatever the order of the kernel in memory."""
+def test_order_in_memory_does_not_show(memory_format, monkeypatch):
+    """Kernels and gradients are those of one block, whatever order they are in and in however many blocks."""
+    tensor_map = TensorMap((6, 2, 3, 3), ((0, AxisMap.uniform(6, 2)), (1, AxisMap.uniform(2, 2))), sum_axis=1)
     results = []
     for block in (branches._BLOCK, 3 * 4 * 9):  # rows 12, and rows 2 of 12
         monkeypatch.setattr(branches, '_BLOCK', block)
         torch.manual_seed(0)
         branched, kernel = branched_kernel(inputs=4, outputs=12, size=3, groups=1)
-        if results:
-            kernel = kernel.contiguous(memory_format=memory_format)
-        merged = branched(kernel.requires_grad_(), 0.5)
-        results.append([merged, *torch.autograd.grad(
-            (merged * torch.randn(merged.shape)).sum(), [kernel, *branched.parameters()])])
-    assert len(branches._row_blocks(kernel.flatten(2), branched.dw[None])) == 6
+        other = {} if not results else dict(memory_format=memory_format)
+        kernel = kernel.contiguous(**other).requires_grad_()
+        merged = branched(kernel, 0.5, tensor_map, **other)
+        assert all(tensor.is_contiguous(**other) for tensor in merged)
+        loss = sum((tensor * torch.randn(tensor.shape)).sum() for tensor in merged)
+        results.append([*merged, *torch.autograd.grad(loss, [kernel, *branched.parameters()])])
+    assert len(branches._row_blocks(branches._inputs_last(kernel), branched.dw[None])) == 6
     for one, many in zip(*results):
         torch.testing.assert_close(many, one, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize('used', [(True, False), (False, True), (True, True)], ids=str)
+def test_gradients_of_teacher_and_student_meet_in_the_merge(used):
+    """They are those of slicing what is merged, whichever of the two models has a loss."""
+    tensor_map = TensorMap((6, 2, 3, 3), ((0, AxisMap.uniform(6, 2)), (1, AxisMap.uniform(2, 2))), sum_axis=1)
+    branched, kernel = branched_kernel(inputs=4, outputs=12, size=3, groups=1)
+    inputs = [kernel.requires_grad_(), *branched.parameters()]
+    weights = [torch.randn(shape) * factor for shape, factor in zip([(12, 4, 3, 3), (6, 2, 3, 3)], used)]
+
+    def gradients(teacher, student):
+        losses = [(tensor * weight).sum() for tensor, weight, use in zip((teacher, student), weights, used) if use]
+        return torch.autograd.grad(sum(losses), inputs)
+
+    merged = branched(kernel, 0.5)[0]
+    expected = gradients(merged, tensor_map.first_replica(merged) * tensor_map.factor)
+    for gradient, reference in zip(gradients(*branched(kernel, 0.5, tensor_map)), expected):
+        torch.testing.assert_close(gradient, reference, rtol=1e-12, atol=1e-12)
+
+
 def test_the_factor_multiplies_what_is_merged():
     branched, kernel = branched_kernel(**CONVOLUTIONS['grouped'])
-    torch.testing.assert_close(branched(kernel, 0.25), 0.25 * branched(kernel), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(branched(kernel, 0.25)[0], 0.25 * branched(kernel)[0], rtol=1e-12, atol=1e-12)
 
 
 def test_mixed_precision():
@@ -106,7 +127,7 @@ def test_mixed_precision():
         branched, kernel = branched_kernel(inputs=8, outputs=16, size=3, groups=1)
         branched, kernel = branched.float(), kernel.float().requires_grad_()
         with torch.autocast('cpu', torch.bfloat16, enabled=enabled):
-            merged = branched(kernel)
+            merged, _ = branched(kernel)
         assert merged.dtype == torch.float32
         gradients.append(torch.autograd.grad((merged * torch.randn_like(merged)).sum(), [
             kernel, *branched.parameters()]))

@@ -11,11 +11,16 @@ import torch
 import torch.nn as nn
 from torch.autograd.function import once_differentiable
 
-__all__ = ['BRANCH_KINDS', 'BranchedKernel', 'branch_kinds', 'cosine_prior', 'is_branchable']
+from .axes import TensorMap
+from .sharing import add_to_first_replicas
+
+__all__ = ['BRANCH_KINDS', 'KERNEL_FORMAT', 'BranchedKernel', 'branch_kinds', 'cosine_prior', 'is_branchable']
 
 BRANCH_KINDS = ('kxk', 'avg', 'freq', '1x1_kxk', '1x1', 'dw_pw')
 _PATTERNED = ('avg', 'freq', '1x1')  # a 1x1 weight times one fixed spatial pattern per output channel
 _DW_MULTIPLIER = 8
+# What a kernel is kept in, whatever images are in: its entries are then in the order of the branches'.
+KERNEL_FORMAT = torch.channels_last
 
 
 def branch_kinds(num_branches: int, branches: Optional[Sequence[str]] = None) -> Tuple[str, ...]:
@@ -114,8 +119,8 @@ class BranchedKernel(nn.Module):
 
         self.scale = nn.Parameter(kernel.new_zeros(len(self.kinds), outputs))
         self.reset_scale()
-        # Beside the kernel itself, inputs are last in memory: long enough to compute with, as k * k is not. No tensor
-        # has four dimensions, or Module.to would reorder it for channels_last.
+        # Inputs are last in memory: long enough to compute with, as k * k is not. No tensor has four dimensions, or
+        # Module.to would reorder it for channels_last.
         if self.patterned:
             self.register_buffer('patterns', torch.stack(
                 [patterns[kind].flatten(1) for kind in self.patterned], dim=2).to(kernel))  # (O, k * k, patterns)
@@ -134,30 +139,38 @@ class BranchedKernel(nn.Module):
         self.scale.zero_()
         self.scale[0] = 1
 
-    def forward(self, kernel: torch.Tensor, factor: float = 1.0) -> torch.Tensor:
-        """Merges all branches with the kernel. Differentiable once.
+    def forward(
+            self,
+            kernel: torch.Tensor,
+            factor: float = 1.0,
+            tensor_map: Optional[TensorMap] = None,
+            memory_format: torch.memory_format = torch.contiguous_format,
+    ) -> Tuple[torch.Tensor, torch.Tensor]:
+        """Merges all branches with the kernel, once for both models. Differentiable once.
 
         Args:
-            kernel: shape (O, I / groups, k, k).
-            factor: what the merged kernel is multiplied by.
+            kernel: shape (O, I / groups, k, k), best with :data:`KERNEL_FORMAT`.
+            factor: what the merged kernel is multiplied by, to be the teacher's.
+            tensor_map: how the student's kernel widens to the teacher's. Without one both are the same.
+            memory_format: of what is returned: the images' that it convolves.
 
         Returns:
-            The merged kernel, of the same shape.
+            The teacher's kernel, of the same shape, and the student's: first replicas of it, times the map's factor.
         """
         scale = dict(zip(self.kinds, self.scale * factor))
-        mixed = patterns = pointwise = pw = dw = None
+        mixed = pattern_scale = patterns = pointwise = pw = dw = None
         if '1x1_kxk' in self.kinds:
             kernels = self.mixed_kernel.view(self.groups, -1, self.mixed_kernel.shape[-1])
             mixed = torch.bmm(kernels, self.identity + self.mix).view_as(self.mixed_kernel)
         if self.patterned:
-            patterns = self.patterns * torch.stack([scale[kind] for kind in self.patterned], dim=1)[:, None]
-            pointwise = self.pointwise
+            pattern_scale = torch.stack([scale[kind] for kind in self.patterned], dim=1)
+            patterns, pointwise = self.patterns, self.pointwise
         if 'dw_pw' in self.kinds:
             pw, dw = self.pw, self.dw.unflatten(0, (self.groups, _DW_MULTIPLIER))
         merged = _Merge.apply(
-            kernel.flatten(2), scale['kxk'], mixed, scale.get('1x1_kxk'), patterns, pointwise,
-            pw, scale.get('dw_pw'), dw)
-        return merged.view(self.shape)
+            memory_format, tensor_map, kernel, scale['kxk'], mixed, scale.get('1x1_kxk'),
+            patterns, pattern_scale, pointwise, pw, scale.get('dw_pw'), dw)
+        return (merged, merged) if tensor_map is None else merged
 
     def extra_repr(self) -> str:
         return f'{self.shape}, groups={self.groups}, kinds={self.kinds}'
@@ -168,64 +181,77 @@ class _Merge(torch.autograd.Function):
 
     Dimensions: O outputs, G groups, I inputs of a group, K = k * k places, P patterns, M the depthwise multiplier. A
     branch that is not there is None. Small sums, over P and M, are made term by term: in blocks that is nearly as fast
-    as matrix products, and ``torch.compile`` fuses it with all else that reads a block, transpositions included.
+    as matrix products, and ``torch.compile`` fuses it with all else that reads a block.
     """
 
     @staticmethod
     def forward(
             ctx,
-            kernel_OIK: torch.Tensor,
+            memory_format: torch.memory_format,
+            tensor_map: Optional[TensorMap],
+            kernel: torch.Tensor,
             scale_O: torch.Tensor,
             mixed_OKI: Optional[torch.Tensor],
             mixed_scale_O: Optional[torch.Tensor],
             patterns_OKP: Optional[torch.Tensor],
+            pattern_scale_OP: Optional[torch.Tensor],
             pointwise_OPI: Optional[torch.Tensor],
             pw_OMI: Optional[torch.Tensor],
             pw_scale_O: Optional[torch.Tensor],
             dw_GMKI: Optional[torch.Tensor],
-    ) -> torch.Tensor:
+    ):
+        ctx.tensor_map = tensor_map
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(
-            kernel_OIK, scale_O, mixed_OKI, mixed_scale_O, patterns_OKP, pointwise_OPI, pw_OMI, pw_scale_O, dw_GMKI)
-        merged_OIK = torch.empty_like(kernel_OIK)
-        for rows in _row_blocks(kernel_OIK, dw_GMKI):
-            sum_OKI = torch.zeros_like(kernel_OIK[rows].transpose(1, 2), memory_format=torch.contiguous_format)
+            kernel, scale_O, mixed_OKI, mixed_scale_O, patterns_OKP, pattern_scale_OP, pointwise_OPI,
+            pw_OMI, pw_scale_O, dw_GMKI)
+        kernel_OKI = _inputs_last(kernel)
+        merged = torch.empty_like(kernel, memory_format=memory_format)
+        merged_OKI = _inputs_last(merged)
+        for rows in _row_blocks(kernel_OKI, dw_GMKI):
+            sum_OKI = kernel_OKI[rows] * scale_O[rows, None, None]
             if mixed_OKI is not None:
                 sum_OKI.addcmul_(mixed_OKI[rows], mixed_scale_O[rows, None, None])
             if patterns_OKP is not None:
-                for pattern_OK, pointwise_OI in zip(patterns_OKP[rows].unbind(2), pointwise_OPI[rows].unbind(1)):
+                scaled_OKP = patterns_OKP[rows] * pattern_scale_OP[rows, None]
+                for pattern_OK, pointwise_OI in zip(scaled_OKP.unbind(2), pointwise_OPI[rows].unbind(1)):
                     sum_OKI.addcmul_(pattern_OK[..., None], pointwise_OI[:, None])
             if pw_OMI is not None:
                 sum_GOKI = _split_groups(sum_OKI, dw_GMKI)
                 pw_GOMI = _split_groups(pw_OMI[rows] * pw_scale_O[rows, None, None], dw_GMKI)
                 for pw_GOI, dw_GKI in zip(pw_GOMI.unbind(2), dw_GMKI.unbind(1)):
                     sum_GOKI.addcmul_(pw_GOI[:, :, None], dw_GKI[:, None])
-            torch.mul(kernel_OIK[rows], scale_O[rows, None, None], out=merged_OIK[rows])
-            merged_OIK[rows] += sum_OKI.transpose(1, 2)
-        return merged_OIK
+            _reorder(merged_OKI[rows], sum_OKI)
+        if tensor_map is None:
+            return merged
+        return merged, tensor_map.first_replica(merged) * tensor_map.factor
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_OIK: torch.Tensor):
-        (kernel_OIK, scale_O, mixed_OKI, mixed_scale_O, patterns_OKP, pointwise_OPI, pw_OMI, pw_scale_O,
-         dw_GMKI) = ctx.saved_tensors
-        grads = tuple(None if tensor is None else torch.empty_like(tensor) for tensor in ctx.saved_tensors)
-        (kernel_grad, scale_grad, mixed_grad, mixed_scale_grad, patterns_grad, pointwise_grad, pw_grad, pw_scale_grad,
-         dw_grad_GMKI) = grads
+    def backward(ctx, grad: Optional[torch.Tensor], student_grad: Optional[torch.Tensor] = None):
+        (kernel, scale_O, mixed_OKI, mixed_scale_O, patterns_OKP, pattern_scale_OP, pointwise_OPI,
+         pw_OMI, pw_scale_O, dw_GMKI) = ctx.saved_tensors
+        grads = [None if tensor is None else torch.empty_like(tensor) for tensor in ctx.saved_tensors]
+        (kernel_grad, scale_grad, mixed_grad, mixed_scale_grad, _, pattern_scale_grad, pointwise_grad,
+         pw_grad, pw_scale_grad, dw_grad_GMKI) = grads
+        kernel_OKI, kernel_grad_OKI = _inputs_last(kernel), _inputs_last(kernel_grad)
+        grad_OKI = _sum_gradients(kernel, ctx.tensor_map, grad, student_grad)
         if dw_grad_GMKI is not None:
             dw_grad_GMKI.zero_()
-        for rows in _row_blocks(kernel_OIK, dw_GMKI):
-            grad = grad_OIK[rows]
-            scale_grad[rows] = _dot_rows(grad, kernel_OIK[rows])
-            torch.mul(grad, scale_O[rows, None, None], out=kernel_grad[rows])
-            grad_OKI = grad.transpose(1, 2).contiguous()
+        for rows in _row_blocks(kernel_OKI, dw_GMKI):
+            block_OKI = grad_OKI[rows]
+            scale_grad[rows] = _dot_rows(block_OKI, kernel_OKI[rows])
+            torch.mul(block_OKI, scale_O[rows, None, None], out=kernel_grad_OKI[rows])
             if mixed_OKI is not None:
-                mixed_scale_grad[rows] = _dot_rows(grad_OKI, mixed_OKI[rows])
-                torch.mul(grad_OKI, mixed_scale_O[rows, None, None], out=mixed_grad[rows])
+                mixed_scale_grad[rows] = _dot_rows(block_OKI, mixed_OKI[rows])
+                torch.mul(block_OKI, mixed_scale_O[rows, None, None], out=mixed_grad[rows])
             if patterns_OKP is not None:
-                torch.bmm(grad_OKI, pointwise_OPI[rows].transpose(1, 2), out=patterns_grad[rows])
-                torch.bmm(patterns_OKP[rows].transpose(1, 2), grad_OKI, out=pointwise_grad[rows])
+                product_OPI = torch.bmm(patterns_OKP[rows].transpose(1, 2), block_OKI)
+                pattern_scale_grad[rows] = _dot_rows(
+                    product_OPI.flatten(0, 1), pointwise_OPI[rows].flatten(0, 1)).view(product_OPI.shape[:2])
+                torch.mul(product_OPI, pattern_scale_OP[rows, :, None], out=pointwise_grad[rows])
             if pw_OMI is not None:
-                grad_GOKI = _split_groups(grad_OKI, dw_GMKI)
+                grad_GOKI = _split_groups(block_OKI, dw_GMKI)
                 pw_GOMI = _split_groups(pw_OMI[rows], dw_GMKI)
                 pw_grad_GOMI = _split_groups(pw_grad[rows], dw_GMKI).zero_()
                 for grad_GOI, dw_GMI in zip(grad_GOKI.unbind(2), dw_GMKI.unbind(2)):
@@ -235,18 +261,46 @@ class _Merge(torch.autograd.Function):
                 pw_scale_GO = _split_groups(pw_scale_O[rows], dw_GMKI)
                 for grad_GOI, dw_grad_GMI in zip(grad_GOKI.unbind(2), dw_grad_GMKI.unbind(2)):
                     dw_grad_GMI += _sum_outputs(pw_scale_GO, grad_GOI[:, :, None] * pw_GOMI)
-        return grads
+        return None, None, *grads
+
+
+def _sum_gradients(
+        kernel: torch.Tensor,
+        tensor_map: Optional[TensorMap],
+        grad: Optional[torch.Tensor],
+        student_grad: Optional[torch.Tensor],
+) -> torch.Tensor:
+    """Gradient of the merged kernel, as the teacher's and as the student's: a new tensor, shape (O, K, I)."""
+    total = torch.empty_like(kernel, memory_format=KERNEL_FORMAT)
+    if grad is None:
+        total.zero_()
+    else:
+        _reorder(total, grad)
+    if student_grad is not None:
+        add_to_first_replicas([total], [student_grad * tensor_map.factor], [tensor_map])
+    return _inputs_last(total)
+
+
+def _inputs_last(kernel: torch.Tensor) -> torch.Tensor:
+    """(O, I, k, k) -> (O, K, I), a view."""
+    return kernel.flatten(2).transpose(1, 2)
+
+
+@torch.library.custom_op('timm_gpd::reorder', mutates_args=('result',))
+def _reorder(result: torch.Tensor, tensor: torch.Tensor) -> None:
+    """Copies. An operator of its own: what is fused with a change of order in memory is not vectorised."""
+    result.copy_(tensor)
 
 
 _BLOCK = 2 ** 20  # entries; a few tensors of that size fit a CPU's caches
 
 
-def _row_blocks(kernel_OIK: torch.Tensor, dw_GMKI: Optional[torch.Tensor]) -> List[slice]:
+def _row_blocks(kernel_OKI: torch.Tensor, dw_GMKI: Optional[torch.Tensor]) -> List[slice]:
     """Slices of the outputs. One on a GPU and compiled, where it gains nothing, and for ``dw_pw`` of several groups."""
-    rows = outputs = len(kernel_OIK)
+    rows = outputs = len(kernel_OKI)
     one_group = dw_GMKI is None or len(dw_GMKI) == 1
-    if one_group and kernel_OIK.device.type == 'cpu' and not torch.compiler.is_compiling():
-        rows = 2 ** int(math.log2(max(1, _BLOCK * outputs // kernel_OIK.numel())))
+    if one_group and kernel_OKI.device.type == 'cpu' and not torch.compiler.is_compiling():
+        rows = 2 ** int(math.log2(max(1, _BLOCK * outputs // kernel_OKI.numel())))
     return [slice(start, start + rows) for start in range(0, outputs, rows)]
 
 
@@ -256,11 +310,12 @@ def _split_groups(tensor: torch.Tensor, dw_GMKI: torch.Tensor) -> torch.Tensor:
 
 
 def _dot_rows(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Scalar products of corresponding rows, of shape (rows, ., .) and one order in memory, shape (rows,)."""
-    if not a.is_contiguous():
-        a, b = a.transpose(1, 2), b.transpose(1, 2)
-    a, b = a.flatten(1)[:, None], b.flatten(1)[:, None].to(a.dtype)
-    return torch.bmm(a, b.transpose(1, 2)).flatten()
+    """Scalar products of corresponding rows, shape (rows,)."""
+    a, b = a.flatten(1), b.flatten(1)
+    if torch.compiler.is_compiling():
+        return (a * b).sum(1)
+    # As the transpose of a row, a column is what bmm is fast with.
+    return torch.bmm(a[:, None], b[:, None].to(a.dtype).transpose(1, 2)).flatten()
 
 
 def _sum_outputs(scale_GO: torch.Tensor, tensor_GOMI: torch.Tensor) -> torch.Tensor:

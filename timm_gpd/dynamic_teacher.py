@@ -7,7 +7,7 @@ import torch
 import torch.nn as nn
 
 from .borrowing import call_with_parameters
-from .branches import BranchedKernel, branch_kinds, cosine_prior, is_branchable
+from .branches import KERNEL_FORMAT, BranchedKernel, branch_kinds, cosine_prior, is_branchable
 from .model_copy import copy_model, parameterless_copy, wide_copy
 from .plan import ExpansionPlan
 from .planner import plan_expansion
@@ -99,13 +99,11 @@ class DynamicTeacher(nn.Module):
         self._branched: List[Tuple[str, BranchedKernel, float]] = []
         if len(self.branch_kinds) > 1:
             self._add_branches()
-        # What branches merge into is the teacher's tensor already; what is stored is the student's or the teacher's.
         merged = {name for name, *_ in self._branched}
-        as_teacher = {name for name in self._factors if scale == 'teacher' or name in merged}
         self._shared = SharedTensors(
-            {name: plan.tensors[name] for name in self._tied if name in plan.tensors},
-            {name: 1 / factor for name, factor in self._factors.items() if name not in as_teacher},
-            {name: factor for name, factor in self._factors.items() if name in as_teacher})
+            {name: plan.tensors[name] for name in self._tied if name in plan.tensors and name not in merged},
+            {name: 1 / factor for name, factor in self._factors.items()} if scale == 'student' else {},
+            self._factors if scale == 'teacher' else {})
         self.train(student.training)
 
     # -- the two models ---------------------------------------------------------------------------------------------
@@ -124,7 +122,7 @@ class DynamicTeacher(nn.Module):
         Returns:
             Teacher logits, shape (B, num_classes), or student logits and teacher logits.
         """
-        teacher, student = self._parameters_of_both()
+        teacher, student = self._parameters_of_both(_memory_format(x))
         teacher_logits = call_with_parameters(self.wide, teacher, x)
         return (call_with_parameters(self.student, student, x), teacher_logits) if joint else teacher_logits
 
@@ -152,13 +150,13 @@ class DynamicTeacher(nn.Module):
         """
         teacher, student = (
             {f'model.{name}': tensor for name, tensor in parameters.items()}
-            for parameters in self._parameters_of_both())
+            for parameters in self._parameters_of_both(_memory_format(x)))
         teacher_output = call_with_parameters(teacher_tap, teacher, x)
         return call_with_parameters(student_tap, student, x), teacher_output
 
     def forward_student(self, x: torch.Tensor) -> torch.Tensor:
         """Student's logits, shape (B, num_classes), for images of shape (B, in_chans, H, W)."""
-        return call_with_parameters(self.student, self.student_parameters(), x)
+        return call_with_parameters(self.student, self._parameters_of_both(_memory_format(x))[1], x)
 
     # -- parameters -------------------------------------------------------------------------------------------------
 
@@ -170,14 +168,23 @@ class DynamicTeacher(nn.Module):
         divides = self.scale == 'teacher' and tensor_map.factor > 1
         return tensor_map.replicate(tensor / tensor_map.factor if divides else tensor)
 
-    def _parameters_of_both(self) -> Tuple[Dict[str, torch.Tensor], Dict[str, torch.Tensor]]:
-        """What teacher and student run on, from kernels that are merged once (Sec. 3.3). Differentiable."""
+    def _parameters_of_both(
+            self,
+            memory_format: torch.memory_format = torch.contiguous_format,
+    ) -> Tuple[Dict[str, torch.Tensor], Dict[str, torch.Tensor]]:
+        """What teacher and student run on, from kernels that are merged once (Sec. 3.3). Differentiable.
+
+        Args:
+            memory_format: of merged kernels.
+        """
         stored = dict(self.wide.named_parameters())
+        teacher, student = self._shared(stored)
         for name, branched, factor in self._branched:
-            stored[name] = branched(stored[name], factor)
+            teacher[name], student[name] = branched(
+                stored[name], factor, self.plan.tensors.get(name), memory_format)
         teacher, student = (
             {alias: tensors[name] for name, aliases in self._tied.items() for alias in aliases}
-            for tensors in self._shared(stored))
+            for tensors in (teacher, student))
         return teacher, student
 
     def teacher_parameters(self) -> Dict[str, torch.Tensor]:
@@ -266,6 +273,7 @@ class DynamicTeacher(nn.Module):
             # Their size is that of a student's, divided by the factor as inverse reparameterization does.
             factor = self._factors.get(weight, 1)
             gain = factor ** (0.5 if self.scale == 'student' else -0.5)
+            module.weight.data = module.weight.data.contiguous(memory_format=KERNEL_FORMAT)
             branched = BranchedKernel(module.weight, module.groups, self.branch_kinds, prior, gain)
             _add_submodule(self.branches, name, branched)
             self._branched.append((weight, branched, 1 / factor if self.scale == 'student' else 1.0))
@@ -322,6 +330,12 @@ class StudentView(nn.Module):
     def load_state_dict(self, state_dict: Dict[str, torch.Tensor], strict: bool = True, assign: bool = False):
         """Expands a plain student's ``state_dict`` into the dynamic teacher."""
         return self.dynamic_teacher.load_student(state_dict, strict=strict)
+
+
+def _memory_format(x: torch.Tensor) -> torch.memory_format:
+    """What convolutions of these images take kernels in without reordering them."""
+    is_channels_last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if is_channels_last else torch.contiguous_format
 
 
 def _named_tensors(model: nn.Module) -> List[Tuple[str, torch.Tensor]]:

@@ -5,7 +5,7 @@ import torch
 
 from .axes import TensorMap
 
-__all__ = ['SharedTensors']
+__all__ = ['SharedTensors', 'add_to_first_replicas']
 
 _BUCKET = 2 ** 20  # entries; large enough to spare small tensors a call each, small enough to free gradients early
 
@@ -98,14 +98,25 @@ class _Share(torch.autograd.Function):
             result[i] = grad
 
         used = [i for i in used if student[i] is not None]
-        narrow = _multiply([student[i] for i in used], [bucket.student_scales[i] for i in used])
-        replicas, parts = [], []
-        for i, grad in zip(used, narrow):
-            replicas += _first_replica_views(result[i], bucket.tensor_maps[i])
-            parts += _student_views(grad, bucket.tensor_maps[i])
-        if parts:
-            _add_parts(replicas, parts)
+        add_to_first_replicas(
+            [result[i] for i in used],
+            _multiply([student[i] for i in used], [bucket.student_scales[i] for i in used]),
+            [bucket.tensor_maps[i] for i in used])
         return None, *result
+
+
+def add_to_first_replicas(
+        teacher: Sequence[torch.Tensor],
+        student: Sequence[torch.Tensor],
+        tensor_maps: Sequence[TensorMap],
+) -> None:
+    """Adds student tensors to the first replicas in teacher tensors, in place, in one call for all."""
+    replicas, parts = [], []
+    for wide, narrow, tensor_map in zip(teacher, student, tensor_maps):
+        replicas += _first_replica_views(wide, tensor_map)
+        parts += _student_views(narrow, tensor_map)
+    if parts:
+        _add_parts(replicas, parts)
 
 
 @torch.library.custom_op('timm_gpd::add_parts', mutates_args=('into',))
