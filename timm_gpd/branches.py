@@ -206,9 +206,9 @@ class _Merge(torch.autograd.Function):
             kernel, scale_O, mixed_OKI, mixed_scale_O, patterns_OKP, pattern_scale_OP, pointwise_OPI,
             pw_OMI, pw_scale_O, dw_GMKI)
         kernel_OKI = _inputs_last(kernel)
-        merged = torch.empty_like(kernel, memory_format=memory_format)
-        merged_OKI = _inputs_last(merged)
-        for rows in _row_blocks(kernel_OKI, dw_GMKI):
+        blocks = _row_blocks(kernel_OKI, dw_GMKI)
+        merged = torch.empty_like(kernel, memory_format=memory_format) if len(blocks) > 1 else None
+        for rows in blocks:
             sum_OKI = kernel_OKI[rows] * scale_O[rows, None, None]
             if mixed_OKI is not None:
                 sum_OKI.addcmul_(mixed_OKI[rows], mixed_scale_O[rows, None, None])
@@ -221,7 +221,11 @@ class _Merge(torch.autograd.Function):
                 pw_GOMI = _split_groups(pw_OMI[rows] * pw_scale_O[rows, None, None], dw_GMKI)
                 for pw_GOI, dw_GKI in zip(pw_GOMI.unbind(2), dw_GMKI.unbind(1)):
                     sum_GOKI.addcmul_(pw_GOI[:, :, None], dw_GKI[:, None])
-            _reorder(merged_OKI[rows], sum_OKI)
+            block = sum_OKI.transpose(1, 2).unflatten(2, kernel.shape[2:])
+            if merged is None:
+                merged = _reorder(block, memory_format == torch.channels_last)
+            else:
+                merged[rows] = block
         if tensor_map is None:
             return merged
         return merged, tensor_map.first_replica(merged) * tensor_map.factor
@@ -271,11 +275,10 @@ def _sum_gradients(
         student_grad: Optional[torch.Tensor],
 ) -> torch.Tensor:
     """Gradient of the merged kernel, as the teacher's and as the student's: a new tensor, shape (O, K, I)."""
-    total = torch.empty_like(kernel, memory_format=KERNEL_FORMAT)
     if grad is None:
-        total.zero_()
+        total = torch.zeros_like(kernel, memory_format=KERNEL_FORMAT)
     else:
-        _reorder(total, grad)
+        total = _reorder(grad, channels_last=True)
     if student_grad is not None:
         add_to_first_replicas([total], [student_grad * tensor_map.factor], [tensor_map])
     return _inputs_last(total)
@@ -286,10 +289,15 @@ def _inputs_last(kernel: torch.Tensor) -> torch.Tensor:
     return kernel.flatten(2).transpose(1, 2)
 
 
-@torch.library.custom_op('timm_gpd::reorder', mutates_args=('result',))
-def _reorder(result: torch.Tensor, tensor: torch.Tensor) -> None:
-    """Copies. An operator of its own: what is fused with a change of order in memory is not vectorised."""
-    result.copy_(tensor)
+@torch.library.custom_op('timm_gpd::reorder', mutates_args=())
+def _reorder(kernel: torch.Tensor, channels_last: bool) -> torch.Tensor:
+    """A copy in another order. An operator of its own: what is fused with such a copy is not vectorised."""
+    return kernel.clone(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+
+@_reorder.register_fake
+def _(kernel: torch.Tensor, channels_last: bool) -> torch.Tensor:
+    return torch.empty_like(kernel, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 
 _BLOCK = 2 ** 20  # entries; a few tensors of that size fit a CPU's caches
