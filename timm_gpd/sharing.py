@@ -1,11 +1,13 @@
 """One set of stored tensors, read as the dynamic teacher's and as the student's."""
-from typing import Dict, Iterable, List, Mapping, NamedTuple, Sequence, Tuple
+from typing import Dict, Iterable, Iterator, List, Mapping, NamedTuple, Sequence, Tuple
 
 import torch
 
-from .axes import TensorMap
+from .axes import AxisMap, Segment, TensorMap
 
 __all__ = ['SharedTensors', 'add_to_first_replicas']
+
+Axes = Tuple[Tuple[int, AxisMap], ...]  # of a TensorMap
 
 _BUCKET = 2 ** 20  # entries; large enough to spare small tensors a call each, small enough to free gradients early
 
@@ -111,18 +113,42 @@ def add_to_first_replicas(
         tensor_maps: Sequence[TensorMap],
 ) -> None:
     """Adds student tensors to the first replicas in teacher tensors, in place, in one call for all."""
-    replicas, parts = [], []
-    for wide, narrow, tensor_map in zip(teacher, student, tensor_maps):
-        replicas += _first_replica_views(wide, tensor_map)
-        parts += _student_views(narrow, tensor_map)
-    if parts:
-        _add_parts(replicas, parts)
+    if teacher:
+        _add_to_first_replicas(list(teacher), list(student), _encode_axes(tensor_maps))
 
 
-@torch.library.custom_op('timm_gpd::add_parts', mutates_args=('into',))
-def _add_parts(into: List[torch.Tensor], parts: List[torch.Tensor]) -> None:
-    """Adds to strided views. An operator of its own: compiled, every entry of the whole would ask if it has a part."""
-    torch._foreach_add_(into, parts)
+@torch.library.custom_op('timm_gpd::add_to_first_replicas', mutates_args=('into',))
+def _add_to_first_replicas(into: List[torch.Tensor], parts: List[torch.Tensor], axes: List[int]) -> None:
+    """An operator of its own: compiled, every entry of the whole would ask if it has a part.
+
+    It makes the views itself. A compiler that lays the whole out in another order would not move views with it.
+    """
+    replicas, entries = [], []
+    for whole, part, tensor_axes in zip(into, parts, _decode_axes(axes)):
+        replicas += _first_replica_views(whole, tensor_axes)
+        entries += _student_views(part, tensor_axes)
+    torch._foreach_add_(replicas, entries)
+
+
+def _encode_axes(tensor_maps: Iterable[TensorMap]) -> List[int]:
+    """Axes of some tensors in the integers that an operator takes; each list is behind its length."""
+    numbers: List[int] = []
+    for tensor_map in tensor_maps:
+        numbers.append(len(tensor_map.axes))
+        for axis, axis_map in tensor_map.axes:
+            numbers += [axis, len(axis_map), *(number for segment in axis_map for number in segment)]
+    return numbers
+
+
+def _decode_axes(numbers: Iterable[int]) -> Iterator[Axes]:
+    numbers = iter(numbers)
+    for axis_count in numbers:
+        axes = []
+        for _ in range(axis_count):
+            axis, segment_count = next(numbers), next(numbers)
+            axes.append((axis, AxisMap(
+                Segment(next(numbers), next(numbers), next(numbers)) for _ in range(segment_count))))
+        yield tuple(axes)
 
 
 def _multiply(tensors: Sequence[torch.Tensor], scales: Sequence[float]) -> List[torch.Tensor]:
@@ -136,10 +162,10 @@ def _multiply(tensors: Sequence[torch.Tensor], scales: Sequence[float]) -> List[
     return result
 
 
-def _first_replica_views(tensor: torch.Tensor, tensor_map: TensorMap) -> List[torch.Tensor]:
+def _first_replica_views(tensor: torch.Tensor, axes: Axes) -> List[torch.Tensor]:
     """Views of a teacher tensor that together hold the student's entries, one for each combination of segments."""
     views = [tensor]
-    for axis, axis_map in reversed(tensor_map.axes):  # the last first: an axis that is split moves those behind it
+    for axis, axis_map in reversed(axes):  # the last first: an axis that is split moves those behind it
         sizes = [segment.teacher_size for segment in axis_map]
         views = [
             part.unflatten(axis, (-1, segment.ratio, segment.block)).select(axis + 1, 0)
@@ -148,10 +174,10 @@ def _first_replica_views(tensor: torch.Tensor, tensor_map: TensorMap) -> List[to
     return views
 
 
-def _student_views(tensor: torch.Tensor, tensor_map: TensorMap) -> List[torch.Tensor]:
+def _student_views(tensor: torch.Tensor, axes: Axes) -> List[torch.Tensor]:
     """Views of a student tensor, of the shapes and in the order of :func:`_first_replica_views`."""
     views = [tensor]
-    for axis, axis_map in reversed(tensor_map.axes):
+    for axis, axis_map in reversed(axes):
         sizes = [segment.size for segment in axis_map]
         views = [
             part.unflatten(axis, (-1, segment.block))
