@@ -171,6 +171,7 @@ def median_ratio(times: List[float], reference: List[float]) -> float:
 def peak_memory(bench: Bench, subject: str, steps: int = 3) -> int:
     """Bytes at the peak of a few steps, above what the process held before the models were made (Linux, or CUDA)."""
     step = bench.subject(subject)
+    step()  # compiles, and lays out what later steps use again
     if bench.device.type == 'cuda':
         torch.cuda.reset_peak_memory_stats()
     else:

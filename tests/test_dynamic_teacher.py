@@ -1,12 +1,13 @@
 """How one set of stored tensors runs as two models: gradients, gradient checkpointing, compilation."""
 import copy
+import shutil
 
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
 
-from timm_gpd import expand
+from timm_gpd import GapPreservingTask, expand
 from timm_gpd.axes import AxisMap, Segment, TensorMap
 from timm_gpd.sharing import SharedTensors
 
@@ -59,8 +60,9 @@ def test_a_tensor_that_one_model_uses_gets_its_gradient_and_an_unused_one_none(u
 def joint_gradients(teacher, call, x):
     """Of a loss whose gradient is the same for every sum order, by parameter name."""
     teacher.zero_grad()
-    student_logits, teacher_logits = call(x, joint=True)
-    (student_logits.square().sum() + teacher_logits.cos().sum()).backward()
+    student_logits, _, teacher_gradients = call(
+        x, joint=True, teacher_loss=lambda logits: {'loss': logits.cos().sum()})
+    (student_logits.square().sum() + teacher_gradients).backward()
     return {name: parameter.grad for name, parameter in teacher.named_parameters()}
 
 
@@ -93,17 +95,26 @@ STUDENTS = {
 
 
 @pytest.mark.parametrize('name, branches, backend', [
-    ('resnet', 6, 'aot_eager'), ('efficientnet', 6, 'eager'), ('vit', 1, 'eager')])
+    ('resnet', 6, 'aot_eager'), ('efficientnet', 6, 'eager'), ('vit', 1, 'eager'),
+    pytest.param('resnet', 1, 'inductor', marks=pytest.mark.skipif(not shutil.which('g++'), reason='needs a compiler')),
+])
 def test_compiles_as_one_graph(name, branches, backend):
     """No graph break anywhere in the joint step, and the same gradients."""
-    teacher = expand(STUDENTS[name](), num_branches=branches).double().train()
-    x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
-    twin = copy.deepcopy(teacher)
-    expected = joint_gradients(teacher, teacher, x)
+    task = GapPreservingTask(STUDENTS[name](), num_branches=branches, verbose=False).double().train()
+    x, target = torch.randn(2, 3, 32, 32, dtype=torch.float64), torch.arange(2)
+    compiled = copy.deepcopy(task)
     torch._dynamo.reset()
-    compiled = torch.compile(twin, backend=backend, fullgraph=True)
-    for parameter, gradient in joint_gradients(twin, compiled, x).items():
-        torch.testing.assert_close(gradient, expected[parameter], rtol=1e-7, atol=1e-9)
+    compiled.compile(backend=backend, fullgraph=True)
+    results = task(x, target), compiled(x, target)
+    assert set(results[0]) == set(results[1])
+    for key, expected in results[0].items():
+        torch.testing.assert_close(results[1][key], expected, rtol=1e-9, atol=1e-12)
+    for result in results:
+        result['loss'].backward()
+    gradients = [{name: parameter.grad for name, parameter in t.get_trainable_module().named_parameters()}
+                 for t in (task, compiled)]
+    for parameter, expected in gradients[0].items():
+        torch.testing.assert_close(gradients[1][parameter], expected, rtol=1e-7, atol=1e-9)
 
 
 @pytest.mark.parametrize('branches', [1, 6])

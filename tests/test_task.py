@@ -58,11 +58,8 @@ def test_loss_is_the_sum_of_its_terms(tiny_student, gpd_loss):
 
 
 def test_the_student_does_not_teach_the_teacher(tiny_student):
-    task = make_task(tiny_student)
-    result = task(*batch())
-    teacher_logits = result['teacher_output']
-    gradient, = torch.autograd.grad(result['gpd_loss'], teacher_logits, allow_unused=True)
-    assert gradient is None
+    result = make_task(tiny_student)(*batch())
+    assert result['gpd_loss'].requires_grad and not result['teacher_output'].requires_grad
 
 
 def test_mixup_targets(tiny_student):

@@ -78,10 +78,10 @@ class DistillationTask(BaseTask):
             ``loss``; ``output``, the student's logits, shape (B, num_classes); ``task_loss``, and ``kd/<loss>`` for
             every distillation loss.
         """
-        outputs, distillation = self.trainable_module(input, self.teacher(input), target)
-        task_loss = self.criterion(outputs['student'], target)
+        output, distillation = self.trainable_module(input, self.teacher(input), target)
+        task_loss = self.criterion(output, target)
         loss = self.task_loss_weight * task_loss + self.distill_loss_weight * sum(distillation.values())
-        return {'loss': loss, 'output': outputs['student'], 'task_loss': task_loss, **distillation}
+        return {'loss': loss, 'output': output, 'task_loss': task_loss, **distillation}
 
     def get_eval_model(self, module: Optional[nn.Module] = None, ema: bool = False) -> Optional[nn.Module]:
         """The student, without distillers."""

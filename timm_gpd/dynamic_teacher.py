@@ -1,22 +1,26 @@
 """The dynamic teacher: one set of parameters that runs as a wide teacher and as the student inside it."""
 import copy
 import re
-from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn as nn
 
 from .borrowing import call_with_parameters
 from .branches import KERNEL_FORMAT, BranchedKernel, branch_kinds, cosine_prior, is_branchable
+from .early_backward import backward_early
 from .model_copy import copy_model, parameterless_copy, wide_copy
 from .plan import ExpansionPlan
 from .planner import plan_expansion
 from .sharing import SharedTensors
 from .verify import verify_plan
 
-__all__ = ['DynamicTeacher', 'StudentView', 'expand', 'SCALES']
+__all__ = ['DynamicTeacher', 'StudentView', 'TeacherLoss', 'expand', 'SCALES']
 
 SCALES = ('student', 'teacher')
+
+# From the dynamic teacher's output to named tensors, the scalar 'loss' among them.
+TeacherLoss = Callable[[Any], Dict[str, torch.Tensor]]
 
 
 def expand(
@@ -112,19 +116,24 @@ class DynamicTeacher(nn.Module):
             self,
             x: torch.Tensor,
             joint: bool = False,
-    ) -> Union[torch.Tensor, Tuple[torch.Tensor, torch.Tensor]]:
+            teacher_loss: Optional[TeacherLoss] = None,
+    ) -> Union[torch.Tensor, Tuple[Any, ...]]:
         """Dynamic teacher's logits, or with ``joint`` those of student and teacher.
 
         Args:
             x: images, shape (B, in_chans, H, W).
             joint: whether to run the student too; a flag, so that wrappers such as DDP see one forward.
+            teacher_loss: turns the teacher's logits into named tensors, its scalar ``'loss'`` among them. Given, the
+                teacher's backward pass runs before the student's forward pass, see
+                :func:`timm_gpd.early_backward.backward_early`.
 
         Returns:
-            Teacher logits, shape (B, num_classes), or student logits and teacher logits.
+            Teacher logits, shape (B, num_classes); or student logits and teacher logits; or with ``teacher_loss``
+            student logits, what it returned, detached, and a scalar 0 that adds its gradients to the student's loss.
         """
-        teacher, student = self._parameters_of_both(_memory_format(x))
-        teacher_logits = call_with_parameters(self.wide, teacher, x)
-        return (call_with_parameters(self.student, student, x), teacher_logits) if joint else teacher_logits
+        if joint:
+            return self._run_both(x, self.student, self.wide, '', teacher_loss)
+        return call_with_parameters(self.wide, self._parameters_of_both(_memory_format(x))[0], x)
 
     def joint(self, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
         """Student and dynamic teacher on one batch, from one shared set of parameters.
@@ -137,22 +146,48 @@ class DynamicTeacher(nn.Module):
         """
         return self(x, joint=True)
 
-    def joint_tapped(self, x: torch.Tensor, student_tap: nn.Module, teacher_tap: nn.Module) -> Tuple[Any, Any]:
-        """What :meth:`joint` runs, each model through a module that holds it as ``model`` and is not its own.
+    def joint_tapped(
+            self,
+            x: torch.Tensor,
+            student_tap: nn.Module,
+            teacher_tap: nn.Module,
+            teacher_loss: Optional[TeacherLoss] = None,
+            loss_parameters: Iterable[nn.Parameter] = (),
+    ) -> Tuple[Any, ...]:
+        """What :meth:`forward` runs jointly, each model through a module that holds it as ``model`` and is not its own.
 
         Args:
             x: images, shape (B, in_chans, H, W).
             student_tap: holds ``student``.
             teacher_tap: holds ``wide``.
+            teacher_loss: takes what ``teacher_tap`` returns.
+            loss_parameters: those that ``teacher_loss`` computes with.
 
         Returns:
-            What the two modules return.
+            What the two modules return; in the place of the second :meth:`forward`'s two things of ``teacher_loss``.
         """
+        return self._run_both(x, student_tap, teacher_tap, 'model.', teacher_loss, loss_parameters)
+
+    def _run_both(
+            self,
+            x: torch.Tensor,
+            student_module: nn.Module,
+            teacher_module: nn.Module,
+            prefix: str,
+            teacher_loss: Optional[TeacherLoss],
+            loss_parameters: Iterable[nn.Parameter] = (),
+    ) -> Tuple[Any, ...]:
         teacher, student = (
-            {f'model.{name}': tensor for name, tensor in parameters.items()}
+            {prefix + name: tensor for name, tensor in parameters.items()}
             for parameters in self._parameters_of_both(_memory_format(x)))
-        teacher_output = call_with_parameters(teacher_tap, teacher, x)
-        return call_with_parameters(student_tap, student, x), teacher_output
+        if teacher_loss is None:
+            teacher_output = call_with_parameters(teacher_module, teacher, x)
+            return call_with_parameters(student_module, student, x), teacher_output
+        result, gradients = backward_early(
+            lambda parameters: teacher_loss(call_with_parameters(teacher_module, parameters, x)),
+            teacher, loss_parameters)
+        student_output = call_with_parameters(student_module, student, x)
+        return student_output, result, gradients()
 
     def forward_student(self, x: torch.Tensor) -> torch.Tensor:
         """Student's logits, shape (B, num_classes), for images of shape (B, in_chans, H, W)."""

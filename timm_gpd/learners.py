@@ -12,8 +12,8 @@ from .static_teacher import StaticTeacher
 
 __all__ = ['Learners', 'PairOfLearners', 'StudentLearner', 'examples']
 
-# What a learner's loss terms are called in a task's result.
-TERMS = {'student': 'kd', 'dynamic_teacher': 'teacher_kd'}
+# From a learner's logits and its distillation losses to named tensors, the scalar 'loss' among them.
+LearnerLoss = Callable[[torch.Tensor, Dict[str, torch.Tensor]], Dict[str, torch.Tensor]]
 
 
 class Learners(nn.Module):
@@ -23,7 +23,7 @@ class Learners(nn.Module):
 
     Args:
         model: what is trained, with the learners in it.
-        taps: one for every learner, by a name in ``TERMS``.
+        taps: one for every learner, by its name.
         settings: losses, from :func:`timm_gpd.distillers.distill_settings`.
         example_input: images, shape (B, in_chans, H, W).
         goal: the static teacher's output for them.
@@ -48,30 +48,16 @@ class Learners(nn.Module):
         """Every learner's output for images of shape (B, in_chans, H, W)."""
         raise NotImplementedError
 
-    def forward(
+    def learn(
             self,
-            x: torch.Tensor,
+            learner: str,
+            output: ModelOutput,
             goal: ModelOutput,
             target: torch.Tensor,
-    ) -> Tuple[Dict[str, torch.Tensor], Dict[str, torch.Tensor]]:
-        """Logits and distillation losses.
-
-        Args:
-            x: images, shape (B, in_chans, H, W).
-            goal: the static teacher's output for them.
-            target: class indices, shape (B,), or class probabilities, shape (B, num_classes).
-
-        Returns:
-            Logits by learner, each of shape (B, num_classes); and loss terms, scalars called ``kd/<loss>`` for the
-            student and ``teacher_kd/<loss>`` for the dynamic teacher, whose sum is L_KD.
-        """
-        outputs = self.run(x)
-        terms = {
-            f'{TERMS[learner]}/{name}': term
-            for learner, output in outputs.items()
-            for name, term in self.distillers[learner](output, goal, target).items()
-        }
-        return {learner: output.logits for learner, output in outputs.items()}, terms
+    ) -> Tuple[torch.Tensor, Dict[str, torch.Tensor]]:
+        """A learner's logits, shape (B, num_classes), and its loss terms, scalars ``kd/<loss>`` whose sum is L_KD."""
+        terms = self.distillers[learner](output, goal, target)
+        return output.logits, {f'kd/{name}': term for name, term in terms.items()}
 
     # -- what timm asks of what is trained --------------------------------------------------------------------------
 
@@ -96,6 +82,21 @@ class StudentLearner(Learners):
     def run(self, x: torch.Tensor) -> Dict[str, ModelOutput]:
         return {'student': self.taps['student'](x)}
 
+    def forward(
+            self,
+            x: torch.Tensor,
+            goal: ModelOutput,
+            target: torch.Tensor,
+    ) -> Tuple[torch.Tensor, Dict[str, torch.Tensor]]:
+        """Logits and distillation losses, see :meth:`learn`.
+
+        Args:
+            x: images, shape (B, in_chans, H, W).
+            goal: the static teacher's output for them.
+            target: class indices, shape (B,), or class probabilities, shape (B, num_classes).
+        """
+        return self.learn('student', self.taps['student'](x), goal, target)
+
 
 class PairOfLearners(Learners):
     """A dynamic teacher and the student inside it, which both learn from a static teacher."""
@@ -108,6 +109,31 @@ class PairOfLearners(Learners):
     def run(self, x: torch.Tensor) -> Dict[str, ModelOutput]:
         student, teacher = self.model.joint_tapped(x, self.taps['student'], self.taps['dynamic_teacher'])
         return {'student': student, 'dynamic_teacher': teacher}
+
+    def forward(
+            self,
+            x: torch.Tensor,
+            goal: ModelOutput,
+            target: torch.Tensor,
+            teacher_loss: LearnerLoss,
+    ) -> Tuple[torch.Tensor, Dict[str, torch.Tensor], Dict[str, torch.Tensor], torch.Tensor]:
+        """Logits and distillation losses of the student, and what the dynamic teacher makes of its own.
+
+        Args:
+            x: images, shape (B, in_chans, H, W).
+            goal: the static teacher's output for them.
+            target: class indices, shape (B,), or class probabilities, shape (B, num_classes).
+            teacher_loss: see :meth:`DynamicTeacher.forward`; takes what :meth:`learn` returns.
+
+        Returns:
+            What :meth:`learn` returns for the student, and as from the dynamic teacher what ``teacher_loss`` returned
+            and a scalar 0 with its gradients.
+        """
+        output, *teacher = self.model.joint_tapped(
+            x, self.taps['student'], self.taps['dynamic_teacher'],
+            lambda output: teacher_loss(*self.learn('dynamic_teacher', output, goal, target)),
+            self.distillers['dynamic_teacher'].parameters())
+        return *self.learn('student', output, goal, target), *teacher
 
 
 def examples(

@@ -1,5 +1,6 @@
 """Gap Preserving Distillation as one more of timm's training tasks."""
 import logging
+from functools import partial
 from typing import Any, Dict, Mapping, Optional, Sequence, Union
 
 import torch
@@ -121,20 +122,29 @@ class GapPreservingTask(BaseTask):
             and every term without a, b and w: ``task_loss``, ``teacher_task_loss``, ``gpd_loss``, and with a static
             teacher ``kd/<loss>`` and ``teacher_kd/<loss>`` for every distillation loss.
         """
-        distillation: Dict[str, torch.Tensor] = {}
+        teacher_loss = partial(self._learner_loss, target)
         if self.teacher is None:
-            output, teacher_output = self.trainable_module(input, joint=True)
+            logits, teacher, gradients = self.trainable_module(input, joint=True, teacher_loss=teacher_loss)
+            distillation = None
         else:
-            outputs, distillation = self.trainable_module(input, self.teacher(input), target)
-            output, teacher_output = outputs['student'], outputs['dynamic_teacher']
-        terms = {
-            'task_loss': self.criterion(output, target),
-            'teacher_task_loss': self.criterion(teacher_output, target),
-            'gpd_loss': self.gpd_loss(output, teacher_output),
-        }
-        loss = self.task_loss_weight * (terms['task_loss'] + terms['teacher_task_loss'])
-        loss = loss + self.gpd_weight * terms['gpd_loss'] + self.distill_loss_weight * sum(distillation.values())
-        return {'loss': loss, 'output': output, 'teacher_output': teacher_output, **terms, **distillation}
+            logits, distillation, teacher, gradients = self.trainable_module(
+                input, self.teacher(input), target, teacher_loss=teacher_loss)
+        student = self._learner_loss(target, logits, distillation)
+        student['gpd_loss'] = self.gpd_loss(logits, teacher['output'])
+        loss = student.pop('loss') + teacher.pop('loss') + gradients + self.gpd_weight * student['gpd_loss']
+        return {'loss': loss, **student, **{f'teacher_{name}': value for name, value in teacher.items()}}
+
+    def _learner_loss(
+            self,
+            target: torch.Tensor,
+            logits: torch.Tensor,
+            distillation: Optional[Mapping[str, torch.Tensor]] = None,
+    ) -> Dict[str, torch.Tensor]:
+        """One model's share of the loss, its logits, and its terms."""
+        distillation = distillation or {}
+        task_loss = self.criterion(logits, target)
+        loss = self.task_loss_weight * task_loss + self.distill_loss_weight * sum(distillation.values())
+        return {'loss': loss, 'output': logits, 'task_loss': task_loss, **distillation}
 
     def get_dynamic_teacher(self, ema: bool = False) -> DynamicTeacher:
         """The dynamic teacher itself, without wrappers: calling it gives the teacher's logits."""
