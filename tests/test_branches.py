@@ -29,18 +29,22 @@ def branched_kernel(inputs, outputs, size, groups, kinds=BRANCH_KINDS, **_):
     branched = BranchedKernel(kernel, groups, kinds, cosine_prior(outputs, size))
     for parameter in branched.parameters():
         nn.init.normal_(parameter)
-    return branched, kernel
+    return branched
 
 
-def run_branch(kind, branched, kernel, x, inputs, outputs, size, groups, stride, dilation):
+def run_branch(kind, branched, x, inputs, outputs, size, groups, stride, dilation):
     """The branch's output as the layers that it stands for, without padding, before its scale."""
     large = dict(stride=stride, dilation=dilation)
+
+    def four_dimensional(kernel_OKI):
+        return kernel_OKI.transpose(1, 2).unflatten(2, (size, size))
+
     if kind == 'kxk':
-        return F.conv2d(x, kernel, groups=groups, **large)
+        return F.conv2d(x, four_dimensional(branched.kernel), groups=groups, **large)
     if kind == '1x1_kxk':
         mix = branched.mix + torch.eye(inputs // groups, dtype=x.dtype)
         mixed = F.conv2d(x, mix.reshape(inputs, -1, 1, 1), groups=groups)
-        return F.conv2d(mixed, branched.mixed_kernel.transpose(1, 2).reshape(kernel.shape), groups=groups, **large)
+        return F.conv2d(mixed, four_dimensional(branched.mixed_kernel), groups=groups, **large)
     if kind == 'dw_pw':  # stored with inputs last
         dw = branched.dw.unflatten(0, (groups, 8)).permute(0, 3, 1, 2)
         spread = F.conv2d(x, dw.reshape(inputs * 8, 1, size, size), groups=inputs, **large)
@@ -56,42 +60,44 @@ def run_branch(kind, branched, kernel, x, inputs, outputs, size, groups, stride,
 
 @pytest.mark.parametrize('convolution', CONVOLUTIONS.values(), ids=CONVOLUTIONS)
 def test_the_merged_kernel_is_the_sum_of_the_branches_as_layers(convolution):
-    branched, kernel = branched_kernel(**convolution)
+    branched = branched_kernel(**convolution)
     x = torch.randn(2, convolution['inputs'], 15, 15, dtype=torch.float64)
     conv = {key: convolution[key] for key in ('stride', 'dilation', 'groups')}
     expected = sum(
-        branched.scale[j].view(-1, 1, 1) * run_branch(kind, branched, kernel, x, **convolution)
+        branched.scale[j].view(-1, 1, 1) * run_branch(kind, branched, x, **convolution)
         for j, kind in enumerate(BRANCH_KINDS))
-    torch.testing.assert_close(F.conv2d(x, branched(kernel)[0], **conv), expected, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(F.conv2d(x, branched()[0], **conv), expected, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize('kinds', [BRANCH_KINDS, *[('kxk', kind) for kind in BRANCH_KINDS[1:]]], ids='+'.join)
 def test_gradients_of_the_merge(kinds):
-    branched, kernel = branched_kernel(inputs=4, outputs=4, size=3, groups=2, kinds=kinds)
+    branched = branched_kernel(inputs=4, outputs=4, size=3, groups=2, kinds=kinds)
     names = [name for name, _ in branched.named_parameters()]
 
-    def merge(kernel, *parameters):
-        return torch.func.functional_call(branched, dict(zip(names, parameters)), (kernel,))[0]
+    def merge(*parameters):
+        return torch.func.functional_call(branched, dict(zip(names, parameters)))[0]
 
-    assert torch.autograd.gradcheck(merge, (kernel.requires_grad_(), *branched.parameters()))
+    assert torch.autograd.gradcheck(merge, tuple(branched.parameters()))
+
+
+# From 6 x 2 to 12 x 4 channels.
+TENSOR_MAP = TensorMap((6, 2, 3, 3), ((0, AxisMap.uniform(6, 2)), (1, AxisMap.uniform(2, 2))), sum_axis=1)
 
 
 @pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
 def test_order_in_memory_does_not_show(memory_format, monkeypatch):
     """Kernels and gradients are those of one block, whatever order they are in and in however many blocks."""
-    tensor_map = TensorMap((6, 2, 3, 3), ((0, AxisMap.uniform(6, 2)), (1, AxisMap.uniform(2, 2))), sum_axis=1)
     results = []
     for block in (branches._BLOCK, 3 * 4 * 9):  # rows 12, and rows 2 of 12
         monkeypatch.setattr(branches, '_BLOCK', block)
         torch.manual_seed(0)
-        branched, kernel = branched_kernel(inputs=4, outputs=12, size=3, groups=1)
+        branched = branched_kernel(inputs=4, outputs=12, size=3, groups=1)
         other = {} if not results else dict(memory_format=memory_format)
-        kernel = kernel.contiguous(**other).requires_grad_()
-        merged = branched(kernel, 0.5, tensor_map, **other)
+        merged = branched(0.5, TENSOR_MAP, **other)
         assert all(tensor.is_contiguous(**other) for tensor in merged)
         loss = sum((tensor * torch.randn(tensor.shape)).sum() for tensor in merged)
-        results.append([*merged, *torch.autograd.grad(loss, [kernel, *branched.parameters()])])
-    assert len(branches._row_blocks(branches._inputs_last(kernel), branched.dw[None])) == 6
+        results.append([*merged, *torch.autograd.grad(loss, list(branched.parameters()))])
+    assert len(branches._row_blocks(branched.kernel, branched.dw[None])) == 6
     for one, many in zip(*results):
         torch.testing.assert_close(many, one, rtol=1e-12, atol=1e-12)
 
@@ -99,24 +105,23 @@ def test_order_in_memory_does_not_show(memory_format, monkeypatch):
 @pytest.mark.parametrize('used', [(True, False), (False, True), (True, True)], ids=str)
 def test_gradients_of_teacher_and_student_meet_in_the_merge(used):
     """They are those of slicing what is merged, whichever of the two models has a loss."""
-    tensor_map = TensorMap((6, 2, 3, 3), ((0, AxisMap.uniform(6, 2)), (1, AxisMap.uniform(2, 2))), sum_axis=1)
-    branched, kernel = branched_kernel(inputs=4, outputs=12, size=3, groups=1)
-    inputs = [kernel.requires_grad_(), *branched.parameters()]
+    branched = branched_kernel(inputs=4, outputs=12, size=3, groups=1)
+    inputs = list(branched.parameters())
     weights = [torch.randn(shape) * factor for shape, factor in zip([(12, 4, 3, 3), (6, 2, 3, 3)], used)]
 
     def gradients(teacher, student):
         losses = [(tensor * weight).sum() for tensor, weight, use in zip((teacher, student), weights, used) if use]
         return torch.autograd.grad(sum(losses), inputs)
 
-    merged = branched(kernel, 0.5)[0]
-    expected = gradients(merged, tensor_map.first_replica(merged) * tensor_map.factor)
-    for gradient, reference in zip(gradients(*branched(kernel, 0.5, tensor_map)), expected):
+    merged = branched(0.5)[0]
+    expected = gradients(merged, TENSOR_MAP.first_replica(merged) * TENSOR_MAP.factor)
+    for gradient, reference in zip(gradients(*branched(0.5, TENSOR_MAP)), expected):
         torch.testing.assert_close(gradient, reference, rtol=1e-12, atol=1e-12)
 
 
 def test_the_factor_multiplies_what_is_merged():
-    branched, kernel = branched_kernel(**CONVOLUTIONS['grouped'])
-    torch.testing.assert_close(branched(kernel, 0.25)[0], 0.25 * branched(kernel)[0], rtol=1e-12, atol=1e-12)
+    branched = branched_kernel(**CONVOLUTIONS['grouped'])
+    torch.testing.assert_close(branched(0.25)[0], 0.25 * branched()[0], rtol=1e-12, atol=1e-12)
 
 
 def test_mixed_precision():
@@ -124,13 +129,12 @@ def test_mixed_precision():
     gradients = []
     for enabled in (False, True):
         torch.manual_seed(0)
-        branched, kernel = branched_kernel(inputs=8, outputs=16, size=3, groups=1)
-        branched, kernel = branched.float(), kernel.float().requires_grad_()
+        branched = branched_kernel(inputs=8, outputs=16, size=3, groups=1).float()
         with torch.autocast('cpu', torch.bfloat16, enabled=enabled):
-            merged, _ = branched(kernel)
+            merged, _ = branched()
         assert merged.dtype == torch.float32
-        gradients.append(torch.autograd.grad((merged * torch.randn_like(merged)).sum(), [
-            kernel, *branched.parameters()]))
+        gradients.append(torch.autograd.grad(
+            (merged * torch.randn_like(merged)).sum(), list(branched.parameters())))
     for full, mixed in zip(*gradients):
         assert relative_error(mixed, full) <= 0.02
 
@@ -213,7 +217,7 @@ def test_starts_exact(name, scale):
 def train(teacher, steps, **sgd):
     optimizer = torch.optim.SGD(teacher.parameters(), **sgd)
     generator = torch.Generator().manual_seed(1)
-    weight = next(teacher.parameters())
+    weight = next(iter(teacher.teacher_parameters().values()))
     for _ in range(steps):
         x = torch.randn(8, weight.shape[1], 64, 64, generator=generator).to(weight)
         target = torch.randint(10, (8,), generator=generator)
@@ -315,5 +319,5 @@ def test_a_frequency_without_a_pattern_is_exactly_0(size):
 
 def test_channels_last_reorders_no_branch():
     """A memory format is for images and kernels: a branch in it would have its inputs apart in memory."""
-    branched, _ = branched_kernel(inputs=8, outputs=16, size=3, groups=2)
+    branched = branched_kernel(inputs=8, outputs=16, size=3, groups=2)
     assert all(tensor.is_contiguous() for tensor in branched.to(memory_format=torch.channels_last).parameters())

@@ -142,9 +142,12 @@ def test_extracted_models_are_ordinary_ones_with_the_same_functions(name, branch
         optimizer.step()
         optimizer.zero_grad()
     student, teacher = dynamic_teacher.eval().extract_student(), dynamic_teacher.extract_teacher()
-    wide = dict(dynamic_teacher.wide.named_parameters())
-    assert list(dict(teacher.named_parameters())) == list(wide)
-    assert all(p.shape == wide[n].shape and p.data_ptr() != wide[n].data_ptr() for n, p in teacher.named_parameters())
+    names = [name for name, _ in student.named_parameters()]
+    memory = {parameter.data_ptr() for parameter in dynamic_teacher.parameters()}
+    for plain, tensors in ((teacher, dynamic_teacher.teacher_parameters()),
+                           (student, dynamic_teacher.student_parameters())):
+        assert [name for name, _ in plain.named_parameters()] == names
+        assert all(p.equal(tensors[n]) and p.data_ptr() not in memory for n, p in plain.named_parameters())
     with torch.no_grad():
         student_logits, teacher_logits = dynamic_teacher.joint(x)
         assert not torch.allclose(student_logits, teacher_logits)

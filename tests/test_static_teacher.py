@@ -186,9 +186,10 @@ def test_layer_decay_and_weight_decay_are_the_students(task_class):
     assert scales == {1.0}
 
 
-@pytest.mark.parametrize('task_class', TASKS)
-def test_clipping_spares_the_head_of_the_model_alone(task_class):
-    task = make_task(task_class, WITH_STATE)
+@pytest.mark.parametrize('task_class, settings', [
+    (DistillationTask, {}), (GapPreservingTask, {}), (GapPreservingTask, {'num_branches': 6})])
+def test_clipping_spares_the_head_of_the_model_alone(task_class, settings):
+    task = make_task(task_class, WITH_STATE, **settings)
     everything, clipped = (set(task.get_clip_parameters(exclude_head=flag)) for flag in (False, True))
     assert everything == set(task.get_trainable_module().parameters())
     model = task.get_dynamic_teacher().wide if task_class is GapPreservingTask else task.get_eval_model()

@@ -14,13 +14,11 @@ from torch.autograd.function import once_differentiable
 from .axes import TensorMap
 from .sharing import add_to_first_replicas
 
-__all__ = ['BRANCH_KINDS', 'KERNEL_FORMAT', 'BranchedKernel', 'branch_kinds', 'cosine_prior', 'is_branchable']
+__all__ = ['BRANCH_KINDS', 'BranchedKernel', 'branch_kinds', 'cosine_prior', 'is_branchable']
 
 BRANCH_KINDS = ('kxk', 'avg', 'freq', '1x1_kxk', '1x1', 'dw_pw')
 _PATTERNED = ('avg', 'freq', '1x1')  # a 1x1 weight times one fixed spatial pattern per output channel
 _DW_MULTIPLIER = 8
-# What a kernel is kept in, whatever images are in: its entries are then in the order of the branches'.
-KERNEL_FORMAT = torch.channels_last
 
 
 def branch_kinds(num_branches: int, branches: Optional[Sequence[str]] = None) -> Tuple[str, ...]:
@@ -77,12 +75,12 @@ def cosine_prior(channels: int, size: int) -> torch.Tensor:
 
 
 class BranchedKernel(nn.Module):
-    """The branches beside one convolution's kernel, and the kernel that all of them merge into.
+    """One convolution's branches, the first of them a plain kernel, and the kernel that all of them merge into.
 
     With o an output channel, i an input channel of its group, and s a branch's scale for that output channel, the
     branches add to the merged kernel W[o, i]:
 
-    - ``kxk``: s K[o, i], the kernel that :meth:`forward` is given
+    - ``kxk``: s K[o, i], the kernel that it starts from
     - ``avg``: s A[o, i] times the mean over k x k
     - ``freq``: s B[o, i] times a fixed cosine pattern of channel o
     - ``1x1_kxk``: s sum_t V[o, t] (1 + D)[t, i], a 1x1 of as many outputs as inputs, then a k x k
@@ -93,7 +91,7 @@ class BranchedKernel(nn.Module):
     other parameter decays towards 0, scales included.
 
     Args:
-        kernel: the convolution's kernel, shape (O, I / groups, k, k): gives shape, dtype and device, and is not kept.
+        kernel: the convolution's kernel, shape (O, I / groups, k, k).
         groups: the convolution's groups.
         kinds: see :func:`branch_kinds`.
         prior: patterns of ``freq``, shape (O, k, k).
@@ -117,10 +115,11 @@ class BranchedKernel(nn.Module):
         patterns['1x1'][:, size // 2, size // 2] = 1
         self.patterned = tuple(kind for kind in self.kinds if kind in _PATTERNED)
 
-        self.scale = nn.Parameter(kernel.new_zeros(len(self.kinds), outputs))
-        self.reset_scale()
         # Inputs are last in memory: long enough to compute with, as k * k is not. No tensor has four dimensions, or
         # Module.to would reorder it for channels_last.
+        self.kernel = nn.Parameter(kernel.new_empty(outputs, size ** 2, group_inputs))
+        self.scale = nn.Parameter(kernel.new_empty(len(self.kinds), outputs))
+        self.restart(kernel)
         if self.patterned:
             self.register_buffer('patterns', torch.stack(
                 [patterns[kind].flatten(1) for kind in self.patterned], dim=2).to(kernel))  # (O, k * k, patterns)
@@ -134,28 +133,28 @@ class BranchedKernel(nn.Module):
             self.pw = _kaiming(kernel, (outputs, _DW_MULTIPLIER, group_inputs), group_inputs * _DW_MULTIPLIER, gain)
 
     @torch.no_grad()
-    def reset_scale(self) -> None:
-        """Gives the kernel itself scale 1 and every other branch 0: what is merged is the kernel."""
+    def restart(self, kernel: torch.Tensor) -> None:
+        """Takes a kernel of shape (O, I / groups, k, k), with scale 1 and 0 for all other branches: it is what merges."""
+        self.kernel.copy_(_inputs_last(kernel))
         self.scale.zero_()
         self.scale[0] = 1
 
     def forward(
             self,
-            kernel: torch.Tensor,
             factor: float = 1.0,
             tensor_map: Optional[TensorMap] = None,
             memory_format: torch.memory_format = torch.contiguous_format,
     ) -> Tuple[torch.Tensor, torch.Tensor]:
-        """Merges all branches with the kernel, once for both models. Differentiable once.
+        """Merges all branches, once for both models. Differentiable once.
 
         Args:
-            kernel: shape (O, I / groups, k, k), best with :data:`KERNEL_FORMAT`.
             factor: what the merged kernel is multiplied by, to be the teacher's.
             tensor_map: how the student's kernel widens to the teacher's. Without one both are the same.
             memory_format: of what is returned: the images' that it convolves.
 
         Returns:
-            The teacher's kernel, of the same shape, and the student's: first replicas of it, times the map's factor.
+            The teacher's kernel, shape (O, I / groups, k, k), and the student's: first replicas of it, times the map's
+            factor.
         """
         scale = dict(zip(self.kinds, self.scale * factor))
         mixed = pattern_scale = patterns = pointwise = pw = dw = None
@@ -168,7 +167,7 @@ class BranchedKernel(nn.Module):
         if 'dw_pw' in self.kinds:
             pw, dw = self.pw, self.dw.unflatten(0, (self.groups, _DW_MULTIPLIER))
         merged = _Merge.apply(
-            memory_format, tensor_map, kernel, scale['kxk'], mixed, scale.get('1x1_kxk'),
+            self.shape, memory_format, tensor_map, self.kernel, scale['kxk'], mixed, scale.get('1x1_kxk'),
             patterns, pattern_scale, pointwise, pw, scale.get('dw_pw'), dw)
         return (merged, merged) if tensor_map is None else merged
 
@@ -177,7 +176,7 @@ class BranchedKernel(nn.Module):
 
 
 class _Merge(torch.autograd.Function):
-    """Sum of a kernel and its branches, and its gradients, in blocks of outputs that stay in a processor's cache.
+    """Sum of the branches, and its gradients, in blocks of outputs that stay in a processor's cache.
 
     Dimensions: O outputs, G groups, I inputs of a group, K = k * k places, P patterns, M the depthwise multiplier. A
     branch that is not there is None. Small sums, over P and M, are made term by term: in blocks that is nearly as fast
@@ -187,9 +186,10 @@ class _Merge(torch.autograd.Function):
     @staticmethod
     def forward(
             ctx,
+            shape: Tuple[int, ...],
             memory_format: torch.memory_format,
             tensor_map: Optional[TensorMap],
-            kernel: torch.Tensor,
+            kernel_OKI: torch.Tensor,
             scale_O: torch.Tensor,
             mixed_OKI: Optional[torch.Tensor],
             mixed_scale_O: Optional[torch.Tensor],
@@ -200,14 +200,15 @@ class _Merge(torch.autograd.Function):
             pw_scale_O: Optional[torch.Tensor],
             dw_GMKI: Optional[torch.Tensor],
     ):
-        ctx.tensor_map = tensor_map
+        ctx.shape, ctx.tensor_map = shape, tensor_map
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(
-            kernel, scale_O, mixed_OKI, mixed_scale_O, patterns_OKP, pattern_scale_OP, pointwise_OPI,
+            kernel_OKI, scale_O, mixed_OKI, mixed_scale_O, patterns_OKP, pattern_scale_OP, pointwise_OPI,
             pw_OMI, pw_scale_O, dw_GMKI)
-        kernel_OKI = _inputs_last(kernel)
         blocks = _row_blocks(kernel_OKI, dw_GMKI)
-        merged = torch.empty_like(kernel, memory_format=memory_format) if len(blocks) > 1 else None
+        merged = None
+        if len(blocks) > 1:
+            merged = torch.empty(shape, dtype=kernel_OKI.dtype, device=kernel_OKI.device, memory_format=memory_format)
         for rows in blocks:
             sum_OKI = kernel_OKI[rows] * scale_O[rows, None, None]
             if mixed_OKI is not None:
@@ -221,7 +222,7 @@ class _Merge(torch.autograd.Function):
                 pw_GOMI = _split_groups(pw_OMI[rows] * pw_scale_O[rows, None, None], dw_GMKI)
                 for pw_GOI, dw_GKI in zip(pw_GOMI.unbind(2), dw_GMKI.unbind(1)):
                     sum_GOKI.addcmul_(pw_GOI[:, :, None], dw_GKI[:, None])
-            block = sum_OKI.transpose(1, 2).unflatten(2, kernel.shape[2:])
+            block = sum_OKI.transpose(1, 2).unflatten(2, shape[2:])
             if merged is None:
                 merged = _reorder(block, memory_format == torch.channels_last)
             else:
@@ -233,19 +234,22 @@ class _Merge(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Optional[torch.Tensor], student_grad: Optional[torch.Tensor] = None):
-        (kernel, scale_O, mixed_OKI, mixed_scale_O, patterns_OKP, pattern_scale_OP, pointwise_OPI,
+        (kernel_OKI, scale_O, mixed_OKI, mixed_scale_O, patterns_OKP, pattern_scale_OP, pointwise_OPI,
          pw_OMI, pw_scale_O, dw_GMKI) = ctx.saved_tensors
-        grads = [None if tensor is None else torch.empty_like(tensor) for tensor in ctx.saved_tensors]
+        grads = [
+            None if tensor is None or tensor is patterns_OKP else torch.empty_like(tensor)
+            for tensor in ctx.saved_tensors]
         (kernel_grad, scale_grad, mixed_grad, mixed_scale_grad, _, pattern_scale_grad, pointwise_grad,
          pw_grad, pw_scale_grad, dw_grad_GMKI) = grads
-        kernel_OKI, kernel_grad_OKI = _inputs_last(kernel), _inputs_last(kernel_grad)
-        grad_OKI = _sum_gradients(kernel, ctx.tensor_map, grad, student_grad)
+        if grad is None:
+            grad = kernel_OKI.new_zeros(()).expand(ctx.shape)
+        grad_OKI = _sum_gradients(grad, student_grad, ctx.tensor_map)
         if dw_grad_GMKI is not None:
             dw_grad_GMKI.zero_()
         for rows in _row_blocks(kernel_OKI, dw_GMKI):
             block_OKI = grad_OKI[rows]
             scale_grad[rows] = _dot_rows(block_OKI, kernel_OKI[rows])
-            torch.mul(block_OKI, scale_O[rows, None, None], out=kernel_grad_OKI[rows])
+            torch.mul(block_OKI, scale_O[rows, None, None], out=kernel_grad[rows])
             if mixed_OKI is not None:
                 mixed_scale_grad[rows] = _dot_rows(block_OKI, mixed_OKI[rows])
                 torch.mul(block_OKI, mixed_scale_O[rows, None, None], out=mixed_grad[rows])
@@ -265,20 +269,16 @@ class _Merge(torch.autograd.Function):
                 pw_scale_GO = _split_groups(pw_scale_O[rows], dw_GMKI)
                 for grad_GOI, dw_grad_GMI in zip(grad_GOKI.unbind(2), dw_grad_GMKI.unbind(2)):
                     dw_grad_GMI += _sum_outputs(pw_scale_GO, grad_GOI[:, :, None] * pw_GOMI)
-        return None, None, *grads
+        return None, None, None, *grads
 
 
 def _sum_gradients(
-        kernel: torch.Tensor,
-        tensor_map: Optional[TensorMap],
-        grad: Optional[torch.Tensor],
+        grad: torch.Tensor,
         student_grad: Optional[torch.Tensor],
+        tensor_map: Optional[TensorMap],
 ) -> torch.Tensor:
     """Gradient of the merged kernel, as the teacher's and as the student's: a new tensor, shape (O, K, I)."""
-    if grad is None:
-        total = torch.zeros_like(kernel, memory_format=KERNEL_FORMAT)
-    else:
-        total = _reorder(grad, channels_last=True)
+    total = _reorder(grad, channels_last=True)
     if student_grad is not None:
         add_to_first_replicas([total], [student_grad * tensor_map.factor], [tensor_map])
     return _inputs_last(total)

@@ -1,13 +1,13 @@
 """The dynamic teacher: one set of parameters that runs as a wide teacher and as the student inside it."""
 import copy
 import re
-from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn as nn
 
 from .borrowing import call_with_parameters
-from .branches import KERNEL_FORMAT, BranchedKernel, branch_kinds, cosine_prior, is_branchable
+from .branches import BranchedKernel, branch_kinds, cosine_prior, is_branchable
 from .early_backward import backward_early
 from .model_copy import copy_model, parameterless_copy, wide_copy
 from .plan import ExpansionPlan
@@ -73,8 +73,8 @@ class DynamicTeacher(nn.Module):
     Attributes:
         wide: the student's class with wider tensors. Under ``scale='student'`` its weights are stored times the
             factor that the plan divides them by, and divided when it runs.
-        branches: what is beside the kernels of ``wide``, under the names of their convolutions. They merge with what
-            is stored there, in its convention, into the teacher's kernel, which both models read.
+        branches: kernels of ``wide`` that have branches, under the names of their convolutions, which have none of
+            their own. They merge, in the convention of ``wide``, into the teacher's kernel, which both models read.
         student: the student's class without parameters.
         plan: how one maps to the other.
         scale: ``'student'`` or ``'teacher'``, see :func:`expand`.
@@ -100,14 +100,15 @@ class DynamicTeacher(nn.Module):
         if noise:
             self._add_noise(noise)
         self.branches = nn.Module()
-        self._branched: List[Tuple[str, BranchedKernel, float]] = []
+        self._branched: Dict[str, BranchedKernel] = {}  # by name of the weight
         if len(self.branch_kinds) > 1:
             self._add_branches()
-        merged = {name for name, *_ in self._branched}
+        is_student = scale == 'student'
+        self._teacher_scales = {name: 1 / factor for name, factor in self._factors.items()} if is_student else {}
         self._shared = SharedTensors(
-            {name: plan.tensors[name] for name in self._tied if name in plan.tensors and name not in merged},
-            {name: 1 / factor for name, factor in self._factors.items()} if scale == 'student' else {},
-            self._factors if scale == 'teacher' else {})
+            {name: plan.tensors[name] for name in self._tied if name in plan.tensors and name not in self._branched},
+            self._teacher_scales,
+            {} if is_student else self._factors)
         self.train(student.training)
 
     # -- the two models ---------------------------------------------------------------------------------------------
@@ -212,11 +213,10 @@ class DynamicTeacher(nn.Module):
         Args:
             memory_format: of merged kernels.
         """
-        stored = dict(self.wide.named_parameters())
-        teacher, student = self._shared(stored)
-        for name, branched, factor in self._branched:
+        teacher, student = self._shared(dict(self.wide.named_parameters()))
+        for name, branched in self._branched.items():
             teacher[name], student[name] = branched(
-                stored[name], factor, self.plan.tensors.get(name), memory_format)
+                self._teacher_scales.get(name, 1.0), self.plan.tensors.get(name), memory_format)
         teacher, student = (
             {alias: tensors[name] for name, aliases in self._tied.items() for alias in aliases}
             for tensors in (teacher, student))
@@ -249,11 +249,13 @@ class DynamicTeacher(nn.Module):
         wide = dict(_named_tensors(self.wide))
         buffers = dict(self.student.named_buffers())
         for name, tensor in _named_tensors(plain):
-            wide[name].copy_(self._stored(name, tensor))
+            stored = self._stored(name, tensor)
+            if name in self._branched:
+                self._branched[name].restart(stored)
+            else:
+                wide[name].copy_(stored)
             if name in buffers:
                 buffers[name].copy_(tensor)
-        for _, branched, _ in self._branched:
-            branched.reset_scale()
         return result
 
     @torch.no_grad()
@@ -263,17 +265,7 @@ class DynamicTeacher(nn.Module):
         Returns:
             A new model, in this module's mode, that shares no memory with it.
         """
-        student = copy.deepcopy(self.student)
-        owners = dict(student.named_modules())
-        made: Dict[str, nn.Parameter] = {}
-        first = {alias: name for name, aliases in self._tied.items() for alias in aliases}
-        for name, tensor in self.student_parameters().items():
-            if first[name] not in made:
-                made[first[name]] = nn.Parameter(
-                    tensor.detach().clone(memory_format=torch.contiguous_format), self._requires_grad[first[name]])
-            owner, _, key = name.rpartition('.')
-            owners[owner]._parameters[key] = made[first[name]]
-        return student
+        return self._fill_slots(copy.deepcopy(self.student), self.student_parameters())
 
     @torch.no_grad()
     def extract_teacher(self) -> nn.Module:
@@ -283,7 +275,21 @@ class DynamicTeacher(nn.Module):
             A new model of the student's class, in this module's mode, that shares no memory with it.
         """
         parameters = self.teacher_parameters()
-        return copy_model(self.wide, lambda name, tensor: parameters.get(name, tensor).detach().clone())
+        teacher = copy_model(self.wide, lambda name, tensor: parameters.get(name, tensor).detach().clone())
+        return self._fill_slots(teacher, {name: parameters[name] for name in self._branched})
+
+    def _fill_slots(self, model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> nn.Module:
+        """Puts copies of tensors into a model as its parameters, tied as the student's are."""
+        owners = dict(model.named_modules())
+        for name, aliases in self._tied.items():
+            if name not in tensors:
+                continue
+            parameter = nn.Parameter(
+                tensors[name].detach().clone(memory_format=torch.contiguous_format), self._requires_grad[name])
+            for alias in aliases:
+                owner, _, key = alias.rpartition('.')
+                owners[owner]._parameters[key] = parameter
+        return model
 
     @torch.no_grad()
     def _add_noise(self, noise: float) -> None:
@@ -308,10 +314,10 @@ class DynamicTeacher(nn.Module):
             # Their size is that of a student's, divided by the factor as inverse reparameterization does.
             factor = self._factors.get(weight, 1)
             gain = factor ** (0.5 if self.scale == 'student' else -0.5)
-            module.weight.data = module.weight.data.contiguous(memory_format=KERNEL_FORMAT)
             branched = BranchedKernel(module.weight, module.groups, self.branch_kinds, prior, gain)
             _add_submodule(self.branches, name, branched)
-            self._branched.append((weight, branched, 1 / factor if self.scale == 'student' else 1.0))
+            self._branched[weight] = branched
+            module._parameters['weight'] = None
 
     # -- what timm's optimizer factory asks a model -----------------------------------------------------------------
 
