@@ -169,19 +169,30 @@ def median_ratio(times: List[float], reference: List[float]) -> float:
 # -- memory, in a process of its own -----------------------------------------------------------------------------------
 
 def peak_memory(bench: Bench, subject: str, steps: int = 3) -> int:
-    """Bytes at the peak of a few steps, above what the process held before the models were made (Linux, or CUDA)."""
+    """Bytes at the peak of a few steps: tensors that are held between steps, and what a step adds (Linux, or CUDA)."""
     step = bench.subject(subject)
-    step()  # compiles, and lays out what later steps use again
+    step()  # compiles, which is not part of a step
     if bench.device.type == 'cuda':
         torch.cuda.reset_peak_memory_stats()
-    else:
-        gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)
-        with open('/proc/self/clear_refs', 'w') as file:
-            file.write('5')  # starts the peak again: building a teacher is not part of a step
+        for _ in range(steps):
+            step()
+        return torch.cuda.max_memory_allocated()
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    with open('/proc/self/clear_refs', 'w') as file:
+        file.write('5')  # starts the peak again
+    before = _resident('VmRSS')
     for _ in range(steps):
         step()
-    return torch.cuda.max_memory_allocated() if bench.device.type == 'cuda' else _resident('VmHWM')
+    return _resident('VmHWM') - before + _held_bytes()
+
+
+def _held_bytes() -> int:
+    """Bytes of all tensors that have values, views counted once."""
+    tensors = (item for item in gc.get_objects() if type(item) in (torch.Tensor, nn.Parameter))
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+                for tensor in tensors if tensor.device.type == 'cpu'}
+    return sum(storages.values())
 
 
 def _resident(field: str) -> int:
@@ -193,11 +204,6 @@ def measure_memory_apart(arguments: Dict[str, Any], subject: str) -> int:
     """:func:`peak_memory` in a new process."""
     command = [sys.executable, os.path.abspath(__file__), '--memory-of', subject, '--cell', json.dumps(arguments)]
     return int(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split()[-1])
-
-
-def memory_process(subject: str, arguments: Dict[str, Any]) -> int:
-    base = _resident('VmRSS') if arguments['device'] == 'cpu' else 0
-    return peak_memory(Bench(**arguments), subject) - base
 
 
 # -- the cells of the table --------------------------------------------------------------------------------------------
@@ -225,9 +231,8 @@ def measure_cell(arguments: Dict[str, Any], branches: List[int], repeats: int, m
         cell['over_eager'] = {
             str(count): median_ratio(times[str(count)], times[f'eager {count}']) for count in branches}
     if memory:
-        # Peaks differ by a few per cent from process to process. Compiling takes minutes, and is done once.
-        processes = 1 if bench.mode == 'compile' else 3
-        peak = {name: statistics.median(measure_memory_apart(arguments, name) for _ in range(processes))
+        # Peaks differ by a few per cent from process to process. What was compiled above is compiled from a cache.
+        peak = {name: statistics.median(measure_memory_apart(arguments, name) for _ in range(3))
                 for name in subjects}
         cell['bytes'] = peak
         cell['memory_ratio'] = {name: peak[name] / peak['floor'] for name in subjects[1:]}
@@ -303,8 +308,8 @@ def write_report(results: Dict[str, Any], folder: str) -> None:
         'Written by `python benchmarks/step_cost.py`; figures are in `cost.json`.', '',
         'The *floor* is one step of the plain wide model and one of the plain student on the same batch. Ratios are a '
         'GPD step over the floor, ratio r = 2, with M branches, fused SGD with momentum: medians over turns in one '
-        'process. Memory is the peak of a few steps above what the process held before, each in a process of its own, '
-        'the median of three (of one where compiled). The last column is a compiled GPD step over an eager one, in the '
+        'process. Memory is the peak of a few steps: tensors that are held between steps and what a step adds, each in a '
+        'process of its own, the median of three. The last column is a compiled GPD step over an eager one, in the '
         'same turns, for each M. On the CPU, freed memory is kept and denormal numbers are flushed, as in `train.py`, '
         'for every step alike.', '',
     ]
@@ -369,7 +374,7 @@ def main() -> None:
     parser.add_argument('--cell', type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.memory_of:
-        print(memory_process(args.memory_of, args.cell))
+        print(peak_memory(Bench(**args.cell), args.memory_of))
         return
 
     results = load_results(args.output)
