@@ -174,17 +174,16 @@ def peak_memory(bench: Bench, subject: str, steps: int = 3) -> int:
     step()  # compiles, which is not part of a step
     if bench.device.type == 'cuda':
         torch.cuda.reset_peak_memory_stats()
-        for _ in range(steps):
-            step()
-        return torch.cuda.max_memory_allocated()
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    with open('/proc/self/clear_refs', 'w') as file:
-        file.write('5')  # starts the peak again
-    before = _resident('VmRSS')
+    else:
+        gc.collect()
+        held = _held_bytes()
+        ctypes.CDLL(None).malloc_trim(0)
+        with open('/proc/self/clear_refs', 'w') as file:
+            file.write('5')  # starts the peak again
+        others = _resident('VmRSS') - held
     for _ in range(steps):
         step()
-    return _resident('VmHWM') - before + _held_bytes()
+    return torch.cuda.max_memory_allocated() if bench.device.type == 'cuda' else _resident('VmHWM') - others
 
 
 def _held_bytes() -> int:

@@ -6,7 +6,6 @@ import torch.nn as nn
 from timm.task import TrainingTask
 from timm.utils import unwrap_model
 
-from .dynamic_teacher import DynamicTeacher
 from .early_backward import trace_early_backward
 from .learners import Learners
 
@@ -58,10 +57,10 @@ class BaseTask(TrainingTask):
     def get_clip_parameters(self, exclude_head: bool = False) -> List[nn.Parameter]:
         """Parameters whose gradients are clipped; the student's head is the last two of its model."""
         trained = unwrap_model(self.get_trainable_module())
-        model = trained.model if isinstance(trained, Learners) else trained
-        model = model.wide if isinstance(model, DynamicTeacher) else model
-        head = {id(parameter) for parameter in list(model.parameters())[-2:]} if exclude_head else ()
-        return [parameter for parameter in trained.parameters() if id(parameter) not in head]
+        model, others = (trained.model, trained.distillers.parameters()) if isinstance(trained, Learners) \
+            else (trained, ())
+        parameters = list(model.parameters())
+        return [*(parameters[:-2] if exclude_head else parameters), *others]
 
     def compile(self, backend: str = 'inductor', mode: Optional[str] = None, **compile_kwargs: Any) -> nn.Module:
         """Compiles the training forward pass, in place, and the static teacher's. Validation runs uncompiled."""

@@ -95,11 +95,11 @@ class DynamicTeacher(nn.Module):
         self.branch_kinds = tuple(branches)
         self._factors = {name: tensor_map.factor for name, tensor_map in plan.tensors.items() if tensor_map.factor > 1}
         self._tied, self._requires_grad = _parameter_layout(student)
+        self.branches = nn.Module()  # before the wide model, whose head is the last of all parameters, as of any model
         self.wide = wide_copy(student, plan, self._stored)
         self.student = parameterless_copy(student)
         if noise:
             self._add_noise(noise)
-        self.branches = nn.Module()
         self._branched: Dict[str, BranchedKernel] = {}  # by name of the weight
         if len(self.branch_kinds) > 1:
             self._add_branches()

@@ -52,7 +52,8 @@ def backward_early(
         gradients = torch.autograd.grad(loss, sources, allow_unused=True)
     used = [i for i, gradient in enumerate(gradients) if gradient is not None]
     gradients, stand_ins = [gradients[i] for i in used], [stand_ins[i] for i in used]
-    return result, lambda: _KnownGradients.apply(loss.detach(), gradients, *stand_ins)
+    value = result['loss']  # not the loss, which would keep its graph until it is asked for
+    return result, lambda: _KnownGradients.apply(value, gradients, *stand_ins)
 
 
 def trace_early_backward() -> None:

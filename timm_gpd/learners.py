@@ -95,7 +95,7 @@ class StudentLearner(Learners):
             goal: the static teacher's output for them.
             target: class indices, shape (B,), or class probabilities, shape (B, num_classes).
         """
-        return self.learn('student', self.taps['student'](x), goal, target)
+        return self.learn('student', self.run(x)['student'], goal, target)
 
 
 class PairOfLearners(Learners):
