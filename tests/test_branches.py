@@ -43,7 +43,7 @@ def run_branch(kind, branched, x, inputs, outputs, size, groups, stride, dilatio
         return F.conv2d(x, four_dimensional(branched.kernel), groups=groups, **large)
     if kind == '1x1_kxk':
         mix = branched.mix + torch.eye(inputs // groups, dtype=x.dtype)
-        mixed = F.conv2d(x, mix.reshape(inputs, -1, 1, 1), groups=groups)
+        mixed = F.conv2d(x, mix.transpose(1, 2).reshape(inputs, -1, 1, 1), groups=groups)
         return F.conv2d(mixed, four_dimensional(branched.mixed_kernel), groups=groups, **large)
     if kind == 'dw_pw':  # stored with inputs last
         dw = branched.dw.unflatten(0, (groups, 8)).permute(0, 3, 1, 2)
