@@ -88,7 +88,7 @@ TENSOR_MAP = TensorMap((6, 2, 3, 3), ((0, AxisMap.uniform(6, 2)), (1, AxisMap.un
 def test_order_in_memory_does_not_show(memory_format, monkeypatch):
     """Kernels and gradients are those of one block, whatever order they are in and in however many blocks."""
     results = []
-    for block in (branches._BLOCK, 3 * 4 * 9):  # rows 12, and rows 2 of 12
+    for block in (branches._BLOCK, 5 * 8 * 4 * 9, 3 * 4 * 9):  # all at once; dw's sums of 5 of 12; rows 2 of 12
         monkeypatch.setattr(branches, '_BLOCK', block)
         torch.manual_seed(0)
         branched = branched_kernel(inputs=4, outputs=12, size=3, groups=1)
@@ -98,8 +98,9 @@ def test_order_in_memory_does_not_show(memory_format, monkeypatch):
         loss = sum((tensor * torch.randn(tensor.shape)).sum() for tensor in merged)
         results.append([*merged, *torch.autograd.grad(loss, list(branched.parameters()))])
     assert len(branches._row_blocks(branched.kernel, branched.dw[None])) == 6
-    for one, many in zip(*results):
-        torch.testing.assert_close(many, one, rtol=1e-12, atol=1e-12)
+    for other in results[1:]:
+        for one, many in zip(results[0], other):
+            torch.testing.assert_close(many, one, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize('used', [(True, False), (False, True), (True, True)], ids=str)

@@ -135,7 +135,7 @@ class BranchedKernel(nn.Module):
 
     @torch.no_grad()
     def restart(self, kernel: torch.Tensor) -> None:
-        """Takes a kernel of shape (O, I / groups, k, k), with scale 1 and 0 for all other branches: it is what merges."""
+        """Takes a kernel of shape (O, I / groups, k, k) at scale 1, and other branches at 0, so that it is the sum."""
         self.kernel.copy_(_inputs_last(kernel))
         self.scale.zero_()
         self.scale[0] = 1
@@ -183,7 +183,8 @@ def _mix(kernel_OKI: torch.Tensor, mix_GII: torch.Tensor) -> torch.Tensor:
     outputs, places, inputs = kernel_OKI.shape
     groups = len(mix_GII)
     rows = math.gcd(outputs // groups, 64)  # of an image: the faster the larger, up to what a cache holds
-    images = kernel_OKI.view(groups, -1, rows, places, inputs).permute(1, 0, 4, 2, 3).flatten(1, 2)
+    # Channels last: for one group a view.
+    images = kernel_OKI.view(groups, -1, rows, places, inputs).permute(1, 2, 3, 0, 4).flatten(3).permute(0, 3, 1, 2)
     mixed = F.conv2d(images, mix_GII.flatten(0, 1)[..., None, None], groups=groups)
     return mixed.unflatten(1, (groups, inputs)).permute(1, 0, 3, 4, 2).reshape(kernel_OKI.shape)
 
@@ -251,15 +252,15 @@ class _Merge(torch.autograd.Function):
          pw_OMI, pw_scale_O, dw_GMKI) = ctx.saved_tensors
         grads = [
             None if tensor is None or tensor is patterns_OKP else torch.empty_like(tensor)
-            for tensor in ctx.saved_tensors]
+            for tensor in ctx.saved_tensors[:-1]]
         (kernel_grad, scale_grad, mixed_grad, mixed_scale_grad, _, pattern_scale_grad, pointwise_grad,
-         pw_grad, pw_scale_grad, dw_grad_GMKI) = grads
+         pw_grad, pw_scale_grad) = grads
         if grad is None:
             grad = kernel_OKI.new_zeros(()).expand(ctx.shape)
         grad_OKI = _sum_gradients(grad, student_grad, ctx.tensor_map)
-        if dw_grad_GMKI is not None:
-            dw_grad_GMKI.copy_(_dw_gradient(*(
-                _split_groups(tensor, dw_GMKI) for tensor in (grad_OKI, pw_OMI, pw_scale_O))))
+        dw_grad = None
+        if dw_GMKI is not None:
+            dw_grad = _dw_gradient(*(_split_groups(tensor, dw_GMKI) for tensor in (grad_OKI, pw_OMI, pw_scale_O)))
         for rows in _row_blocks(kernel_OKI, dw_GMKI):
             block_OKI = grad_OKI[rows]
             scale_grad[rows] = _dot_rows(block_OKI, kernel_OKI[rows])
@@ -280,7 +281,7 @@ class _Merge(torch.autograd.Function):
                     pw_grad_GOMI.addcmul_(grad_GOI[:, :, None], dw_GMI[:, None])
                 pw_scale_grad[rows] = _dot_rows(pw_grad[rows], pw_OMI[rows])
                 pw_grad[rows] *= pw_scale_O[rows, None, None]
-        return None, None, None, *grads
+        return None, None, None, *grads, dw_grad
 
 
 def _sum_gradients(
@@ -346,11 +347,11 @@ def _dw_gradient(grad_GOKI: torch.Tensor, pw_GOMI: torch.Tensor, scale_GO: torch
         return torch.stack([
             (grad_GOI[:, :, None] * scaled_GOMI).unflatten(1, steps).sum(2).sum(1)
             for grad_GOI in grad_GOKI.unbind(2)], dim=2)
-    # The outputs that a cache holds all sums of are added up last.
-    groups, outputs, places, inputs = grad_GOKI.shape
-    entries = groups * pw_GOMI.shape[2] * places * inputs
-    rows = max(1, min(outputs, _BLOCK // entries))
-    sums_GOMKI = grad_GOKI.new_zeros(groups, rows, pw_GOMI.shape[2], places, inputs)
+    # As many outputs at once as a cache holds the products of; these are added up last. A GPU wants few calls instead.
+    (groups, outputs, places, inputs), multiplier = grad_GOKI.shape, pw_GOMI.shape[2]
+    block = _BLOCK if grad_GOKI.device.type == 'cpu' else 16 * _BLOCK
+    rows = max(1, min(outputs, block // (groups * multiplier * places * inputs)))
+    sums_GOMKI = grad_GOKI.new_zeros(groups, rows, multiplier, places, inputs)
     for grad, pw, scale in zip(grad_GOKI.split(rows, 1), pw_GOMI.split(rows, 1), scale_GO.split(rows, 1)):
         sums_GOMKI[:, :grad.shape[1]].addcmul_((pw * scale[..., None, None])[:, :, :, None], grad[:, :, None])
     return sums_GOMKI.sum(1)
