@@ -223,7 +223,7 @@ def measure_cell(arguments: Dict[str, Any], branches: List[int], repeats: int, m
         eager = Bench(**{**arguments, 'mode': 'fp32'})
         steps.update({f'eager {count}': eager.subject(str(count)) for count in branches})
     times = time_in_turns(bench, steps, repeats)
-    cell = {**arguments, 'torch': torch.__version__,
+    cell = {**arguments, 'processor': device_name(arguments['device']), 'torch': torch.__version__,
             'seconds': {name: statistics.median(values) for name, values in times.items()},
             'ratio': {name: median_ratio(times[name], times['floor']) for name in subjects[1:]}}
     if bench.mode == 'compile':
@@ -252,7 +252,7 @@ def measure_rest(name: str, size: int, branches: List[int], repeats: int) -> Dic
             times.append(time.perf_counter() - start)
         return statistics.median(times)
 
-    rest: Dict[str, Any] = {'name': name, 'expand': median(lambda: expand(student))}
+    rest: Dict[str, Any] = {'processor': device_name('cpu'), 'expand': median(lambda: expand(student))}
     for count in branches:
         teacher = expand(student, num_branches=count)
         rest[f'extract_student, M = {count}'] = median(teacher.extract_student)
@@ -295,7 +295,7 @@ def rows(results: Dict[str, Any], device: str) -> Iterator[str]:
                     figures[1] = figures[3] = 'no such kernel'
                 over_eager = ', '.join(f'{ratio:.3f}' for ratio in cell.get('over_eager', {}).values())
                 cells = [device, name, mode, f'{batch} at {size} px', floor, *figures, over_eager]
-                yield f'| {" | ".join([*cells, cell.get("torch", "")])} |'
+                yield f'| {" | ".join([*cells, cell.get("processor", ""), cell.get("torch", "")])} |'
 
 
 def write_report(results: Dict[str, Any], folder: str) -> None:
@@ -314,23 +314,23 @@ def write_report(results: Dict[str, Any], folder: str) -> None:
         'over an eager one, in the same turns, for each M. On the CPU, freed memory is kept and denormal numbers are '
         'flushed, as in `train.py`, for every step alike.', '',
     ]
-    lines += [f'- {device}: {results["devices"].get(device, NOT_MEASURED)}' for device in DEVICES]
     lines += [
-        f'- timm {results.get("timm", NOT_MEASURED)}; a row is what was measured last, with the torch it names', '',
+        f'A row is what was measured last, on the processor and with the torch that it names; timm {timm.__version__}.', '',
         '| device | model | mode | batch | floor | time, M = 1 | time, M = 6 | memory, M = 1 | memory, M = 6 '
-        '| over eager | torch |',
-        '|---|---|---|---|---|---|---|---|---|---|---|',
-        *(row for device in DEVICES if device in results['devices'] for row in rows(results, device)), '',
+        '| over eager | processor | torch |',
+        '|---|---|---|---|---|---|---|---|---|---|---|---|',
+        *(row for device in DEVICES for row in rows(results, device)), '',
         '## Around the step', '',
         'On the CPU, in seconds. `expand` plans, verifies itself in float64, and builds. "Sharing in a step" is what '
         'both models\' parameters cost a step: merging branches, rescaling, slicing, and their gradients.', '',
     ]
     rest = results.get('rest', {})
-    columns = list(dict.fromkeys(key for row in rest.values() for key in row if key != 'name'))
+    columns = list(dict.fromkeys(key for row in rest.values() for key in row if key != 'processor'))
     if columns:
-        lines += ['| model | ' + ' | '.join(columns) + ' |', '|---' * (len(columns) + 1) + '|']
-        lines += [f'| {name} | ' + ' | '.join(
-            f'{row[key]:.3f}' if key in row else NOT_MEASURED for key in columns) + ' |' for name, row in rest.items()]
+        lines += [f'| {" | ".join(["model", *columns, "processor"])} |', '|---' * (len(columns) + 2) + '|']
+        for name, row in rest.items():
+            figures = [f'{row[key]:.3f}' if key in row else NOT_MEASURED for key in columns]
+            lines.append(f'| {" | ".join([name, *figures, row["processor"]])} |')
     else:
         lines.append(NOT_MEASURED)
     with open(os.path.join(folder, 'cost.md'), 'w') as file:
@@ -340,7 +340,7 @@ def write_report(results: Dict[str, Any], folder: str) -> None:
 def load_results(folder: str) -> Dict[str, Any]:
     path = os.path.join(folder, 'cost.json')
     if not os.path.isfile(path):
-        return {'cells': {}, 'devices': {}, 'rest': {}}
+        return {'cells': {}, 'rest': {}}
     with open(path) as file:
         return json.load(file)
 
@@ -380,7 +380,6 @@ def main() -> None:
 
     results = load_results(args.output)
     for device in args.devices:
-        results['devices'][device] = device_name(device)
         for batch, size in SETTINGS[device]:
             for name in args.models:
                 for mode in args.modes:
@@ -400,7 +399,6 @@ def main() -> None:
         return
     for name in (*args.models, 'resnet50'):
         results['rest'][name] = measure_rest(name, 224, [1, 6], 3)
-    results['timm'] = timm.__version__
     write_report(results, args.output)
     print(f'wrote {os.path.join(args.output, "cost.md")}')
 
