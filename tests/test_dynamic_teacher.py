@@ -60,8 +60,7 @@ def test_a_tensor_that_one_model_uses_gets_its_gradient_and_an_unused_one_none(u
 def joint_gradients(teacher, call, x):
     """Of a loss whose gradient is the same for every sum order, by parameter name."""
     teacher.zero_grad()
-    student_logits, _, teacher_gradients = call(
-        x, joint=True, teacher_loss=lambda logits: {'loss': logits.cos().sum()})
+    student_logits, _, teacher_gradients = call(x, teacher_loss=lambda logits: {'loss': logits.cos().sum()})
     (student_logits.square().sum() + teacher_gradients).backward()
     return {name: parameter.grad for name, parameter in teacher.named_parameters()}
 

@@ -124,15 +124,15 @@ class DynamicTeacher(nn.Module):
         Args:
             x: images, shape (B, in_chans, H, W).
             joint: whether to run the student too; a flag, so that wrappers such as DDP see one forward.
-            teacher_loss: turns the teacher's logits into named tensors, its scalar ``'loss'`` among them. Given, the
-                teacher's backward pass runs before the student's forward pass, see
+            teacher_loss: turns the teacher's logits into named tensors, its scalar ``'loss'`` among them. Given, both
+                run, and the teacher's backward pass before the student's forward pass, see
                 :func:`timm_gpd.early_backward.backward_early`.
 
         Returns:
             Teacher logits, shape (B, num_classes); or student logits and teacher logits; or with ``teacher_loss``
             student logits, what it returned, detached, and a scalar 0 that adds its gradients to the student's loss.
         """
-        if joint:
+        if joint or teacher_loss is not None:
             return self._run_both(x, self.student, self.wide, '', teacher_loss)
         return call_with_parameters(self.wide, self._parameters_of_both(_memory_format(x))[0], x)
 

@@ -124,7 +124,7 @@ class GapPreservingTask(BaseTask):
         """
         teacher_loss = partial(self._learner_loss, target)
         if self.teacher is None:
-            logits, teacher, gradients = self.trainable_module(input, joint=True, teacher_loss=teacher_loss)
+            logits, teacher, gradients = self.trainable_module(input, teacher_loss=teacher_loss)
             distillation = None
         else:
             logits, distillation, teacher, gradients = self.trainable_module(
