@@ -315,7 +315,8 @@ def write_report(results: Dict[str, Any], folder: str) -> None:
         'flushed, as in `train.py`, for every step alike.', '',
     ]
     lines += [
-        f'A row is what was measured last, on the processor and with the torch that it names; timm {timm.__version__}.', '',
+        f'A row is what was measured last, on the processor and with the torch that it names; timm {timm.__version__}.',
+        '',
         '| device | model | mode | batch | floor | time, M = 1 | time, M = 6 | memory, M = 1 | memory, M = 6 '
         '| over eager | processor | torch |',
         '|---|---|---|---|---|---|---|---|---|---|---|---|',
