@@ -182,7 +182,7 @@ def _mix(kernel_OKI: torch.Tensor, mix_GII: torch.Tensor) -> torch.Tensor:
     """
     outputs, places, inputs = kernel_OKI.shape
     groups = len(mix_GII)
-    rows = math.gcd(outputs // groups, 64)  # of an image: the faster the larger, up to what a cache holds
+    rows = math.gcd(outputs // groups, 64)  # of an image: convolutions of few places are slower
     # Channels last: for one group a view.
     images = kernel_OKI.view(groups, -1, rows, places, inputs).permute(1, 2, 3, 0, 4).flatten(3).permute(0, 3, 1, 2)
     mixed = F.conv2d(images, mix_GII.flatten(0, 1)[..., None, None], groups=groups)
@@ -275,7 +275,6 @@ class _Merge(torch.autograd.Function):
                 torch.mul(product_OPI, pattern_scale_OP[rows, :, None], out=pointwise_grad[rows])
             if pw_OMI is not None:
                 grad_GOKI = _split_groups(block_OKI, dw_GMKI)
-                pw_GOMI = _split_groups(pw_OMI[rows], dw_GMKI)
                 pw_grad_GOMI = _split_groups(pw_grad[rows], dw_GMKI).zero_()
                 for grad_GOI, dw_GMI in zip(grad_GOKI.unbind(2), dw_GMKI.unbind(2)):
                     pw_grad_GOMI.addcmul_(grad_GOI[:, :, None], dw_GMI[:, None])
