@@ -1,14 +1,8 @@
 """The scripts, run as a user runs them."""
-import contextlib
-import csv
-import io
 import json
-import logging
 import os
-import runpy
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,39 +10,17 @@ import timm
 import torch
 import yaml
 from PIL import Image
+from programs import ROOT, run, summary
 
 from timm_gpd.training.digits import write_digits
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 QUICK = ['--epochs', '2', '--digits-train-size', '100', '--warmup-epochs', '0']
-
-
-def run(script, *arguments, code=0):
-    """Runs a script in this process, as ``python script arguments``: starting Python and torch anew takes seconds."""
-    logging.getLogger().handlers.clear()
-    stdout, stderr, argv = io.StringIO(), io.StringIO(), sys.argv
-    sys.argv = [script, *map(str, arguments)]
-    exit_code = 0
-    try:
-        with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
-            runpy.run_path(os.path.join(ROOT, script), run_name='__main__')
-    except SystemExit as exit:
-        exit_code = exit.code
-    finally:
-        sys.argv = argv
-    assert exit_code == code, stderr.getvalue()[-3000:]
-    return SimpleNamespace(stdout=stdout.getvalue(), stderr=stderr.getvalue())
 
 
 def train(tmp_path, *arguments, config='digits_gpd', **kwargs):
     return run('train.py', '-c', os.path.join(ROOT, 'configs', f'{config}.yaml'),
                '--data-dir', tmp_path.parent / 'data',
                '--output', tmp_path, *QUICK, *arguments, **kwargs)
-
-
-def summary(folder):
-    with open(folder / 'summary.csv', newline='') as file:
-        return list(csv.DictReader(file))
 
 
 @pytest.fixture(scope='module')

@@ -1,0 +1,41 @@
+"""Runs of earlier versions go on, and their students load: what is stored keeps its meaning."""
+import lzma
+import os
+import shutil
+
+import pytest
+import timm
+import torch
+from programs import ROOT, run, summary
+
+RUNS = os.path.join(ROOT, 'tests', 'fixtures', 'flat_layout')
+
+
+@pytest.mark.parametrize('name', ['gpd', 'full'])
+def test_a_run_from_before_the_package_had_rooms_goes_on(tmp_path, monkeypatch, name):
+    """Teacher, branches, distillers, averages and optimizer: the next losses are those that were measured then."""
+    folder = tmp_path / 'out' / name
+    shutil.copytree(os.path.join(RUNS, name), folder)
+    shutil.copytree(os.path.join(RUNS, 'plain'), tmp_path / 'out' / 'plain')
+    (folder / 'last.pth.tar').write_bytes(lzma.decompress((folder / 'last.pth.tar.xz').read_bytes()))
+    expected = summary(folder)
+    (folder / 'summary.csv').unlink()
+    monkeypatch.chdir(tmp_path)
+
+    run('train.py', '--config', folder / 'args.yaml', '--epochs', '4', '--resume', folder / 'last.pth.tar')
+
+    rows = summary(folder)
+    assert [row['epoch'] for row in rows] == ['2', '3']
+    for row, before in zip(rows, expected[2:]):
+        assert row.keys() == before.keys()
+        for column in row:
+            if 'loss' in column or '/' in column:
+                assert float(row[column]) == pytest.approx(float(before[column]), rel=1e-4), column
+
+
+@pytest.mark.parametrize('name', ['gpd', 'full', 'plain'])
+def test_a_student_from_before_the_package_had_rooms_loads(name):
+    path = os.path.join(RUNS, name, 'student')
+    student = timm.create_model(f'local-dir:{path}', pretrained=True).eval()
+    assert student(torch.zeros(1, 1, 32, 32)).shape == (1, 10)
+    assert not torch.equal(student.bn1.running_mean, torch.zeros(4))
