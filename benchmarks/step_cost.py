@@ -208,7 +208,7 @@ def measure_memory_apart(arguments: Dict[str, Any], subject: str) -> int:
 # -- the cells of the table --------------------------------------------------------------------------------------------
 
 def has_branches(name: str, size: int) -> bool:
-    from timm_gpd.branches import is_branchable
+    from timm_gpd.teacher.branches import is_branchable
     return any(is_branchable(module) for module in create_student(name, size).modules())
 
 

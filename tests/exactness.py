@@ -6,7 +6,7 @@ import torch.nn as nn
 
 from timm_gpd import ExpansionPlan
 from timm_gpd.coverage import read_back_error
-from timm_gpd.verify import compare, randomize_
+from timm_gpd.expansion.verify import compare, randomize_
 
 
 def expansion_errors(student: nn.Module, plan: ExpansionPlan, x: torch.Tensor) -> dict:

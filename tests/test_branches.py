@@ -9,10 +9,11 @@ import torch.nn.functional as F
 from timm.optim import param_groups_weight_decay
 
 from conftest import TINY_RESNET
-from timm_gpd import branches, expand
+from timm_gpd import expand
+from timm_gpd.teacher import branches
 from timm_gpd.axes import AxisMap, TensorMap
-from timm_gpd.branches import BRANCH_KINDS, BranchedKernel, branch_kinds, cosine_prior
-from timm_gpd.verify import randomize_, relative_error
+from timm_gpd.teacher.branches import BRANCH_KINDS, BranchedKernel, branch_kinds, cosine_prior
+from timm_gpd.expansion.verify import randomize_, relative_error
 
 CONVOLUTIONS = {
     'plain': dict(inputs=6, outputs=8, size=3, groups=1, stride=1, dilation=1),

@@ -8,8 +8,8 @@ import timm
 import torch
 
 from authors_format import SMALL, checkpoint, resnet18_student
-from timm_gpd.convert import RELEASES, convert_checkpoint, convert_state_dict, is_release
-from timm_gpd.verify import relative_error
+from timm_gpd.models.releases import RELEASES, convert_checkpoint, convert_state_dict, is_release
+from timm_gpd.expansion.verify import relative_error
 
 
 @pytest.fixture(autouse=True)

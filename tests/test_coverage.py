@@ -5,6 +5,7 @@ import json
 import pytest
 
 from timm_gpd import Rule, coverage, register_rule
+from timm_gpd.coverage import sweep as sweeping
 from timm_gpd.rules import find_rule
 from timm_gpd.rules.rule import _RULES
 
@@ -63,9 +64,9 @@ def test_a_sweep_goes_on_where_it_stopped(tmp_path, monkeypatch):
     with (tmp_path / 'cache.jsonl').open('a') as file:
         file.write('\n')
     asked = []
-    plan_one, compare_one = coverage.plan_one, coverage.compare_one
-    monkeypatch.setattr(coverage, 'plan_one', lambda name, *args: asked.append(name) or plan_one(name, *args))
-    monkeypatch.setattr(coverage, 'compare_one', lambda name, *args: asked.append(name) or compare_one(name, *args))
+    plan_one, compare_one = sweeping.plan_one, sweeping.compare_one
+    monkeypatch.setattr(sweeping, 'plan_one', lambda name, *args: asked.append(name) or plan_one(name, *args))
+    monkeypatch.setattr(sweeping, 'compare_one', lambda name, *args: asked.append(name) or compare_one(name, *args))
     assert sweep(tmp_path, '--models', 'test_resnet', 'test_vit', '--max-params', '1') == 0
     assert asked == ['test_vit', 'test_vit'] and len(known) == 2  # planned and compared; the other was known
 

@@ -12,7 +12,7 @@ from torch.func import functional_call
 from timm_gpd import expand
 from timm_gpd.distillers import (
     DISTILLERS, Distillers, ModelOutput, distill_settings, example_output, tap_learner, tap_teacher)
-from timm_gpd.distillers.tap import Tap, stage_indices
+from timm_gpd.distillers.feature_tap import Tap, stage_indices
 from timm_gpd.losses import hcl_loss, ofa_loss
 
 CLASSES = 5

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from timm_gpd import GapPreservingTask, expand
 from timm_gpd.axes import AxisMap, Segment, TensorMap
-from timm_gpd.sharing import SharedTensors
+from timm_gpd.teacher.shared_tensors import SharedTensors
 
 HEADS = AxisMap((Segment(6, 2, 3), Segment(4, 3)))
 TENSOR_MAPS = {
@@ -118,7 +118,7 @@ def test_compiles_as_one_graph(name, branches, backend):
 
 @pytest.mark.parametrize('branches', [1, 6])
 def test_kernels_are_merged_once_a_step(tiny_student, branches, monkeypatch):
-    from timm_gpd.branches import BranchedKernel
+    from timm_gpd.teacher.branches import BranchedKernel
     teacher = expand(tiny_student, num_branches=branches)
     calls = []
     merge = BranchedKernel.forward

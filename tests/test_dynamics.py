@@ -10,7 +10,7 @@ from timm.optim import create_optimizer_v2
 
 from conftest import TINY_RESNET
 from timm_gpd import GapPreservingTask, expand
-from timm_gpd.verify import randomize_, relative_error
+from timm_gpd.expansion.verify import randomize_, relative_error
 
 
 def batches(count, batch_size=8):

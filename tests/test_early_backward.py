@@ -10,7 +10,7 @@ import torch
 from conftest import TINY_RESNET
 from steps import batch
 from timm_gpd import GapPreservingTask
-from timm_gpd.early_backward import backward_early
+from timm_gpd.teacher.early_backward import backward_early
 
 
 def make_task(student, **kwargs):

@@ -9,7 +9,7 @@ import torch.nn as nn
 
 from exactness import expansion_errors
 from timm_gpd import Rule, UnsupportedModelError, expand, plan_expansion, register_rule
-from timm_gpd.verify import relative_error, verify_plan
+from timm_gpd.expansion.verify import relative_error, verify_plan
 
 # Architecture, image size in pixels, further arguments.
 MODELS = [

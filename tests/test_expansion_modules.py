@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from timm_gpd import Rule, UnsupportedModelError, expand, plan_expansion, register_rule
 from timm_gpd.coverage import create, create_small, read_back_error, timm_modules
-from timm_gpd.verify import compare, verify_plan
+from timm_gpd.expansion.verify import compare, verify_plan
 
 # The smallest architecture of every module of timm 1.0.31, by parameters. Other releases' other modules are searched.
 SMALLEST = {

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from authors_format import SMALL, checkpoint
 from hub_server import TOKEN, HubServer
 from timm_gpd import hub
-from timm_gpd.convert import convert_checkpoint
-from timm_gpd.export import STUDENT_FILES, save_student
+from timm_gpd.models.releases import convert_checkpoint
+from timm_gpd.student_folder.folder import STUDENT_FILES, save_student
 from timm_gpd.training.args import parse_train_args
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))

@@ -8,7 +8,7 @@ from timm.layers import ScaledStdConv2d, StdConv2d
 
 from exactness import expansion_errors
 from timm_gpd import UnsupportedModelError, expand, plan_expansion
-from timm_gpd.verify import relative_error
+from timm_gpd.expansion.verify import relative_error
 
 
 class Student(nn.Module):

@@ -17,7 +17,7 @@ from steps import batch, train
 from timm_gpd import DistillationTask, GapPreservingTask
 from timm_gpd.distillers import DISTILLERS
 from timm_gpd.losses import dist_loss, dkd_loss
-from timm_gpd.static_teacher import StaticTeacher, resolve_static_teacher
+from timm_gpd.task.static_teacher import StaticTeacher, resolve_static_teacher
 
 EVERY = 'kd,feature,dkd,reviewkd,dist,ofa,nd,rkd,at'
 WITH_STATE = 'reviewkd,ofa,nd'

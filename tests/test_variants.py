@@ -13,9 +13,9 @@ import torch
 
 from authors_format import SMALL, checkpoint
 from timm_gpd import DynamicTeacher
-from timm_gpd.convert import RELEASES, convert_state_dict
+from timm_gpd.models.releases import RELEASES, convert_state_dict
 from timm_gpd.models.variants import plain_name
-from timm_gpd.verify import relative_error
+from timm_gpd.expansion.verify import relative_error
 
 
 def test_every_architecture_has_a_variant():

@@ -1,12 +1,12 @@
 """Gap Preserving Distillation (arXiv 2410.04140) as an extension of timm."""
 from . import models
-from .distillation_task import DistillationTask
-from .dynamic_teacher import DynamicTeacher, expand
+from .task.distillation import DistillationTask
+from .teacher.dynamic_teacher import DynamicTeacher, expand
 from .errors import UnsupportedModelError
 from .plan import ExpansionPlan
-from .planner import plan_expansion
+from .expansion.planner import plan_expansion
 from .rules import Rule, register_rule
-from .task import GapPreservingTask
+from .task.gap_preserving import GapPreservingTask
 
 __all__ = [
     'DistillationTask', 'DynamicTeacher', 'ExpansionPlan', 'GapPreservingTask', 'Rule', 'UnsupportedModelError',

@@ -20,7 +20,7 @@ from .embedding import ND, Feature
 from .ofa import OFA
 from .plain import AT, DIST, DKD, KD, RKD
 from .reviewkd import ReviewKD
-from .tap import ModelOutput, Tap, example_output
+from .feature_tap import ModelOutput, Tap, example_output
 
 __all__ = [
     'DISTILLERS', 'DistillSettings', 'Distiller', 'Distillers', 'ModelOutput', 'Tap', 'distill_settings',

@@ -5,7 +5,7 @@ from typing import Any, Callable, Dict, FrozenSet, Sequence, Tuple
 import torch
 import torch.nn as nn
 
-from .tap import ModelOutput
+from .feature_tap import ModelOutput
 
 __all__ = ['Distiller', 'deepest_pairs', 'loss_defaults']
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from ..losses import nd_loss, target_classes
 from .base import Distiller
-from .tap import ModelOutput
+from .feature_tap import ModelOutput
 
 __all__ = ['ND', 'Feature']
 

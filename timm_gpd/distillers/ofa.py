@@ -7,7 +7,7 @@ from timm.layers import SeparableConvNormAct, trunc_normal_
 
 from ..losses import ofa_loss
 from .base import Distiller, loss_defaults
-from .tap import ModelOutput
+from .feature_tap import ModelOutput
 
 __all__ = ['OFA']
 

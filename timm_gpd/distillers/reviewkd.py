@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from ..losses import hcl_loss
 from .base import Distiller, deepest_pairs
-from .tap import ModelOutput
+from .feature_tap import ModelOutput
 
 __all__ = ['ReviewKD']
 

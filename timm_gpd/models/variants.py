@@ -11,8 +11,8 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import (
     PretrainedCfg, generate_default_cfgs, get_pretrained_cfg, list_models, register_model, resolve_pretrained_cfg)
 
-from ..convert import RELEASES
-from ..dynamic_teacher import expand
+from .releases import RELEASES
+from ..teacher.dynamic_teacher import expand
 from .weights import hub_errors, resolve_weights
 
 __all__ = []  # timm's registry adds the name of every entrypoint

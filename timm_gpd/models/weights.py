@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from timm.models import PretrainedCfg
 from torch.hub import download_url_to_file, get_dir
 
-from ..convert import convert_state_dict, is_release, read_checkpoint
+from .releases import convert_state_dict, is_release, read_checkpoint
 from ..errors import first_line
 
 __all__ = ['resolve_weights', 'hub_errors']

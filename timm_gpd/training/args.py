@@ -8,7 +8,7 @@ from timm.utils import ParseKwargs
 
 from ..command_line import Parser
 from ..distillers import DISTILLERS
-from ..dynamic_teacher import SCALES
+from ..teacher.dynamic_teacher import SCALES
 from ..errors import UsageError
 from ..losses import GPD_LOSSES
 from ..models.variants import plain_name

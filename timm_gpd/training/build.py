@@ -10,11 +10,11 @@ from timm.data import resolve_data_config
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.task import ClassificationTask, TrainingTask
 
-from ..distillation_task import DistillationTask
+from ..task.distillation import DistillationTask
 from ..distillers import distill_settings
 from ..errors import UsageError, usage_errors
-from ..static_teacher import resolve_static_teacher
-from ..task import GapPreservingTask
+from ..task.static_teacher import resolve_static_teacher
+from ..task.gap_preserving import GapPreservingTask
 from .data import uses_mixup
 
 __all__ = ['create_student', 'create_task', 'resolve_lr']

@@ -5,7 +5,7 @@ import torch
 import torch.nn as nn
 from timm.task import TrainingTask
 
-from ..task import GapPreservingTask
+from ..task.gap_preserving import GapPreservingTask
 from .loop import Compute, validate
 
 __all__ = ['Evaluation']

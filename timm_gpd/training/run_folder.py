@@ -14,9 +14,9 @@ from timm.models import safe_model_name
 from timm.task import TrainingTask
 from timm.utils import unwrap_model, update_summary
 
-from ..dynamic_teacher import StudentView
+from ..teacher.dynamic_teacher import StudentView
 from ..errors import UsageError
-from ..export import PLOT, read_metrics, save_student
+from ..student_folder.folder import PLOT, read_metrics, save_student
 from ..version import __version__
 
 __all__ = ['RunFolder']

@@ -6,14 +6,14 @@ from typing import Any, Callable, Dict, Iterable, List, Mapping, Optional, Seque
 import torch
 import torch.nn as nn
 
-from .borrowing import call_with_parameters
+from .functional import call_with_parameters
 from .branches import BranchedKernel, branch_kinds, cosine_prior, is_branchable
 from .early_backward import backward_early
-from .model_copy import copy_model, parameterless_copy, wide_copy
-from .plan import ExpansionPlan
-from .planner import plan_expansion
-from .sharing import SharedTensors
-from .verify import verify_plan
+from ..expansion.copies import copy_model, parameterless_copy, wide_copy
+from ..plan import ExpansionPlan
+from ..expansion.planner import plan_expansion
+from .shared_tensors import SharedTensors
+from ..expansion.verify import verify_plan
 
 __all__ = ['DynamicTeacher', 'StudentView', 'TeacherLoss', 'expand', 'SCALES']
 
@@ -45,7 +45,7 @@ def expand(
         scale: what is stored. ``'student'`` stores the student's own weights in replica 0, and the student's learning
             rate and weight decay mean what they mean in plain training. ``'teacher'`` (the authors') stores the
             teacher's weights, and the student's are r times a slice of them.
-        branches: names the kinds of branch instead of their number, see ``timm_gpd.branches.BRANCH_KINDS``.
+        branches: names the kinds of branch instead of their number, see ``timm_gpd.teacher.branches.BRANCH_KINDS``.
 
     Returns:
         The dynamic teacher, on the student's device, in its dtype and mode.
@@ -126,7 +126,7 @@ class DynamicTeacher(nn.Module):
             joint: whether to run the student too; a flag, so that wrappers such as DDP see one forward.
             teacher_loss: turns the teacher's logits into named tensors, its scalar ``'loss'`` among them. Given, both
                 run, and the teacher's backward pass before the student's forward pass, see
-                :func:`timm_gpd.early_backward.backward_early`.
+                :func:`timm_gpd.teacher.early_backward.backward_early`.
 
         Returns:
             Teacher logits, shape (B, num_classes); or student logits and teacher logits; or with ``teacher_loss``

@@ -12,8 +12,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from .axes import TensorMap
-from .sharing import add_to_first_replicas
+from ..axes import TensorMap
+from .shared_tensors import add_to_first_replicas
 
 __all__ = ['BRANCH_KINDS', 'BranchedKernel', 'branch_kinds', 'cosine_prior', 'is_branchable']
 

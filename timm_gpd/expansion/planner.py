@@ -16,12 +16,12 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
-from .axes import AxisMap, Segment, TensorMap
-from .errors import UnsupportedModelError
-from .inputs import accepted_input_shape, blank_images, input_shape
-from .model_copy import blank, blank_copy
-from .plan import ExpansionPlan
-from .rules import find_rule
+from ..axes import AxisMap, Segment, TensorMap
+from ..errors import UnsupportedModelError
+from .images import accepted_input_shape, blank_images, input_shape
+from .copies import blank, blank_copy
+from ..plan import ExpansionPlan
+from ..rules import find_rule
 
 __all__ = ['plan_expansion', 'check_positive_int']
 

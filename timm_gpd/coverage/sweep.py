@@ -16,7 +16,6 @@ import gc
 import hashlib
 import json
 import multiprocessing
-import sys
 import time
 import warnings
 from collections import defaultdict
@@ -29,11 +28,10 @@ import torch
 import torch.nn as nn
 from tqdm import tqdm
 
-from . import planner
-from .errors import UnsupportedModelError
-from .plan import ExpansionPlan
-from .planner import plan_expansion
-from .verify import MODES, ROUNDING, SMALL_IMAGES, compare, relative_error
+from ..errors import UnsupportedModelError
+from ..plan import ExpansionPlan
+from ..expansion.planner import NO_CLASSIFIER, plan_expansion
+from ..expansion.verify import MODES, ROUNDING, SMALL_IMAGES, compare, relative_error
 
 __all__ = ['create_small', 'main', 'read_back_error', 'timm_modules']
 
@@ -100,7 +98,7 @@ def plan_one(name: str, ratio: int) -> Record:
     try:
         plan_expansion(model, ratio)
     except UnsupportedModelError as error:
-        status = 'no classifier' if planner.NO_CLASSIFIER in str(error) else 'unsupported'
+        status = 'no classifier' if NO_CLASSIFIER in str(error) else 'unsupported'
         return {**record, 'status': status, 'reason': _one_line(error)}
     return {**record, 'status': 'planned', 'seconds': time.process_time() - start}
 
@@ -166,16 +164,13 @@ class Cache:
 
 
 def _fingerprint() -> str:
-    """What the outcome depends on in this package."""
-    folder = Path(__file__).parent
+    """What the outcome depends on in this package: the data, the rules, and all that plans and compares with them."""
+    package = Path(__file__).parents[1]
     digest = hashlib.sha1()
-    for path in sorted([*folder.glob('*.py'), *folder.glob('rules/*.py')]):
-        if path.name in FINGERPRINTED or path.parent.name == 'rules':
+    for pattern in ('axes.py', 'plan.py', 'rules/**/*.py', 'expansion/**/*.py'):
+        for path in sorted(package.glob(pattern)):
             digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
-
-
-FINGERPRINTED = ('axes.py', 'inputs.py', 'model_copy.py', 'plan.py', 'planner.py', 'verify.py')
 
 
 def run(
@@ -371,7 +366,3 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     failed = [name for name in names if status_of(cache, name) in ('unsupported', 'inexact')]
     print(f'{options.output}: {len(names)} architectures, {len(failed)} unsupported or inexact')
     return 1 if failed else 0
-
-
-if __name__ == '__main__':
-    sys.exit(main())

@@ -6,7 +6,7 @@ import torch.nn as nn
 from timm.task import TrainingTask
 from timm.utils import unwrap_model
 
-from .early_backward import trace_early_backward
+from ..teacher.early_backward import trace_early_backward
 from .learners import Learners
 
 __all__ = ['BaseTask', 'loss_weights']

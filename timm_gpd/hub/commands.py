@@ -3,7 +3,6 @@ import argparse
 import os
 import pickle
 import shutil
-import sys
 import tempfile
 from contextlib import contextmanager
 from typing import Any, Dict, Iterator, List, Optional
@@ -17,11 +16,12 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError, RevisionNotFoundError)
 from huggingface_hub.utils import validate_repo_id
 
-from .command_line import Parser, run_program
-from .errors import UsageError, usage_errors
-from .export import CARD, CONFIG, PLOT, STUDENT_FILES, WEIGHTS, card_of_repo, new_folder, read_metrics, save_student
-from .training.build import create_student, resolve_input
-from .version import __version__
+from ..command_line import Parser, run_program
+from ..errors import UsageError, usage_errors
+from ..student_folder.folder import (
+    CARD, CONFIG, PLOT, STUDENT_FILES, WEIGHTS, card_of_repo, new_folder, read_metrics, save_student)
+from ..training.build import create_student, resolve_input
+from ..version import __version__
 
 __all__ = ['convert', 'pull', 'push']
 
@@ -119,7 +119,7 @@ def convert(path: str, folder: str) -> None:
     Raises:
         UsageError: if the folder is in use, or the file is missing or not one of theirs.
     """
-    from .convert import RELEASES, convert_checkpoint
+    from ..models.releases import RELEASES, convert_checkpoint
     if not os.path.isfile(path):
         raise UsageError(f'checkpoint {path} does not exist')
     _check_free(folder)
@@ -286,7 +286,3 @@ def _run_command(argv: Optional[List[str]]) -> None:
 def main(argv: Optional[List[str]] = None) -> int:
     """Runs a command. Returns the exit code."""
     return run_program('timm_gpd.hub', lambda: _run_command(argv))
-
-
-if __name__ == '__main__':
-    sys.exit(main())

@@ -3,7 +3,7 @@ from typing import Dict, Iterable, Iterator, List, Mapping, NamedTuple, Sequence
 
 import torch
 
-from .axes import AxisMap, Segment, TensorMap
+from ..axes import AxisMap, Segment, TensorMap
 
 __all__ = ['SharedTensors', 'add_to_first_replicas']
 

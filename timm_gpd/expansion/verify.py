@@ -8,10 +8,10 @@ import torch.nn as nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
-from .errors import UnsupportedModelError
-from .inputs import accepted_input_shape, input_shape
-from .model_copy import wide_copy
-from .plan import ExpansionPlan
+from ..errors import UnsupportedModelError
+from .images import accepted_input_shape, input_shape
+from .copies import wide_copy
+from ..plan import ExpansionPlan
 
 __all__ = ['Agreement', 'compare', 'disable_randomness_', 'randomize_', 'relative_error', 'verify_plan']
 

@@ -9,8 +9,8 @@ from timm.models import load_state_dict
 from timm.task import DistillationTeacher
 from timm.utils import unwrap_model
 
-from .distillers import DistillSettings, ModelOutput, tap_teacher
-from .inputs import input_shape
+from ..distillers import DistillSettings, ModelOutput, tap_teacher
+from ..expansion.images import input_shape
 
 __all__ = ['StaticTeacher', 'resolve_static_teacher']
 

@@ -6,8 +6,8 @@ import torch
 import torch.nn as nn
 from timm.utils import unwrap_model
 
-from .base_task import BaseTask, loss_weights
-from .distillers import distill_settings
+from .base import BaseTask, loss_weights
+from ..distillers import distill_settings
 from .learners import Learners, StudentLearner, examples
 from .static_teacher import StaticTeacher, resolve_static_teacher
 

@@ -16,8 +16,8 @@ import timm
 import torch
 from timm.models import clean_state_dict
 
-from .errors import first_line
-from .models.rvt import checkpoint_filter_fn as rename_rvt
+from ..errors import first_line
+from .rvt import checkpoint_filter_fn as rename_rvt
 
 __all__ = [
     'RELEASES', 'Release', 'convert_checkpoint', 'convert_state_dict', 'is_release', 'merge_branches',

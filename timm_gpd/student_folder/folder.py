@@ -11,7 +11,7 @@ import torch.nn as nn
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from timm.models import save_for_hf
 
-from .version import __version__
+from ..version import __version__
 
 __all__ = ['CARD', 'CONFIG', 'PLOT', 'STUDENT_FILES', 'WEIGHTS', 'card_of_repo', 'new_folder', 'read_metrics',
            'save_student']
@@ -181,7 +181,7 @@ def _details(student: nn.Module, recipe: Dict[str, Any]) -> Dict[str, str]:
 
 def _usage(student: nn.Module) -> List[str]:
     register = ['import timm_gpd  # registers the architecture'] if type(student).__module__.startswith(
-        __package__ + '.') else []
+        __package__.partition('.')[0] + '.') else []
     return [
         '## Usage', '', 'With timm:' if not register else 'With timm and timm-gpd:', '',
         '```python', 'import timm', *register, '',

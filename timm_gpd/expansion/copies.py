@@ -5,7 +5,7 @@ from typing import Any, Callable, Dict, Sequence, Tuple
 import torch
 import torch.nn as nn
 
-from .plan import ExpansionPlan
+from ..plan import ExpansionPlan
 
 __all__ = ['blank', 'blank_copy', 'copy_model', 'parameterless_copy', 'wide_copy']
 

@@ -7,12 +7,12 @@ import torch
 import torch.nn as nn
 from timm.utils import unwrap_model
 
-from .base_task import BaseTask, loss_weights
-from .branches import branch_kinds
-from .distillers import distill_settings
-from .dynamic_teacher import DynamicTeacher, StudentView, expand
+from .base import BaseTask, loss_weights
+from ..teacher.branches import branch_kinds
+from ..distillers import distill_settings
+from ..teacher.dynamic_teacher import DynamicTeacher, StudentView, expand
 from .learners import Learners, PairOfLearners, examples
-from .losses import GPD_LOSSES
+from ..losses import GPD_LOSSES
 from .static_teacher import StaticTeacher, resolve_static_teacher
 
 __all__ = ['GapPreservingTask']

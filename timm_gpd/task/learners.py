@@ -5,9 +5,9 @@ import torch
 import torch.nn as nn
 from timm.models import group_parameters
 
-from .distillers import Distillers, DistillSettings, ModelOutput, Tap, example_output, tap_learner
-from .dynamic_teacher import DynamicTeacher
-from .inputs import accepted_input_shape, input_shape
+from ..distillers import Distillers, DistillSettings, ModelOutput, Tap, example_output, tap_learner
+from ..teacher.dynamic_teacher import DynamicTeacher
+from ..expansion.images import accepted_input_shape, input_shape
 from .static_teacher import StaticTeacher
 
 __all__ = ['Learners', 'PairOfLearners', 'StudentLearner', 'examples']

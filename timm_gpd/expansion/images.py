@@ -5,7 +5,7 @@ from typing import Iterator, Optional, Tuple
 import torch
 import torch.nn as nn
 
-from .model_copy import blank, blank_copy
+from .copies import blank, blank_copy
 
 __all__ = ['accepted_input_shape', 'blank_images', 'input_shape']
 
