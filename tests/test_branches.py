@@ -116,7 +116,7 @@ def test_gradients_of_teacher_and_student_meet_in_the_merge(used):
         return torch.autograd.grad(sum(losses), inputs)
 
     merged = branched(0.5)[0]
-    expected = gradients(merged, TENSOR_MAP.first_replica(merged) * TENSOR_MAP.factor)
+    expected = gradients(merged, TENSOR_MAP.first_replica(merged) * TENSOR_MAP.divisor)
     for gradient, reference in zip(gradients(*branched(0.5, TENSOR_MAP)), expected):
         torch.testing.assert_close(gradient, reference, rtol=1e-12, atol=1e-12)
 

@@ -95,7 +95,7 @@ def test_other_ratios_and_variants(name, kwargs, ratio):
     plan = plan_expansion(student, ratio)
     agreements = compare(student, plan)
     assert all(agreement.is_exact for agreement in agreements.values()), agreements
-    assert read_back_error(student, plan) <= 1e-6  # one rounding in float32: a factor of 3 is no power of 2
+    assert read_back_error(student, plan) <= 1e-6  # one rounding in float32: a divisor of 3 is no power of 2
 
 
 def test_a_forward_that_needs_values_is_planned_on_the_cpu():

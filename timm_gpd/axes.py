@@ -100,7 +100,7 @@ class TensorMap:
     sum_axis: Optional[int] = None
 
     @property
-    def factor(self) -> int:
+    def divisor(self) -> int:
         """What the replicated weight is divided by so that the teacher's activations equal the student's."""
         return dict(self.axes)[self.sum_axis].ratio if self.sum_axis in dict(self.axes) else 1
 
@@ -110,13 +110,13 @@ class TensorMap:
         return tuple(sizes.get(axis, size) for axis, size in enumerate(self.shape))
 
     def replicate(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Repeats a student tensor along its channel axes, without the factor."""
+        """Repeats a student tensor along its channel axes, without the divisor."""
         for axis, axis_map in self.axes:
             tensor = axis_map.replicate(tensor, axis)
         return tensor
 
     def first_replica(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Slices replica 0 out of a teacher tensor, without the factor. Differentiable."""
+        """Slices replica 0 out of a teacher tensor, without the divisor. Differentiable."""
         for axis, axis_map in reversed(self.axes):
             tensor = axis_map.first_replica(tensor, axis)
         return tensor
@@ -134,7 +134,7 @@ class TensorMap:
         Returns:
             A tensor of the same shape; zeros where no such noise exists (nothing is summed over replicas).
         """
-        if self.factor == 1 or not tensor.is_floating_point():
+        if self.divisor == 1 or not tensor.is_floating_point():
             return torch.zeros_like(tensor)
         free = torch.zeros(tensor.shape, dtype=torch.bool, device=tensor.device)
         for position, (axis, axis_map) in enumerate(self.axes):

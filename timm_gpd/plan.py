@@ -18,7 +18,7 @@ class ExpansionPlan:
         tensors: parameter or buffer name -> :class:`TensorMap`. Tensors that are not listed stay as they are.
         attributes: module name -> attribute -> (student's value, teacher's value), such as head counts.
         divided_inputs: module name -> what its input is divided by in the teacher. For layers that compute their weight
-            from a parameter, such as weight standardisation, which would undo a factor on the parameter.
+            from a parameter, such as weight standardisation, which would undo a division of the parameter.
         notes: what the planner had to do out of the ordinary, one line each.
     """
     ratio: int
@@ -47,7 +47,7 @@ class ExpansionPlan:
         if tensor_map is None:
             return tensor.clone()
         self._check(name, tensor, tensor_map.shape)
-        return tensor_map.replicate(tensor / tensor_map.factor if tensor_map.factor > 1 else tensor)
+        return tensor_map.replicate(tensor / tensor_map.divisor if tensor_map.divisor > 1 else tensor)
 
     def extract(self, state_dict: Mapping[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
         """Channel-branch reparameterization: teacher tensors to student tensors (Sec. 3.3). Differentiable.
@@ -56,7 +56,7 @@ class ExpansionPlan:
             state_dict: teacher tensors by name, branches already merged.
 
         Returns:
-            Student tensors under the same names. Views of the teacher's where no factor applies and strides allow.
+            Student tensors under the same names. Views of the teacher's where no divisor applies and strides allow.
 
         Raises:
             ValueError: if a tensor does not have the shape that was planned for.
@@ -69,7 +69,7 @@ class ExpansionPlan:
                 continue
             self._check(name, tensor, tensor_map.teacher_shape)
             narrow = tensor_map.first_replica(tensor)
-            student[name] = narrow * tensor_map.factor if tensor_map.factor > 1 else narrow
+            student[name] = narrow * tensor_map.divisor if tensor_map.divisor > 1 else narrow
         return student
 
     @staticmethod
@@ -87,7 +87,7 @@ class ExpansionPlan:
                 for axis, axis_map in tensor_map.axes
                 if len(axis_map) > 1 or axis_map[0].block > 1
             ]
-            notes = ([f'divided by {tensor_map.factor}'] if tensor_map.factor > 1 else []) + blocks
+            notes = ([f'divided by {tensor_map.divisor}'] if tensor_map.divisor > 1 else []) + blocks
             lines.append(
                 f'  {name:<{width}}  {tensor_map.shape} -> {tensor_map.teacher_shape}'
                 + (f'  ({"; ".join(notes)})' if notes else '')

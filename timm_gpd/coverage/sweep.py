@@ -36,7 +36,7 @@ from ..expansion.verify import MODES, ROUNDING, SMALL_IMAGES, compare, relative_
 __all__ = ['create_small', 'main', 'read_back_error', 'timm_modules']
 
 OWN_MODULES = ('rvt', 'variants')  # what this package registers is not timm's
-READ_BACK = 1e-6  # relative; one rounding in float32, where a factor is no power of two
+READ_BACK = 1e-6  # relative; one rounding in float32, where a divisor is no power of two
 REDUCTIONS = ({'mlp_ratio': 1 / 16}, {'depth': 2})  # arguments that make an architecture smaller; the last that fits
 ALWAYS_COMPARED = 2  # architectures of every module, however large its smallest are
 WORKER_TASKS = 25  # architectures after which a worker process gives its memory back
@@ -73,7 +73,7 @@ def create_small(name: str, **kwargs: Any) -> nn.Module:
 
 @torch.no_grad()
 def read_back_error(student: nn.Module, plan: ExpansionPlan) -> float:
-    """Largest relative error of a tensor of the student after expansion and extraction: the rounding of its factor."""
+    """Largest relative error of a tensor of the student after expansion and extraction: the rounding of its divisor."""
     tensors = dict([*student.named_parameters(), *student.named_buffers()])
     back = plan.extract(plan.expand(tensors))
     return max((

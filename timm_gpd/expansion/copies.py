@@ -6,6 +6,7 @@ import torch
 import torch.nn as nn
 
 from ..plan import ExpansionPlan
+from ..private_torch import forget_flat_weights, list_flat_weights
 
 __all__ = ['blank', 'blank_copy', 'copy_model', 'parameterless_copy', 'wide_copy']
 
@@ -80,9 +81,9 @@ def parameterless_copy(model: nn.Module) -> nn.Module:
 
 def _list_weights(module: nn.RNNBase, inputs: Any) -> None:
     """A recurrent layer runs on a list of its weights, which it does not renew where they were None before."""
-    module._init_flat_weights()
+    list_flat_weights(module)
 
 
 def _forget_weights(module: nn.RNNBase, inputs: Any, output: Any) -> None:
     """The weights of one run are computed: kept in the list, they would hold its graph and forbid deep copies."""
-    module._flat_weights = [None] * len(module._flat_weights)
+    forget_flat_weights(module)

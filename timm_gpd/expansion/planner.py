@@ -21,6 +21,7 @@ from ..errors import UnsupportedModelError
 from .images import accepted_input_shape, blank_images, input_shape
 from .copies import blank, blank_copy
 from ..plan import ExpansionPlan
+from ..private_torch import InstanceNorm
 from ..rules import find_rule
 
 __all__ = ['plan_expansion', 'check_positive_int']
@@ -461,7 +462,7 @@ def _widen_weight(
 ) -> None:
     """Widens a layer's weight.
 
-    A weight that is computed (weight standardisation) may not keep a factor of its parameter, so the input is divided
+    A weight that is computed (weight standardisation) may not be divided by way of its parameter, so the input is divided
     instead; this takes for granted that it is computed alike from every replica.
     """
     if parameter is a['weight']:
@@ -505,7 +506,7 @@ def _conv(run: _DryRun, a: Dict[str, Any]) -> None:
     actual = a['input'].shape[1 - weight.dim()]
     owner = run.owner(weight)
     if groups == inputs == outputs and groups > 1:
-        # Depthwise: nothing is summed over channels, so there are more groups and no factor.
+        # Depthwise: nothing is summed over channels, so there are more groups and no divisor.
         out_map = run.axis_like(weight, 'out', outputs, actual, 'a convolution')
         axes, sum_axis = {0: out_map}, None
         a['groups'] = actual
@@ -692,7 +693,7 @@ _STAND_INS: Dict[Callable, Callable] = dict.fromkeys(
 # Layers that check their sizes before they call any function.
 _MODULE_HANDLERS: Dict[type, Callable] = {
     nn.RNNBase: _recurrent,
-    nn.modules.instancenorm._InstanceNorm: lambda run, name, _, x: _set_sizes(run, name, num_features=x.shape[1]),
+    InstanceNorm: lambda run, name, _, x: _set_sizes(run, name, num_features=x.shape[1]),
 }
 
 

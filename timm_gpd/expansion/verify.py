@@ -12,6 +12,7 @@ from ..errors import UnsupportedModelError
 from .images import accepted_input_shape, input_shape
 from .copies import wide_copy
 from ..plan import ExpansionPlan
+from ..private_torch import BatchNorm
 
 __all__ = ['Agreement', 'compare', 'disable_randomness_', 'randomize_', 'relative_error', 'verify_plan']
 
@@ -97,7 +98,7 @@ def _statistics_from_data(model: nn.Module, seed: int = 0) -> Iterator[None]:
 
     hooks = [
         module.register_forward_pre_hook(set_statistics) for module in model.modules()
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_var is not None]
+        if isinstance(module, BatchNorm) and module.running_var is not None]
     try:
         yield
     finally:

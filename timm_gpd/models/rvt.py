@@ -13,8 +13,8 @@ import torch.nn as nn
 from timm.layers import (
     Attention, DropPath, LayerNorm2d, Mlp, NormMlpClassifierHead, calculate_drop_path_rates, to_2tuple)
 from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
-from timm.models._features import feature_take_indices
-from timm.models._manipulate import checkpoint
+
+from ..private_timm import checkpoint, feature_take_indices
 
 __all__ = ['RobustVisionTransformer']  # timm's registry adds the name of every entrypoint
 

@@ -6,7 +6,7 @@ import torch.nn as nn
 from timm.task import TrainingTask
 from timm.utils import unwrap_model
 
-from ..teacher.early_backward import trace_early_backward
+from ..private_torch import trace_backward
 from .learners import Learners
 
 __all__ = ['BaseTask', 'loss_weights']
@@ -64,7 +64,7 @@ class BaseTask(TrainingTask):
 
     def compile(self, backend: str = 'inductor', mode: Optional[str] = None, **compile_kwargs: Any) -> nn.Module:
         """Compiles the training forward pass, in place, and the static teacher's. Validation runs uncompiled."""
-        trace_early_backward()
+        trace_backward()
         self.get_trainable_module().compile(backend=backend, mode=mode, **compile_kwargs)
         if getattr(self, 'teacher', None) is not None:
             self.teacher.compile(backend=backend, mode=mode, **compile_kwargs)

@@ -243,7 +243,7 @@ class _Merge(torch.autograd.Function):
                 merged[rows] = block
         if tensor_map is None:
             return merged
-        return merged, tensor_map.first_replica(merged) * tensor_map.factor
+        return merged, tensor_map.first_replica(merged) * tensor_map.divisor
 
     @staticmethod
     @once_differentiable
@@ -291,7 +291,7 @@ def _sum_gradients(
     """Gradient of the merged kernel, as the teacher's and as the student's: a new tensor, shape (O, K, I)."""
     total = _reorder(grad, channels_last=True)
     if student_grad is not None:
-        add_to_first_replicas([total], [student_grad * tensor_map.factor], [tensor_map])
+        add_to_first_replicas([total], [student_grad * tensor_map.divisor], [tensor_map])
     return _inputs_last(total)
 
 

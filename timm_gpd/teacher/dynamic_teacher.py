@@ -72,7 +72,7 @@ class DynamicTeacher(nn.Module):
 
     Attributes:
         wide: the student's class with wider tensors. Under ``scale='student'`` its weights are stored times the
-            factor that the plan divides them by, and divided when it runs.
+            divisor of the plan, and divided when it runs.
         branches: kernels of ``wide`` that have branches, under the names of their convolutions, which have none of
             their own. They merge, in the convention of ``wide``, into the teacher's kernel, which both models read.
         student: the student's class without parameters.
@@ -93,7 +93,7 @@ class DynamicTeacher(nn.Module):
         self.plan = plan
         self.scale = scale
         self.branch_kinds = tuple(branches)
-        self._factors = {name: tensor_map.factor for name, tensor_map in plan.tensors.items() if tensor_map.factor > 1}
+        self._divisors = {name: tensor_map.divisor for name, tensor_map in plan.tensors.items() if tensor_map.divisor > 1}
         self._tied, self._requires_grad = _parameter_layout(student)
         self.branches = nn.Module()  # before the wide model, whose head is the last of all parameters, as of any model
         self.wide = wide_copy(student, plan, self._stored)
@@ -104,11 +104,11 @@ class DynamicTeacher(nn.Module):
         if len(self.branch_kinds) > 1:
             self._add_branches()
         is_student = scale == 'student'
-        self._teacher_scales = {name: 1 / factor for name, factor in self._factors.items()} if is_student else {}
+        self._teacher_scales = {name: 1 / divisor for name, divisor in self._divisors.items()} if is_student else {}
         self._shared = SharedTensors(
             {name: plan.tensors[name] for name in self._tied if name in plan.tensors and name not in self._branched},
             self._teacher_scales,
-            {} if is_student else self._factors)
+            {} if is_student else self._divisors)
         self.train(student.training)
 
     # -- the two models ---------------------------------------------------------------------------------------------
@@ -201,8 +201,8 @@ class DynamicTeacher(nn.Module):
         tensor_map = self.plan.tensors.get(name)
         if tensor_map is None:
             return tensor.clone()
-        divides = self.scale == 'teacher' and tensor_map.factor > 1
-        return tensor_map.replicate(tensor / tensor_map.factor if divides else tensor)
+        divides = self.scale == 'teacher' and tensor_map.divisor > 1
+        return tensor_map.replicate(tensor / tensor_map.divisor if divides else tensor)
 
     def _parameters_of_both(
             self,
@@ -294,7 +294,7 @@ class DynamicTeacher(nn.Module):
     @torch.no_grad()
     def _add_noise(self, noise: float) -> None:
         for name, parameter in self.wide.named_parameters():
-            if name in self._factors:
+            if name in self._divisors:
                 parameter += self.plan.tensors[name].noise_like(parameter, noise * parameter.std().item())
 
     def _add_branches(self) -> None:
@@ -311,9 +311,9 @@ class DynamicTeacher(nn.Module):
             else:
                 prior = cosine_prior(outputs, size)
             # Other weights than the prior are drawn for every replica, which tells replicas apart as scales move.
-            # Their size is that of a student's, divided by the factor as inverse reparameterization does.
-            factor = self._factors.get(weight, 1)
-            gain = factor ** (0.5 if self.scale == 'student' else -0.5)
+            # Their size is that of a student's, divided by the divisor as inverse reparameterization does.
+            divisor = self._divisors.get(weight, 1)
+            gain = divisor ** (0.5 if self.scale == 'student' else -0.5)
             branched = BranchedKernel(module.weight, module.groups, self.branch_kinds, prior, gain)
             _add_submodule(self.branches, name, branched)
             self._branched[weight] = branched

@@ -9,7 +9,9 @@ from typing import Any, Callable, Dict, Iterable, List, Mapping, Tuple
 import torch
 from torch.autograd.function import once_differentiable
 
-__all__ = ['backward_early', 'trace_early_backward']
+from ..private_torch import can_trace_backward, multiply_each
+
+__all__ = ['backward_early']
 
 
 def backward_early(
@@ -21,7 +23,7 @@ def backward_early(
 
     Where that is not possible the function only runs, and the rest comes with the backward pass of the sum, as usual:
     in float16 autocast, as the scale of the gradients is not known before; where no gradients are asked for; and
-    compiled without :func:`trace_early_backward`.
+    compiled without :func:`timm_gpd.private_torch.trace_backward`.
 
     Args:
         run: takes ``tensors`` and returns tensors by name, of which ``'loss'`` is a scalar.
@@ -56,14 +58,8 @@ def backward_early(
     return result, lambda: _KnownGradients.apply(value, gradients, *stand_ins)
 
 
-def trace_early_backward() -> None:
-    """Lets ``torch.compile`` trace a backward pass within a forward pass, where this torch can."""
-    if hasattr(torch._dynamo.config, 'trace_autograd_ops'):
-        torch._dynamo.config.trace_autograd_ops = True
-
-
 def _is_possible(device_type: str) -> bool:
-    if torch.compiler.is_compiling() and not getattr(torch._dynamo.config, 'trace_autograd_ops', False):
+    if torch.compiler.is_compiling() and not can_trace_backward():
         return False
     return not (torch.is_autocast_enabled(device_type) and torch.get_autocast_dtype(device_type) == torch.float16)
 
@@ -102,5 +98,5 @@ class _KnownGradients(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         # A pass over all gradients, and on a CPU one worth sparing, as the factor is 1 where nothing is accumulated.
         if torch.compiler.is_compiling() or grad.device.type != 'cpu' or grad.item() != 1:
-            gradients = torch._foreach_mul(gradients, grad)
+            gradients = multiply_each(gradients, grad)
         return None, None, *gradients

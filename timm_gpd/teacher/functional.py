@@ -5,6 +5,8 @@ import torch
 import torch.nn as nn
 from torch.func import functional_call
 
+from ..private_torch import run_after_backward
+
 __all__ = ['call_with_parameters']
 
 
@@ -43,4 +45,4 @@ def _lend_until_backward_ends(model: nn.Module, parameters: Mapping[str, torch.T
         for slots, key, tensor in owned.values():
             slots[key] = tensor
 
-    torch.autograd.Variable._execution_engine.queue_callback(give_back)
+    run_after_backward(give_back)

@@ -4,6 +4,7 @@ from typing import Dict, Iterable, Iterator, List, Mapping, NamedTuple, Sequence
 import torch
 
 from ..axes import AxisMap, Segment, TensorMap
+from ..private_torch import add_each_, multiply_each
 
 __all__ = ['SharedTensors', 'add_to_first_replicas']
 
@@ -15,7 +16,7 @@ _BUCKET = 2 ** 20  # entries; large enough to spare small tensors a call each, s
 class SharedTensors:
     """Reads stored tensors as two models: the teacher's are multiples of them, the student's multiples of slices.
 
-    Autograd alone would build the gradient of a stored tensor from three of its size: the teacher's times its factor,
+    Autograd alone would build the gradient of a stored tensor from three of its size: the teacher's times its multiplier,
     the student's in a tensor of zeros, and their sum. Here it is one. Tensors go in buckets, each a few calls however
     many they are, so that gradients are ready, and a gradient reduction can start, while the backward pass still runs.
 
@@ -95,7 +96,7 @@ class _Share(torch.autograd.Function):
             shape = bucket.tensor_maps[i].teacher_shape
             result[i] = teacher[i] if teacher[i] is not None else student[i].new_zeros(shape)
         # Copies even where the scale is 1: parts are added in place, and a gradient may be another tensor's as well.
-        stored = torch._foreach_mul([result[i] for i in used], [bucket.teacher_scales[i] for i in used])
+        stored = multiply_each([result[i] for i in used], [bucket.teacher_scales[i] for i in used])
         for i, grad in zip(used, stored):
             result[i] = grad
 
@@ -127,7 +128,7 @@ def _add_to_first_replicas(into: List[torch.Tensor], parts: List[torch.Tensor], 
     for whole, part, tensor_axes in zip(into, parts, _decode_axes(axes)):
         replicas += _first_replica_views(whole, tensor_axes)
         entries += _student_views(part, tensor_axes)
-    torch._foreach_add_(replicas, entries)
+    add_each_(replicas, entries)
 
 
 def _encode_axes(tensor_maps: Iterable[TensorMap]) -> List[int]:
@@ -156,7 +157,7 @@ def _multiply(tensors: Sequence[torch.Tensor], scales: Sequence[float]) -> List[
     result = [tensor.view_as(tensor) for tensor in tensors]
     scaled = [i for i, scale in enumerate(scales) if scale != 1]
     if scaled:
-        products = torch._foreach_mul([tensors[i] for i in scaled], [scales[i] for i in scaled])
+        products = multiply_each([tensors[i] for i in scaled], [scales[i] for i in scaled])
         for i, product in zip(scaled, products):
             result[i] = product
     return result

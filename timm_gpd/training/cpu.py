@@ -3,7 +3,8 @@ import ctypes
 import platform
 
 import torch
-import torch._inductor.config
+
+from ..private_torch import set_keep_compiled_layouts
 
 __all__ = ['tune_cpu']
 
@@ -23,7 +24,7 @@ def tune_cpu() -> None:
     twice a step: a compiled step of ResNet-18 took 1.2 times as long.
     """
     torch.set_flush_denormal(True)
-    torch._inductor.config.layout_optimization = False
+    set_keep_compiled_layouts(True)
     if platform.libc_ver()[0] == 'glibc':
         libc = ctypes.CDLL(None)
         libc.mallopt(_M_TRIM_THRESHOLD, -1)

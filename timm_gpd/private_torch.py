@@ -1,0 +1,72 @@
+"""Names of torch that are not part of its public API, all in one place. Checked with torch 2.14.1.
+
+Each is here because the public API has no way to the same thing; ``tests/test_private_names.py`` fails with its name
+when a version of torch changes it.
+"""
+from typing import Callable, List, Sequence, Union
+
+import torch
+import torch._dynamo.config
+import torch._inductor.config
+import torch.nn as nn
+
+__all__ = [
+    'BatchNorm', 'InstanceNorm', 'add_each_', 'can_trace_backward', 'forget_flat_weights', 'has_active_transforms',
+    'keeps_compiled_layouts', 'list_flat_weights', 'multiply_each', 'run_after_backward', 'set_keep_compiled_layouts',
+    'trace_backward',
+]
+
+# What all batch norms, and all instance norms, are instances of, whatever their number of dimensions.
+BatchNorm = nn.modules.batchnorm._BatchNorm
+InstanceNorm = nn.modules.instancenorm._InstanceNorm
+
+
+def multiply_each(tensors: Sequence[torch.Tensor], by: Union[Sequence[float], torch.Tensor]) -> List[torch.Tensor]:
+    """Products of tensors with numbers, or with one tensor, in few calls."""
+    return torch._foreach_mul(list(tensors), by)
+
+
+def add_each_(tensors: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> None:
+    """Adds tensors to others of the same shapes, in place and in few calls."""
+    torch._foreach_add_(list(tensors), list(others))
+
+
+def run_after_backward(callback: Callable[[], None]) -> None:
+    """Called within a backward pass: runs the callback at its end."""
+    torch.autograd.Variable._execution_engine.queue_callback(callback)
+
+
+def can_trace_backward() -> bool:
+    """Whether ``torch.compile`` traces a backward pass within a forward pass."""
+    return getattr(torch._dynamo.config, 'trace_autograd_ops', False)
+
+
+def trace_backward() -> None:
+    """Lets ``torch.compile`` trace a backward pass within a forward pass, where this torch can."""
+    if hasattr(torch._dynamo.config, 'trace_autograd_ops'):
+        torch._dynamo.config.trace_autograd_ops = True
+
+
+def keeps_compiled_layouts() -> bool:
+    """Whether Inductor leaves the layout of convolutions as it is."""
+    return not torch._inductor.config.layout_optimization
+
+
+def set_keep_compiled_layouts(keep: bool) -> None:
+    """Lets Inductor leave the layout of convolutions as it is, or choose it."""
+    torch._inductor.config.layout_optimization = not keep
+
+
+def has_active_transforms() -> bool:
+    """Whether this runs inside a transform of ``torch.func``, such as ``vmap`` or ``jvp``."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def list_flat_weights(module: nn.RNNBase) -> None:
+    """Renews the list of weights that a recurrent layer runs on."""
+    module._init_flat_weights()
+
+
+def forget_flat_weights(module: nn.RNNBase) -> None:
+    """Empties the list of weights that a recurrent layer runs on."""
+    module._flat_weights = [None] * len(module._flat_weights)
