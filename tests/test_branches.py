@@ -10,7 +10,7 @@ from timm.optim import param_groups_weight_decay
 
 from conftest import TINY_RESNET
 from timm_gpd import expand
-from timm_gpd.teacher import branches
+from timm_gpd.teacher import merge
 from timm_gpd.axes import AxisMap, TensorMap
 from timm_gpd.teacher.branches import BRANCH_KINDS, BranchedKernel, branch_kinds, cosine_prior
 from timm_gpd.expansion.verify import randomize_, relative_error
@@ -34,7 +34,7 @@ def branched_kernel(inputs, outputs, size, groups, kinds=BRANCH_KINDS, **_):
 
 
 def run_branch(kind, branched, x, inputs, outputs, size, groups, stride, dilation):
-    """The branch's output as the layers that it stands for, without padding, before its scale."""
+    """The branch's output as the layers that it stands for, without padding, before its gamma."""
     large = dict(stride=stride, dilation=dilation)
 
     def four_dimensional(kernel_OKI):
@@ -65,7 +65,7 @@ def test_the_merged_kernel_is_the_sum_of_the_branches_as_layers(convolution):
     x = torch.randn(2, convolution['inputs'], 15, 15, dtype=torch.float64)
     conv = {key: convolution[key] for key in ('stride', 'dilation', 'groups')}
     expected = sum(
-        branched.scale[j].view(-1, 1, 1) * run_branch(kind, branched, x, **convolution)
+        branched.gamma[j].view(-1, 1, 1) * run_branch(kind, branched, x, **convolution)
         for j, kind in enumerate(BRANCH_KINDS))
     torch.testing.assert_close(F.conv2d(x, branched()[0], **conv), expected, rtol=1e-10, atol=1e-10)
 
@@ -87,10 +87,10 @@ TENSOR_MAP = TensorMap((6, 2, 3, 3), ((0, AxisMap.uniform(6, 2)), (1, AxisMap.un
 
 @pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
 def test_order_in_memory_does_not_show(memory_format, monkeypatch):
-    """Kernels and gradients are those of one block, whatever order they are in and in however many blocks."""
+    """Kernels and gradients are those of one tile, whatever order they are in and in however many tiles."""
     results = []
-    for block in (branches._BLOCK, 5 * 8 * 4 * 9, 3 * 4 * 9):  # all at once; dw's sums of 5 of 12; rows 2 of 12
-        monkeypatch.setattr(branches, '_BLOCK', block)
+    for tile in (merge._TILE, 5 * 8 * 4 * 9, 3 * 4 * 9):  # all at once; dw's sums of 5 of 12; rows 2 of 12
+        monkeypatch.setattr(merge, '_TILE', tile)
         torch.manual_seed(0)
         branched = branched_kernel(inputs=4, outputs=12, size=3, groups=1)
         other = {} if not results else dict(memory_format=memory_format)
@@ -98,7 +98,7 @@ def test_order_in_memory_does_not_show(memory_format, monkeypatch):
         assert all(tensor.is_contiguous(**other) for tensor in merged)
         loss = sum((tensor * torch.randn(tensor.shape)).sum() for tensor in merged)
         results.append([*merged, *torch.autograd.grad(loss, list(branched.parameters()))])
-    assert len(branches._row_blocks(branched.kernel, branched.dw[None])) == 6
+    assert len(merge._row_tiles(branched.kernel, branched.dw[None])) == 6
     for other in results[1:]:
         for one, many in zip(results[0], other):
             torch.testing.assert_close(many, one, rtol=1e-12, atol=1e-12)
@@ -121,7 +121,7 @@ def test_gradients_of_teacher_and_student_meet_in_the_merge(used):
         torch.testing.assert_close(gradient, reference, rtol=1e-12, atol=1e-12)
 
 
-def test_the_factor_multiplies_what_is_merged():
+def test_the_multiplier_multiplies_what_is_merged():
     branched = branched_kernel(**CONVOLUTIONS['grouped'])
     torch.testing.assert_close(branched(0.25)[0], 0.25 * branched()[0], rtol=1e-12, atol=1e-12)
 
@@ -243,8 +243,8 @@ def test_no_branch_is_dead_after_ten_steps(make):
             assert tensor.equal(before[name]), f'{name} is fixed'
             continue
         rows = (tensor - before[name]).flatten(1).abs().sum(1)
-        if name.endswith('.scale'):
-            assert (rows > 0).all(), f'{name}: a branch stayed at its scale'
+        if name.endswith('.gamma'):
+            assert (rows > 0).all(), f'{name}: a branch stayed at its gamma'
         else:  # OREPA's cosine vanishes for one channel in 2 k
             assert (rows > 0).float().mean() > (0.7 if name.endswith('.freq') else 0.99), f'{name} did not learn'
 
@@ -283,7 +283,7 @@ def test_loading_a_student_starts_again(tiny_student):
 
 
 def test_weight_decay_follows_orepa(tiny_student):
-    """All that branches learn decays, scales included; priors and the identity are no parameters."""
+    """All that branches learn decays, gammas included; priors and the identity are no parameters."""
     teacher = expand(tiny_student, num_branches=6)
     no_decay, decay = param_groups_weight_decay(teacher, weight_decay=0.1)
     assert no_decay['weight_decay'] == 0

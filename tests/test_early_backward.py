@@ -6,11 +6,13 @@ import weakref
 import pytest
 import timm
 import torch
+import torch.nn as nn
+import torch.nn.functional as F
 
 from conftest import TINY_RESNET
 from steps import batch
 from timm_gpd import GapPreservingTask
-from timm_gpd.teacher.early_backward import backward_early
+from timm_gpd.teacher.early_backward import EarlyBackward
 
 
 def make_task(student, **kwargs):
@@ -39,14 +41,15 @@ def test_gradients_are_those_of_the_sum_of_losses(settings):
     actual = gradients(task, task(x, target)['loss'] / 4)  # as accumulating gradients divides it
 
     dynamic_teacher = twin.get_dynamic_teacher()
-    if twin.teacher is None:
+    if twin.static_teacher is None:
         student, teacher, distillation = *dynamic_teacher.joint(x), 0
     else:
-        learners, goal = twin.get_trainable_module(), twin.teacher(x)
+        learners, static_output = twin.get_learners(), twin.static_teacher(x)
         outputs = learners.run(x)
         student, teacher = outputs['student'].logits, outputs['dynamic_teacher'].logits
         distillation = sum(
-            sum(learners.distillers[name](output, goal, target).values()) for name, output in outputs.items())
+            sum(learners.step_loss.distillers[name](output, static_output, target).values())
+            for name, output in outputs.items())
     loss = twin.criterion(student, target) + twin.criterion(teacher, target) + distillation
     loss = loss + twin.gpd_weight * twin.gpd_loss(student, teacher)
     for name, expected in gradients(twin, loss / 4).items():
@@ -95,17 +98,52 @@ def test_float16_waits_for_the_scale_of_its_gradients(tiny_student):
 def test_a_tensor_under_two_names_gets_its_gradient_once():
     tensor = torch.tensor(3., requires_grad=True)
     tied = tensor * 1
-    tensors = {'a': tied, 'b': tied, 'frozen': torch.tensor(2.)}
-    result, gradients = backward_early(lambda t: {'loss': t['a'] * t['b'] * t['frozen'], 'a': t['a']}, tensors)
-    assert not tensors and result['loss'] == 18 and not any(value.requires_grad for value in result.values())
-    (2 * gradients()).backward()
-    assert gradients() == 0 and tensor.grad == 24
+    early = EarlyBackward([tied, tied, torch.tensor(2.)])
+    result = early.run({'loss': tied * tied * 2, 'a': tied})
+    assert result['loss'] == 18 and not any(value.requires_grad for value in result.values())
+    loss = early.join(result['loss'])
+    (2 * loss).backward()
+    assert loss == 18 and tensor.grad == 24
 
 
 def test_without_gradients_it_only_runs():
     tensor = torch.tensor(3., requires_grad=True)
     with torch.no_grad():
-        result, gradients = backward_early(lambda t: {'loss': t['a'] * 2}, {'a': tensor})
-    assert result['loss'] == 6 and not gradients().requires_grad
-    _, gradients = backward_early(lambda t: {'loss': t['a'] * 2}, {'a': torch.tensor(3.)})
-    assert not gradients().requires_grad
+        early = EarlyBackward([tensor])
+        assert early.join(early.run({'loss': tensor * 2})['loss']) == 6 and not early.is_early
+    early = EarlyBackward([torch.tensor(3.)])
+    loss = early.join(early.run({'loss': torch.tensor(6.)})['loss'])
+    assert loss == 6 and not loss.requires_grad and not early.is_early
+
+
+def test_a_loss_gives_its_gradients_once(tiny_student):
+    task = make_task(tiny_student)
+    x, target = batch()
+    loss = task(x.double(), target)['loss']
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match='differentiated once.*call backward.. once for every forward pass'):
+        loss.backward()
+    with pytest.raises(RuntimeError, match='no second derivatives.*leave out create_graph=True'):
+        task(x.double(), target)['loss'].backward(create_graph=True)
+
+
+def test_what_the_teachers_loss_depends_on_gets_its_gradient(tiny_student):
+    """Images, what made them, and parameters of the criterion: from the sum of losses, not the student's share."""
+    class Tempered(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.temperature = nn.Parameter(torch.tensor(1.5))
+
+        def forward(self, logits, target):
+            return F.cross_entropy(logits / self.temperature, target)
+
+    task = make_task(tiny_student, criterion=Tempered(), noise=0.5)
+    twin = copy.deepcopy(task)
+    prompts = [torch.full((1, 1, 32, 32), 0.1, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    x, target = batch()
+    task(x + prompts[0], target)['loss'].backward()
+    student, teacher = twin.get_dynamic_teacher().joint(x + prompts[1])
+    loss = sum(twin.criterion(logits, target) for logits in (student, teacher))
+    (loss + twin.gpd_weight * twin.gpd_loss(student, teacher.detach())).backward()
+    torch.testing.assert_close(prompts[0].grad, prompts[1].grad, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(task.criterion.temperature.grad, twin.criterion.temperature.grad, rtol=1e-9, atol=0)

@@ -82,11 +82,11 @@ def test_terms_are_those_of_the_outputs(task_class):
     task = make_task(task_class, 'dkd,dist')
     x, target = batch()
     result = task(x, target)
-    goal = make_teacher().eval()((x * 0.5 + 0.5 - 0.3) / 0.2)
+    static_output = make_teacher().eval()((x * 0.5 + 0.5 - 0.3) / 0.2)
     for prefix, output in (('kd', 'output'), ('teacher_kd', 'teacher_output')):
         if output in result:
-            torch.testing.assert_close(result[f'{prefix}/dkd'], dkd_loss(result[output], goal, target))
-            torch.testing.assert_close(result[f'{prefix}/dist'], dist_loss(result[output], goal))
+            torch.testing.assert_close(result[f'{prefix}/dkd'], dkd_loss(result[output], static_output, target))
+            torch.testing.assert_close(result[f'{prefix}/dist'], dist_loss(result[output], static_output))
 
 
 def test_gpd_shares_gradients_of_both_learners():
@@ -172,7 +172,7 @@ def test_layer_decay_and_weight_decay_are_the_students(task_class):
     task = make_task(task_class, WITH_STATE, student())
     plain, ours = (create_optimizer_v2(model, opt='adamw', lr=1e-3, weight_decay=0.1, layer_decay=0.7)
                    for model in (student(), task.get_trainable_module()))
-    distillers = set(task.get_trainable_module().distillers.parameters())
+    distillers = set(task.get_learners().step_loss.distillers.parameters())
 
     def groups(optimizer):
         sizes = {}

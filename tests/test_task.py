@@ -154,7 +154,7 @@ def test_unknown_gpd_loss(tiny_student):
 def test_no_weight_decay_and_layer_decay_reach_the_stored_parameters():
     student = timm.create_model('vit_tiny_patch16_224', img_size=32, num_classes=10, depth=2)
     teacher = make_task(student).get_trainable_module()
-    assert 'wide.pos_embed' in teacher.no_weight_decay()
+    assert 'model.wide.pos_embed' in teacher.no_weight_decay()
     plain, wide = (create_optimizer_v2(model, opt='adamw', lr=1e-3, weight_decay=0.1, layer_decay=0.7)
                    for model in (student, teacher))
 

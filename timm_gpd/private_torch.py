@@ -12,8 +12,8 @@ import torch.nn as nn
 
 __all__ = [
     'BatchNorm', 'InstanceNorm', 'add_each_', 'can_trace_backward', 'forget_flat_weights', 'has_active_transforms',
-    'keeps_compiled_layouts', 'list_flat_weights', 'multiply_each', 'run_after_backward', 'set_keep_compiled_layouts',
-    'trace_backward',
+    'has_forward_mode', 'keeps_compiled_layouts', 'list_flat_weights', 'multiply_each', 'run_after_backward',
+    'set_keep_compiled_layouts', 'trace_backward',
 ]
 
 # What all batch norms, and all instance norms, are instances of, whatever their number of dimensions.
@@ -60,6 +60,11 @@ def set_keep_compiled_layouts(keep: bool) -> None:
 def has_active_transforms() -> bool:
     """Whether this runs inside a transform of ``torch.func``, such as ``vmap`` or ``jvp``."""
     return torch._C._are_functorch_transforms_active()
+
+
+def has_forward_mode() -> bool:
+    """Whether this runs inside ``torch.autograd.forward_ad.dual_level``."""
+    return torch.autograd.forward_ad._current_level >= 0
 
 
 def list_flat_weights(module: nn.RNNBase) -> None:

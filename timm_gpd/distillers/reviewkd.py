@@ -26,21 +26,21 @@ class ReviewKD(Distiller):
 
     def __init__(self, learner: ModelOutput, teacher: ModelOutput, **hyperparameters: Any) -> None:
         super().__init__(learner, teacher, **hyperparameters)
-        own, goals = deepest_pairs(_levels(learner), _levels(teacher))
-        mid_channels = min(self.hyperparameters['mid_channels'], own[-1].shape[1])
+        levels, teacher_levels = deepest_pairs(_levels(learner), _levels(teacher))
+        mid_channels = min(self.hyperparameters['mid_channels'], levels[-1].shape[1])
         self.fusions = nn.ModuleList([
-            Fusion(level.shape[1], mid_channels, goal.shape[1], fuse=level is not own[-1])
-            for level, goal in zip(own, goals)
+            Fusion(level.shape[1], mid_channels, teacher_level.shape[1], fuse=level is not levels[-1])
+            for level, teacher_level in zip(levels, teacher_levels)
         ])
 
     def forward(self, learner: ModelOutput, teacher: ModelOutput, target: torch.Tensor) -> torch.Tensor:
-        own, goals = deepest_pairs(_levels(learner), _levels(teacher))
+        levels, teacher_levels = deepest_pairs(_levels(learner), _levels(teacher))
         imitations: List[torch.Tensor] = []
         residual = None
-        for fusion, level, goal in reversed(list(zip(self.fusions, own, goals))):
-            imitation, residual = fusion(level, residual, goal.shape[-2:])
+        for fusion, level, teacher_level in reversed(list(zip(self.fusions, levels, teacher_levels))):
+            imitation, residual = fusion(level, residual, teacher_level.shape[-2:])
             imitations.insert(0, imitation)
-        return hcl_loss(imitations, goals)
+        return hcl_loss(imitations, teacher_levels)
 
 
 class Fusion(nn.Module):

@@ -1,6 +1,6 @@
-"""What the tasks of this package share: weights of the losses, checkpoints, DDP, clipping."""
+"""What the tasks of this package share: checkpoints, validation, DDP, clipping, compilation."""
 from copy import deepcopy
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Optional
 
 import torch.nn as nn
 from timm.task import TrainingTask
@@ -8,26 +8,47 @@ from timm.utils import unwrap_model
 
 from ..private_torch import trace_backward
 from .learners import Learners
+from .static_teacher import StaticTeacher
 
-__all__ = ['BaseTask', 'loss_weights']
-
-
-def loss_weights(task_loss_weight: Optional[float], distill_loss_weight: Optional[float]) -> Tuple[float, float]:
-    """Weights a of the task loss and b of the distillation loss, from what was given, as timm's tasks do."""
-    if distill_loss_weight is None:
-        distill_loss_weight = 1.0 if task_loss_weight is None else 1.0 - task_loss_weight
-    return 1.0 if task_loss_weight is None else task_loss_weight, distill_loss_weight
+__all__ = ['BaseTask']
 
 
 class BaseTask(TrainingTask):
-    """A task whose state, beyond the student, is some modules and the settings that they were made with."""
+    """A task whose state, beyond the student, is some modules and the settings that they were made with.
 
+    Attributes:
+        trainable_module: the :class:`Learners`, in the end also wrapped in DDP.
+        static_teacher: the static teacher, or None.
+        settings: what a checkpoint's modules must have been made with to be loaded.
+    """
+
+    static_teacher: Optional[StaticTeacher]
     settings: Dict[str, Any]
+
+    @property
+    def teacher(self) -> Optional[StaticTeacher]:
+        """The static teacher, under the name that timm's distillation tasks use."""
+        return self.static_teacher
+
+    def get_learners(self, ema: bool = False) -> Learners:
+        """What is trained, without wrappers; or its moving average."""
+        return unwrap_model(self.get_trainable_module(ema=ema))
+
+    def get_student(self, ema: bool = False) -> nn.Module:
+        """The student as a plain timm model; or the averaged one."""
+        return unwrap_model(self.get_eval_model(ema=ema))
+
+    def get_validation_models(self, ema: bool = False) -> Dict[str, nn.Module]:
+        """Plain models whose accuracy tells how training goes, by the prefix of their metrics: ``''`` is the student's.
+
+        Args:
+            ema: take them from the moving average.
+        """
+        return {'': self.get_student(ema)}
 
     def get_state_modules(self, ema: bool = False) -> Dict[str, nn.Module]:
         """What a checkpoint's ``task_state`` holds, by name."""
-        trained = unwrap_model(self.get_trainable_module(ema=ema))
-        return {'distillers': trained.distillers} if isinstance(trained, Learners) else {}
+        return {'distillers': self.get_learners(ema).step_loss.distillers} if self.static_teacher is not None else {}
 
     def get_task_state(self, module: Optional[nn.Module] = None, ema: bool = False) -> Dict[str, Any]:
         """Tensors of the modules, and the settings."""
@@ -56,18 +77,16 @@ class BaseTask(TrainingTask):
 
     def get_clip_parameters(self, exclude_head: bool = False) -> List[nn.Parameter]:
         """Parameters whose gradients are clipped; the student's head is the last two of its model."""
-        trained = unwrap_model(self.get_trainable_module())
-        model, others = (trained.model, trained.distillers.parameters()) if isinstance(trained, Learners) \
-            else (trained, ())
-        parameters = list(model.parameters())
-        return [*(parameters[:-2] if exclude_head else parameters), *others]
+        learners = self.get_learners()
+        parameters = list(learners.model.parameters())
+        return [*(parameters[:-2] if exclude_head else parameters), *learners.step_loss.parameters()]
 
     def compile(self, backend: str = 'inductor', mode: Optional[str] = None, **compile_kwargs: Any) -> nn.Module:
         """Compiles the training forward pass, in place, and the static teacher's. Validation runs uncompiled."""
         trace_backward()
         self.get_trainable_module().compile(backend=backend, mode=mode, **compile_kwargs)
-        if getattr(self, 'teacher', None) is not None:
-            self.teacher.compile(backend=backend, mode=mode, **compile_kwargs)
+        if self.static_teacher is not None:
+            self.static_teacher.compile(backend=backend, mode=mode, **compile_kwargs)
         return self.get_eval_model()
 
     def prepare_distributed(self, device_ids: Optional[list] = None, **ddp_kwargs: Any) -> 'BaseTask':

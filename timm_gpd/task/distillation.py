@@ -6,10 +6,12 @@ import torch
 import torch.nn as nn
 from timm.utils import unwrap_model
 
-from .base import BaseTask, loss_weights
 from ..distillers import distill_settings
-from .learners import Learners, StudentLearner, examples
+from ..expansion.images import accepted_input_shape, input_shape
+from .base import BaseTask
+from .learners import Learners, StudentLearner, example_batch
 from .static_teacher import StaticTeacher, resolve_static_teacher
+from .step_loss import StepLoss, loss_weights
 
 __all__ = ['DistillationTask']
 
@@ -24,7 +26,8 @@ class DistillationTask(BaseTask):
 
     Args:
         student: timm model with a classifier.
-        static_teacher: timm model name (created with pretrained weights), module or timm DistillationTeacher.
+        static_teacher: timm model name (created with pretrained weights), timm DistillationTeacher or module. A module
+            is used as it is, not copied: it is moved to ``device`` and frozen.
         criterion: task loss of logits and targets (default: cross-entropy).
         distill_type: names of losses, separated by commas, keys of ``timm_gpd.distillers.DISTILLERS``.
         distill_args: their hyperparameters, see :func:`timm_gpd.distillers.distill_settings`.
@@ -59,10 +62,13 @@ class DistillationTask(BaseTask):
         self.settings = dict(distillers=settings)
         self.task_loss_weight, self.distill_loss_weight = loss_weights(task_loss_weight, distill_loss_weight)
         self.criterion = criterion if criterion is not None else nn.CrossEntropyLoss()
-        # Under the name that timm's distillation tasks use.
-        self.teacher = StaticTeacher(
+        self.static_teacher = StaticTeacher(
             resolve_static_teacher(static_teacher, student, self.device, self.dtype), student, settings)
-        self.trainable_module = StudentLearner(student, settings, *examples(student, self.teacher, settings))
+        shape = accepted_input_shape(student) or input_shape(student)
+        example = example_batch(student, self.static_teacher, settings, shape)
+        self.trainable_module = StudentLearner(
+            student, settings, StepLoss(self.criterion, self.task_loss_weight, self.distill_loss_weight))
+        self.trainable_module.add_distillers(settings, *example)
         if verbose:
             _logger.info(f'DistillationTask: task_loss_weight={self.task_loss_weight}, '
                          f'distill_loss_weight={self.distill_loss_weight}, {settings}')
@@ -78,10 +84,7 @@ class DistillationTask(BaseTask):
             ``loss``; ``output``, the student's logits, shape (B, num_classes); ``task_loss``, and ``kd/<loss>`` for
             every distillation loss.
         """
-        output, distillation = self.trainable_module(input, self.teacher(input), target)
-        task_loss = self.criterion(output, target)
-        loss = self.task_loss_weight * task_loss + self.distill_loss_weight * sum(distillation.values())
-        return {'loss': loss, 'output': output, 'task_loss': task_loss, **distillation}
+        return self.trainable_module(input, target, self.static_teacher(input))
 
     def get_eval_model(self, module: Optional[nn.Module] = None, ema: bool = False) -> Optional[nn.Module]:
         """The student, without distillers."""

@@ -1,19 +1,19 @@
 """Gap Preserving Distillation as one more of timm's training tasks."""
 import logging
-from functools import partial
 from typing import Any, Dict, Mapping, Optional, Sequence, Union
 
 import torch
 import torch.nn as nn
-from timm.utils import unwrap_model
 
-from .base import BaseTask, loss_weights
-from ..teacher.branches import branch_kinds
 from ..distillers import distill_settings
-from ..teacher.dynamic_teacher import DynamicTeacher, StudentView, expand
-from .learners import Learners, PairOfLearners, examples
+from ..expansion.images import accepted_input_shape, input_shape
 from ..losses import GPD_LOSSES
+from ..teacher import DynamicTeacher, StudentView, expand
+from ..teacher.branches import branch_kinds
+from .base import BaseTask
+from .learners import JointLearners, example_batch
 from .static_teacher import StaticTeacher, resolve_static_teacher
+from .step_loss import StepLoss, loss_weights
 
 __all__ = ['GapPreservingTask']
 
@@ -33,7 +33,8 @@ class GapPreservingTask(BaseTask):
 
     Args:
         student: timm model with a classifier. Not modified; its weights are where the dynamic teacher starts.
-        static_teacher: timm model name (created with pretrained weights), module, timm DistillationTeacher, or None.
+        static_teacher: timm model name (created with pretrained weights), timm DistillationTeacher, module, or None. A
+            module is used as it is, not copied: it is moved to ``device`` and frozen.
         criterion: task loss of logits and targets (default: cross-entropy).
         ratio: expansion ratio r.
         num_branches: branches per convolution.
@@ -89,16 +90,17 @@ class GapPreservingTask(BaseTask):
         self.settings = dict(ratio=ratio, branches=list(branch_kinds(num_branches, branches)), scale=scale)
         distillers = distill_settings(distill_type, distill_args, temperature)
 
-        # Under the name that timm's distillation tasks use.
-        self.teacher = None if static_teacher is None else StaticTeacher(
+        self.static_teacher = None if static_teacher is None else StaticTeacher(
             resolve_static_teacher(static_teacher, student, self.device, self.dtype), student, distillers)
-        if self.teacher is None:
-            self.trainable_module = dynamic_teacher = expand(student, ratio, num_branches, noise, scale, branches)
+        dynamic_teacher = expand(student, ratio, num_branches, noise, scale, branches)
+        step_loss = StepLoss(self.criterion, self.task_loss_weight, self.distill_loss_weight)
+        if self.static_teacher is None:
+            self.trainable_module = JointLearners(dynamic_teacher, {}, step_loss)
         else:
             self.settings['distillers'] = distillers
-            example = examples(student, self.teacher, distillers)
-            dynamic_teacher = expand(student, ratio, num_branches, noise, scale, branches)
-            self.trainable_module = PairOfLearners(dynamic_teacher, distillers, *example)
+            example = example_batch(student, self.static_teacher, distillers, accepted_input_shape(student) or input_shape(student))
+            self.trainable_module = JointLearners(dynamic_teacher, distillers, step_loss)
+            self.trainable_module.add_distillers(distillers, *example)
         self.eval_model = StudentView(dynamic_teacher)
         if verbose:
             count = sum(p.numel() for p in dynamic_teacher.parameters())
@@ -118,38 +120,31 @@ class GapPreservingTask(BaseTask):
             target: class indices, shape (B,), or whatever else the criterion takes.
 
         Returns:
-            ``loss``; ``output`` and ``teacher_output``, logits of student and dynamic teacher, shape (B, num_classes);
-            and every term without a, b and w: ``task_loss``, ``teacher_task_loss``, ``gpd_loss``, and with a static
-            teacher ``kd/<loss>`` and ``teacher_kd/<loss>`` for every distillation loss.
+            ``loss``; ``output`` and ``teacher_output``, logits of student and dynamic teacher, shape (B, num_classes),
+            the latter detached, as is every term of the dynamic teacher: its backward pass has run already; and every
+            term without a, b and w: ``task_loss``, ``teacher_task_loss``, ``gpd_loss``, and with a static teacher
+            ``kd/<loss>`` and ``teacher_kd/<loss>`` for every distillation loss.
         """
-        teacher_loss = partial(self._learner_loss, target)
-        if self.teacher is None:
-            logits, teacher, gradients = self.trainable_module(input, teacher_loss=teacher_loss)
-            distillation = None
-        else:
-            logits, distillation, teacher, gradients = self.trainable_module(
-                input, self.teacher(input), target, teacher_loss=teacher_loss)
-        student = self._learner_loss(target, logits, distillation)
-        student['gpd_loss'] = self.gpd_loss(logits, teacher['output'])
-        loss = student.pop('loss') + teacher.pop('loss') + gradients + self.gpd_weight * student['gpd_loss']
+        static_output = None if self.static_teacher is None else self.static_teacher(input)
+        student, teacher = self.trainable_module(input, target, static_output)
+        student['gpd_loss'] = self.gpd_loss(student['output'], teacher['output'])
+        loss = student.pop('loss') + teacher.pop('loss') + self.gpd_weight * student['gpd_loss']
         return {'loss': loss, **student, **{f'teacher_{name}': value for name, value in teacher.items()}}
-
-    def _learner_loss(
-            self,
-            target: torch.Tensor,
-            logits: torch.Tensor,
-            distillation: Optional[Mapping[str, torch.Tensor]] = None,
-    ) -> Dict[str, torch.Tensor]:
-        """One model's share of the loss, its logits, and its terms."""
-        distillation = distillation or {}
-        task_loss = self.criterion(logits, target)
-        loss = self.task_loss_weight * task_loss + self.distill_loss_weight * sum(distillation.values())
-        return {'loss': loss, 'output': logits, 'task_loss': task_loss, **distillation}
 
     def get_dynamic_teacher(self, ema: bool = False) -> DynamicTeacher:
         """The dynamic teacher itself, without wrappers: calling it gives the teacher's logits."""
-        trained = unwrap_model(self.get_trainable_module(ema=ema))
-        return trained.model if isinstance(trained, Learners) else trained
+        return self.get_learners(ema).model
+
+    def get_student(self, ema: bool = False) -> nn.Module:
+        """The student as a plain timm model, a copy; or the averaged one."""
+        return self.get_dynamic_teacher(ema).extract_student()
+
+    def get_validation_models(self, ema: bool = False) -> Dict[str, nn.Module]:
+        """Copies of student and dynamic teacher as plain models, by the prefix of their metrics.
+
+        The two inside the dynamic teacher would compute their parameters anew for every batch.
+        """
+        return {'': self.get_student(ema), 'teacher_': self.get_dynamic_teacher(ema).extract_teacher()}
 
     def setup_ema(self, *args: Any, **kwargs: Any) -> nn.Module:
         """Tracks a moving average of what is trained; the averaged student is the one inside it."""

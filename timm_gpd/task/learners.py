@@ -1,63 +1,50 @@
-"""What a static teacher teaches: a model that is trained, and the distillers of every learner in it."""
-from typing import Any, Callable, Dict, Mapping, Set, Tuple
+"""What is trained in one forward pass: a model, the learners in it, and the loss of each."""
+from typing import Callable, Dict, Mapping, Optional, Set, Tuple
 
 import torch
 import torch.nn as nn
 from timm.models import group_parameters
 
 from ..distillers import Distillers, DistillSettings, ModelOutput, Tap, example_output, tap_learner
-from ..teacher.dynamic_teacher import DynamicTeacher
-from ..expansion.images import accepted_input_shape, input_shape
+from ..teacher import DynamicTeacher, JointOutput
 from .static_teacher import StaticTeacher
+from .step_loss import StepLoss
 
-__all__ = ['Learners', 'PairOfLearners', 'StudentLearner', 'examples']
-
-# From a learner's logits and its distillation losses to named tensors, the scalar 'loss' among them.
-LearnerLoss = Callable[[torch.Tensor, Dict[str, torch.Tensor]], Dict[str, torch.Tensor]]
+__all__ = ['JointLearners', 'Learners', 'StudentLearner', 'example_batch']
 
 
 class Learners(nn.Module):
-    """A model together with its distillers: all that is trained, in one forward pass, which is what DDP wraps.
+    """A model together with the losses of its learners: all that is trained, which is what DDP wraps.
 
     The taps are no submodules: the parameters keep the names that the model gives them.
 
     Args:
         model: what is trained, with the learners in it.
         taps: one for every learner, by its name.
-        settings: losses, from :func:`timm_gpd.distillers.distill_settings`.
-        example_input: images, shape (B, in_chans, H, W).
-        goal: the static teacher's output for them.
+        step_loss: their losses. It gets its distillers from :meth:`add_distillers`.
     """
 
-    def __init__(
-            self,
-            model: nn.Module,
-            taps: Mapping[str, Tap],
-            settings: DistillSettings,
-            example_input: torch.Tensor,
-            goal: ModelOutput,
-    ) -> None:
+    def __init__(self, model: nn.Module, taps: Mapping[str, Tap], step_loss: StepLoss) -> None:
         super().__init__()
         self.model = model
         self.taps = dict(taps)
-        outputs = example_output(model, example_input, self.run)
-        self.distillers = nn.ModuleDict({
-            name: Distillers(settings, output, goal) for name, output in outputs.items()}).to(example_input)
+        self.step_loss = step_loss
 
     def run(self, x: torch.Tensor) -> Dict[str, ModelOutput]:
         """Every learner's output for images of shape (B, in_chans, H, W)."""
         raise NotImplementedError
 
-    def learn(
-            self,
-            learner: str,
-            output: ModelOutput,
-            goal: ModelOutput,
-            target: torch.Tensor,
-    ) -> Tuple[torch.Tensor, Dict[str, torch.Tensor]]:
-        """A learner's logits, shape (B, num_classes), and its loss terms, scalars ``kd/<loss>`` whose sum is L_KD."""
-        terms = self.distillers[learner](output, goal, target)
-        return output.logits, {f'kd/{name}': term for name, term in terms.items()}
+    def add_distillers(self, settings: DistillSettings, x: torch.Tensor, static_output: ModelOutput) -> None:
+        """Gives every learner its losses from the static teacher.
+
+        Args:
+            settings: losses, from :func:`timm_gpd.distillers.distill_settings`.
+            x: example images, shape (B, in_chans, H, W), whose outputs tell widths and sizes.
+            static_output: what the static teacher made of them.
+        """
+        outputs = example_output(self.model, x, self.run)
+        self.step_loss.distillers.update({
+            name: Distillers(settings, output, static_output).to(x) for name, output in outputs.items()})
 
     # -- what timm asks of what is trained --------------------------------------------------------------------------
 
@@ -67,7 +54,7 @@ class Learners(nn.Module):
         return {f'model.{name}' for name in exempt}
 
     def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
-        """The student's layer groups, for layer-wise learning rate decay. Distillers go with the last."""
+        """The student's layer groups, for layer-wise learning rate decay. What the loss learns goes with the last."""
         layers = group_parameters(self.model, self.model.group_matcher(coarse=coarse), reverse=True)
         last = max(layers.values(), default=0)
         return lambda name: layers.get(name[len('model.'):], last) if name.startswith('model.') else last
@@ -76,8 +63,8 @@ class Learners(nn.Module):
 class StudentLearner(Learners):
     """A student that learns from a static teacher alone."""
 
-    def __init__(self, student: nn.Module, settings: DistillSettings, *example: Any) -> None:
-        super().__init__(student, {'student': tap_learner(student, settings)}, settings, *example)
+    def __init__(self, student: nn.Module, settings: DistillSettings, step_loss: StepLoss) -> None:
+        super().__init__(student, {'student': tap_learner(student, settings)}, step_loss)
 
     def run(self, x: torch.Tensor) -> Dict[str, ModelOutput]:
         return {'student': self.taps['student'](x)}
@@ -85,68 +72,75 @@ class StudentLearner(Learners):
     def forward(
             self,
             x: torch.Tensor,
-            goal: ModelOutput,
             target: torch.Tensor,
-    ) -> Tuple[torch.Tensor, Dict[str, torch.Tensor]]:
-        """Logits and distillation losses, see :meth:`learn`.
+            static_output: Optional[ModelOutput] = None,
+    ) -> Dict[str, torch.Tensor]:
+        """What :meth:`StepLoss.forward` returns.
 
         Args:
             x: images, shape (B, in_chans, H, W).
-            goal: the static teacher's output for them.
-            target: class indices, shape (B,), or class probabilities, shape (B, num_classes).
+            target: see :meth:`StepLoss.forward`.
+            static_output: the static teacher's output for the images.
         """
-        return self.learn('student', self.run(x)['student'], goal, target)
+        return self.step_loss('student', self.taps['student'](x), target, static_output)
 
 
-class PairOfLearners(Learners):
-    """A dynamic teacher and the student inside it, which both learn from a static teacher."""
+class JointLearners(Learners):
+    """A dynamic teacher and the student inside it."""
 
-    def __init__(self, dynamic_teacher: DynamicTeacher, settings: DistillSettings, *example: Any) -> None:
+    def __init__(self, dynamic_teacher: DynamicTeacher, settings: DistillSettings, step_loss: StepLoss) -> None:
         taps = {'student': tap_learner(dynamic_teacher.student, settings),
                 'dynamic_teacher': tap_learner(dynamic_teacher.wide, settings)}
-        super().__init__(dynamic_teacher, taps, settings, *example)
+        super().__init__(dynamic_teacher, taps, step_loss)
 
     def run(self, x: torch.Tensor) -> Dict[str, ModelOutput]:
-        student, teacher = self.model.joint_tapped(x, self.taps['student'], self.taps['dynamic_teacher'])
+        student, teacher = self.model.joint(x, self.taps['student'].run, self.taps['dynamic_teacher'].run)
         return {'student': student, 'dynamic_teacher': teacher}
 
     def forward(
             self,
             x: torch.Tensor,
-            goal: ModelOutput,
             target: torch.Tensor,
-            teacher_loss: LearnerLoss,
-    ) -> Tuple[torch.Tensor, Dict[str, torch.Tensor], Dict[str, torch.Tensor], torch.Tensor]:
-        """Logits and distillation losses of the student, and what the dynamic teacher makes of its own.
+            static_output: Optional[ModelOutput] = None,
+    ) -> JointOutput:
+        """What :meth:`StepLoss.forward` returns for both; of the dynamic teacher's all but the loss is detached.
+
+        The dynamic teacher's backward pass runs on the way, see :meth:`DynamicTeacher.joint`.
 
         Args:
             x: images, shape (B, in_chans, H, W).
-            goal: the static teacher's output for them.
-            target: class indices, shape (B,), or class probabilities, shape (B, num_classes).
-            teacher_loss: see :meth:`DynamicTeacher.forward`; takes what :meth:`learn` returns.
-
-        Returns:
-            What :meth:`learn` returns for the student, and as from the dynamic teacher what ``teacher_loss`` returned
-            and a scalar 0 with its gradients.
+            target: see :meth:`StepLoss.forward`.
+            static_output: the static teacher's output for the images.
         """
-        output, *teacher = self.model.joint_tapped(
-            x, self.taps['student'], self.taps['dynamic_teacher'],
-            lambda output: teacher_loss(*self.learn('dynamic_teacher', output, goal, target)),
-            self.distillers['dynamic_teacher'].parameters())
-        return *self.learn('student', output, goal, target), *teacher
+        def teacher_loss(output: ModelOutput) -> Dict[str, torch.Tensor]:
+            return self.step_loss('dynamic_teacher', output, target, static_output)
+
+        output, teacher = self.model.joint(
+            x, self.taps['student'].run, self.taps['dynamic_teacher'].run,
+            teacher_loss, self.step_loss.parameters_of('dynamic_teacher'))
+        return JointOutput(self.step_loss('student', output, target, static_output), teacher)
 
 
-def examples(
+def example_batch(
         student: nn.Module,
         static_teacher: StaticTeacher,
         settings: DistillSettings,
+        shape: Tuple[int, int, int],
 ) -> Tuple[torch.Tensor, ModelOutput]:
     """Random images of the student's size, and the static teacher's output for them.
+
+    Args:
+        student: what will be trained.
+        static_teacher: what it will learn from.
+        settings: losses, from :func:`timm_gpd.distillers.distill_settings`.
+        shape: channels, height and width (pixels) of the images.
+
+    Returns:
+        Images, shape (1, in_chans, H, W), and the output.
 
     Raises:
         ValueError: if one of the two does not offer what the losses need, or would be another model if tapped for it.
     """
-    shape = accepted_input_shape(student) or input_shape(student)
     x = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0)).to(next(student.parameters()))
     tap_learner(student, settings).verify(x)
     static_teacher.verify(x)

@@ -1,4 +1,5 @@
 """The dynamic teacher: one set of stored tensors that runs as a wide teacher and as the student inside it."""
-from .dynamic_teacher import DynamicTeacher, StudentView, expand
+from .dynamic_teacher import DynamicTeacher, JointOutput, expand
+from .student_view import StudentView
 
-__all__ = ['DynamicTeacher', 'StudentView', 'expand']
+__all__ = ['DynamicTeacher', 'JointOutput', 'StudentView', 'expand']

@@ -1,26 +1,34 @@
 """The dynamic teacher: one set of parameters that runs as a wide teacher and as the student inside it."""
 import copy
 import re
-from typing import Any, Callable, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple, Union
+from functools import partial
+from typing import Any, Callable, Dict, Iterable, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn as nn
 
-from .functional import call_with_parameters
-from .branches import BranchedKernel, branch_kinds, cosine_prior, is_branchable
-from .early_backward import backward_early
+from ..expansion import plan_expansion, verify_plan
 from ..expansion.copies import copy_model, parameterless_copy, wide_copy
+from ..axes import TensorMap
 from ..plan import ExpansionPlan
-from ..expansion.planner import plan_expansion
+from .branches import BranchedKernel, branch_kinds, cosine_prior, is_branchable
+from .early_backward import EarlyBackward
+from .functional import call_with_parameters, memory_format_of
+from .parameter_layout import ParameterLayout
 from .shared_tensors import SharedTensors
-from ..expansion.verify import verify_plan
 
-__all__ = ['DynamicTeacher', 'StudentView', 'TeacherLoss', 'expand', 'SCALES']
+__all__ = ['DynamicTeacher', 'JointOutput', 'expand', 'SCALES']
 
 SCALES = ('student', 'teacher')
 
-# From the dynamic teacher's output to named tensors, the scalar 'loss' among them.
-TeacherLoss = Callable[[Any], Dict[str, torch.Tensor]]
+# Runs a model: from parameters, by the model's names, and images to its output.
+Run = Callable[[Mapping[str, torch.Tensor], torch.Tensor], Any]
+
+
+class JointOutput(NamedTuple):
+    """What student and dynamic teacher made of one batch, see :meth:`DynamicTeacher.joint`."""
+    student: Any
+    teacher: Any
 
 
 def expand(
@@ -34,7 +42,8 @@ def expand(
     """Builds the dynamic teacher of a student by inverse reparameterization (Sec. 3.2 of arXiv 2410.04140).
 
     The teacher starts as exactly the student's function. This is checked on a random batch in float64, with randomised
-    weights, before anything is returned.
+    weights, before anything is returned: for a moment the CPU holds both models in float64, about 8 (1 + r^2) bytes for
+    each of the student's parameters, besides activations of four small images.
 
     Args:
         student: a timm model with a classifier. It is not modified.
@@ -55,10 +64,7 @@ def expand(
         UnsupportedModelError: if a module cannot be widened exactly.
     """
     kinds = branch_kinds(num_branches, branches)
-    if not noise >= 0:
-        raise ValueError(f'noise must be a number of at least 0, but is {noise!r}')
-    if scale not in SCALES:
-        raise ValueError(f'scale must be one of {", ".join(SCALES)}, but is {scale!r}')
+    _check_storage(scale, noise)
     plan = plan_expansion(student, ratio)
     verify_plan(student, plan)
     return DynamicTeacher(student, plan, noise=noise, scale=scale, branches=kinds)
@@ -68,7 +74,18 @@ class DynamicTeacher(nn.Module):
     """A student's wide, multi-branch copy, with the student inside it.
 
     The only parameters are those of ``wide`` and ``branches``; the student's are computed from them whenever it runs.
-    ``student`` owns nothing but its own buffers, such as BatchNorm statistics. Build it with :func:`expand`.
+    ``student`` owns nothing but its own buffers, such as BatchNorm statistics. Build it with :func:`expand`, which checks
+    the plan.
+
+    Args:
+        student: the model that was planned for. It is not modified.
+        plan: how it widens, from :func:`timm_gpd.plan_expansion`.
+        noise: see :func:`expand`.
+        scale: see :func:`expand`.
+        branches: kinds of branch, from :func:`timm_gpd.teacher.branches.branch_kinds`.
+
+    Raises:
+        ValueError: if ``noise``, ``scale`` or ``branches`` is out of range.
 
     Attributes:
         wide: the student's class with wider tensors. Under ``scale='student'`` its weights are stored times the
@@ -90,109 +107,85 @@ class DynamicTeacher(nn.Module):
             branches: Sequence[str] = ('kxk',),
     ) -> None:
         super().__init__()
+        _check_storage(scale, noise)
         self.plan = plan
         self.scale = scale
-        self.branch_kinds = tuple(branches)
+        self.branch_kinds = branch_kinds(1, branches)
         self._divisors = {name: tensor_map.divisor for name, tensor_map in plan.tensors.items() if tensor_map.divisor > 1}
-        self._tied, self._requires_grad = _parameter_layout(student)
+        self._layout = ParameterLayout.of(student)
         self.branches = nn.Module()  # before the wide model, whose head is the last of all parameters, as of any model
         self.wide = wide_copy(student, plan, self._stored)
         self.student = parameterless_copy(student)
         if noise:
             self._add_noise(noise)
-        self._branched: Dict[str, BranchedKernel] = {}  # by name of the weight
-        if len(self.branch_kinds) > 1:
-            self._add_branches()
-        is_student = scale == 'student'
-        self._teacher_scales = {name: 1 / divisor for name, divisor in self._divisors.items()} if is_student else {}
+        self._branched = self._branch_convolutions() if len(self.branch_kinds) > 1 else {}  # by name of the weight
+        stores_student = scale == 'student'
+        self._teacher_multipliers = {
+            name: 1 / divisor for name, divisor in self._divisors.items()} if stores_student else {}
         self._shared = SharedTensors(
-            {name: plan.tensors[name] for name in self._tied if name in plan.tensors and name not in self._branched},
-            self._teacher_scales,
-            {} if is_student else self._divisors)
+            {name: plan.tensors[name] for name in self._layout.names if name in plan.tensors and name not in self._branched},
+            self._teacher_multipliers,
+            {} if stores_student else self._divisors)
         self.train(student.training)
 
     # -- the two models ---------------------------------------------------------------------------------------------
 
-    def forward(
-            self,
-            x: torch.Tensor,
-            joint: bool = False,
-            teacher_loss: Optional[TeacherLoss] = None,
-    ) -> Union[torch.Tensor, Tuple[Any, ...]]:
-        """Dynamic teacher's logits, or with ``joint`` those of student and teacher.
+    def forward(self, x: torch.Tensor, joint: bool = False) -> Union[torch.Tensor, 'JointOutput']:
+        """Dynamic teacher's logits, shape (B, num_classes), or with ``joint`` what :meth:`joint` returns.
 
         Args:
             x: images, shape (B, in_chans, H, W).
-            joint: whether to run the student too; a flag, so that wrappers such as DDP see one forward.
-            teacher_loss: turns the teacher's logits into named tensors, its scalar ``'loss'`` among them. Given, both
-                run, and the teacher's backward pass before the student's forward pass, see
-                :func:`timm_gpd.teacher.early_backward.backward_early`.
-
-        Returns:
-            Teacher logits, shape (B, num_classes); or student logits and teacher logits; or with ``teacher_loss``
-            student logits, what it returned, detached, and a scalar 0 that adds its gradients to the student's loss.
+            joint: whether to run the student too; a flag, so that a wrapper such as DDP sees one forward.
         """
-        if joint or teacher_loss is not None:
-            return self._run_both(x, self.student, self.wide, '', teacher_loss)
-        return call_with_parameters(self.wide, self._parameters_of_both(_memory_format(x))[0], x)
+        if joint:
+            return self.joint(x)
+        return call_with_parameters(self.wide, self._parameters_of_both(memory_format_of(x))[0], x)
 
-    def joint(self, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+    def joint(
+            self,
+            x: torch.Tensor,
+            student_tap: Optional[Run] = None,
+            teacher_tap: Optional[Run] = None,
+            teacher_loss: Optional[Callable[[Any], Dict[str, torch.Tensor]]] = None,
+            loss_parameters: Iterable[torch.Tensor] = (),
+    ) -> 'JointOutput':
         """Student and dynamic teacher on one batch, from one shared set of parameters.
 
         Args:
             x: images, shape (B, in_chans, H, W).
+            student_tap: runs the student, if more than its logits is wanted: a function of parameters, by the
+                student's names, and images.
+            teacher_tap: the same for the dynamic teacher.
+            teacher_loss: turns what the dynamic teacher gave into named tensors, its scalar ``'loss'`` among them.
+                Given, the teacher's backward pass runs before the student's forward pass, see
+                :class:`timm_gpd.teacher.early_backward.EarlyBackward`.
+            loss_parameters: tensors besides the parameters and ``x`` that ``teacher_loss`` computes with and that want
+                gradients.
 
         Returns:
-            Student logits and dynamic teacher logits, each of shape (B, num_classes).
+            Logits of both, each of shape (B, num_classes), or what the taps return. With ``teacher_loss`` the second is
+            what that returned: ``'loss'``, to be added to the student's, and the others detached.
+
+        Raises:
+            RuntimeError: if another thread runs this module, in a replica of ``nn.DataParallel``, or if parameters are
+                shards.
         """
-        return self(x, joint=True)
-
-    def joint_tapped(
-            self,
-            x: torch.Tensor,
-            student_tap: nn.Module,
-            teacher_tap: nn.Module,
-            teacher_loss: Optional[TeacherLoss] = None,
-            loss_parameters: Iterable[nn.Parameter] = (),
-    ) -> Tuple[Any, ...]:
-        """What :meth:`forward` runs jointly, each model through a module that holds it as ``model`` and is not its own.
-
-        Args:
-            x: images, shape (B, in_chans, H, W).
-            student_tap: holds ``student``.
-            teacher_tap: holds ``wide``.
-            teacher_loss: takes what ``teacher_tap`` returns.
-            loss_parameters: those that ``teacher_loss`` computes with.
-
-        Returns:
-            What the two modules return; in the place of the second :meth:`forward`'s two things of ``teacher_loss``.
-        """
-        return self._run_both(x, student_tap, teacher_tap, 'model.', teacher_loss, loss_parameters)
-
-    def _run_both(
-            self,
-            x: torch.Tensor,
-            student_module: nn.Module,
-            teacher_module: nn.Module,
-            prefix: str,
-            teacher_loss: Optional[TeacherLoss],
-            loss_parameters: Iterable[nn.Parameter] = (),
-    ) -> Tuple[Any, ...]:
-        teacher, student = (
-            {prefix + name: tensor for name, tensor in parameters.items()}
-            for parameters in self._parameters_of_both(_memory_format(x)))
+        teacher, student = self._parameters_of_both(memory_format_of(x))
+        run_student = student_tap or partial(call_with_parameters, self.student)
+        run_teacher = teacher_tap or partial(call_with_parameters, self.wide)
         if teacher_loss is None:
-            teacher_output = call_with_parameters(teacher_module, teacher, x)
-            return call_with_parameters(student_module, student, x), teacher_output
-        result, gradients = backward_early(
-            lambda parameters: teacher_loss(call_with_parameters(teacher_module, parameters, x)),
-            teacher, loss_parameters)
-        student_output = call_with_parameters(student_module, student, x)
-        return student_output, result, gradients()
+            teacher_output = run_teacher(teacher, x)
+            return JointOutput(run_student(student, x), teacher_output)
+        early = EarlyBackward((*teacher.values(), *loss_parameters, x))
+        result = teacher_loss(run_teacher(teacher, x))
+        del teacher  # merged kernels are freed as soon as the backward pass has used them
+        result = early.run(result)
+        student_output = run_student(student, x)
+        return JointOutput(student_output, {**result, 'loss': early.join(result['loss'])})
 
     def forward_student(self, x: torch.Tensor) -> torch.Tensor:
         """Student's logits, shape (B, num_classes), for images of shape (B, in_chans, H, W)."""
-        return call_with_parameters(self.student, self._parameters_of_both(_memory_format(x))[1], x)
+        return call_with_parameters(self.student, self._parameters_of_both(memory_format_of(x))[1], x)
 
     # -- parameters -------------------------------------------------------------------------------------------------
 
@@ -213,14 +206,14 @@ class DynamicTeacher(nn.Module):
         Args:
             memory_format: of merged kernels.
         """
+        if getattr(self, '_is_replica', False):
+            raise RuntimeError('replicas of nn.DataParallel hold no parameters of their own: train with '
+                               'DistributedDataParallel, one process for each GPU (task.prepare_distributed())')
         teacher, student = self._shared(dict(self.wide.named_parameters()))
         for name, branched in self._branched.items():
             teacher[name], student[name] = branched(
-                self._teacher_scales.get(name, 1.0), self.plan.tensors.get(name), memory_format)
-        teacher, student = (
-            {alias: tensors[name] for name, aliases in self._tied.items() for alias in aliases}
-            for tensors in (teacher, student))
-        return teacher, student
+                self._teacher_multipliers.get(name, 1.0), self.plan.tensors.get(name), memory_format)
+        return self._layout.under_all_names(teacher), self._layout.under_all_names(student)
 
     def teacher_parameters(self) -> Dict[str, torch.Tensor]:
         """What the teacher runs on, branches merged, by the student's parameter names. Differentiable."""
@@ -234,7 +227,7 @@ class DynamicTeacher(nn.Module):
     def load_student(self, state_dict: Dict[str, torch.Tensor], strict: bool = True):
         """Starts again from a student's weights: the teacher becomes exactly that student's function.
 
-        They become the kernels that branches stand beside, and the branches' scales start again; what else the
+        They become the kernels that branches stand beside, and the branches' gammas start again; what else the
         branches have learned is kept.
 
         Args:
@@ -265,7 +258,7 @@ class DynamicTeacher(nn.Module):
         Returns:
             A new model, in this module's mode, that shares no memory with it.
         """
-        return self._fill_slots(copy.deepcopy(self.student), self.student_parameters())
+        return self._layout.fill_slots(copy.deepcopy(self.student), self.student_parameters())
 
     @torch.no_grad()
     def extract_teacher(self) -> nn.Module:
@@ -276,20 +269,7 @@ class DynamicTeacher(nn.Module):
         """
         parameters = self.teacher_parameters()
         teacher = copy_model(self.wide, lambda name, tensor: parameters.get(name, tensor).detach().clone())
-        return self._fill_slots(teacher, {name: parameters[name] for name in self._branched})
-
-    def _fill_slots(self, model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> nn.Module:
-        """Puts copies of tensors into a model as its parameters, tied as the student's are."""
-        owners = dict(model.named_modules())
-        for name, aliases in self._tied.items():
-            if name not in tensors:
-                continue
-            parameter = nn.Parameter(
-                tensors[name].detach().clone(memory_format=torch.contiguous_format), self._requires_grad[name])
-            for alias in aliases:
-                owner, _, key = alias.rpartition('.')
-                owners[owner]._parameters[key] = parameter
-        return model
+        return self._layout.fill_slots(teacher, {name: parameters[name] for name in self._branched})
 
     @torch.no_grad()
     def _add_noise(self, noise: float) -> None:
@@ -297,27 +277,27 @@ class DynamicTeacher(nn.Module):
             if name in self._divisors:
                 parameter += self.plan.tensors[name].noise_like(parameter, noise * parameter.std().item())
 
-    def _add_branches(self) -> None:
+    def _branch_convolutions(self) -> Dict[str, BranchedKernel]:
+        """Moves every trained kernel that can have branches among its branches; returns them by the kernel's name."""
+        branched = {}
         for name, module in self.wide.named_modules():
             weight = f'{name}.weight' if name else 'weight'
-            if not (is_branchable(module) and self._requires_grad.get(weight)):
-                continue
-            outputs, _, size, _ = module.weight.shape
-            tensor_map = self.plan.tensors.get(weight)
-            axes = {} if tensor_map is None else dict(tensor_map.axes)
-            if 0 in axes:
-                # Replicas share the student's channel's pattern, or its slice would hold only every r-th frequency.
-                prior = axes[0].replicate(cosine_prior(axes[0].size, size), 0)
-            else:
-                prior = cosine_prior(outputs, size)
-            # Other weights than the prior are drawn for every replica, which tells replicas apart as scales move.
-            # Their size is that of a student's, divided by the divisor as inverse reparameterization does.
-            divisor = self._divisors.get(weight, 1)
-            gain = divisor ** (0.5 if self.scale == 'student' else -0.5)
-            branched = BranchedKernel(module.weight, module.groups, self.branch_kinds, prior, gain)
-            _add_submodule(self.branches, name, branched)
-            self._branched[weight] = branched
-            module._parameters['weight'] = None
+            if is_branchable(module) and self._layout.is_trained.get(weight):
+                branched[weight] = self._branch_kernel(module, self.plan.tensors.get(weight))
+                _add_submodule(self.branches, name, branched[weight])
+                module._parameters['weight'] = None
+        return branched
+
+    def _branch_kernel(self, conv: nn.Conv2d, tensor_map: Optional[TensorMap]) -> BranchedKernel:
+        outputs, _, size, _ = conv.weight.shape
+        axes = {} if tensor_map is None else dict(tensor_map.axes)
+        # Replicas share the student's channel's pattern, or its slice would hold only every r-th frequency.
+        prior = axes[0].replicate(cosine_prior(axes[0].size, size), 0) if 0 in axes else cosine_prior(outputs, size)
+        # Other weights than the prior are drawn for every replica, which tells replicas apart as gammas move. Their
+        # size is that of a student's, divided by the divisor as inverse reparameterization does.
+        divisor = 1 if tensor_map is None else tensor_map.divisor
+        gain = divisor ** (0.5 if self.scale == 'student' else -0.5)
+        return BranchedKernel(conv.weight, conv.groups, self.branch_kinds, prior, gain)
 
     # -- what timm's optimizer factory asks a model -----------------------------------------------------------------
 
@@ -344,39 +324,11 @@ class DynamicTeacher(nn.Module):
         return f'ratio={self.plan.ratio}, scale={self.scale}, branches={self.branch_kinds}'
 
 
-class StudentView(nn.Module):
-    """The student inside a dynamic teacher, as a model of its own that is always up to date.
-
-    ``forward`` gives the student's logits, ``state_dict`` a plain student's, and ``load_state_dict`` expands one into
-    the dynamic teacher. It owns nothing.
-    """
-
-    def __init__(self, dynamic_teacher: DynamicTeacher) -> None:
-        super().__init__()
-        object.__setattr__(self, 'dynamic_teacher', dynamic_teacher)  # a reference, not a submodule
-        self.training = dynamic_teacher.student.training
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Student's logits, shape (B, num_classes)."""
-        return self.dynamic_teacher.forward_student(x)
-
-    def train(self, mode: bool = True) -> 'StudentView':
-        self.dynamic_teacher.student.train(mode)
-        return super().train(mode)
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> Dict[str, torch.Tensor]:
-        """A plain student's ``state_dict``."""
-        return self.dynamic_teacher.extract_student().state_dict(*args, **kwargs)
-
-    def load_state_dict(self, state_dict: Dict[str, torch.Tensor], strict: bool = True, assign: bool = False):
-        """Expands a plain student's ``state_dict`` into the dynamic teacher."""
-        return self.dynamic_teacher.load_student(state_dict, strict=strict)
-
-
-def _memory_format(x: torch.Tensor) -> torch.memory_format:
-    """What convolutions of these images take kernels in without reordering them."""
-    is_channels_last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
-    return torch.channels_last if is_channels_last else torch.contiguous_format
+def _check_storage(scale: str, noise: float) -> None:
+    if scale not in SCALES:
+        raise ValueError(f'scale must be one of {", ".join(SCALES)}, but is {scale!r}')
+    if not noise >= 0:
+        raise ValueError(f'noise must be a number of at least 0, but is {noise!r}')
 
 
 def _named_tensors(model: nn.Module) -> List[Tuple[str, torch.Tensor]]:
@@ -391,14 +343,3 @@ def _add_submodule(root: nn.Module, name: str, module: nn.Module) -> None:
             root.add_module(part, nn.Module())
         root = root._modules[part]
     root.add_module(key, module)
-
-
-def _parameter_layout(model: nn.Module) -> Tuple[Dict[str, List[str]], Dict[str, bool]]:
-    """All names of every parameter, and whether it is trained, by its first name."""
-    first: Dict[int, str] = {}
-    tied: Dict[str, List[str]] = {}
-    requires_grad: Dict[str, bool] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        tied.setdefault(first.setdefault(id(parameter), name), []).append(name)
-        requires_grad.setdefault(first[id(parameter)], parameter.requires_grad)
-    return tied, requires_grad

@@ -4,64 +4,82 @@ A sum of losses may be differentiated one by one where no loss needs the graph o
 not need the student, and the student's takes the teacher's logits as constants. What is left of the first loss is its
 gradients, which join the backward pass of the sum. Memory then is that of one model's activations at a time.
 """
-from typing import Any, Callable, Dict, Iterable, List, Mapping, Tuple
+from typing import Any, Dict, Iterable, List, Mapping
 
 import torch
-from torch.autograd.function import once_differentiable
 
-from ..private_torch import can_trace_backward, multiply_each
+from ..private_torch import can_trace_backward, has_active_transforms, multiply_each
 
-__all__ = ['backward_early']
+__all__ = ['EarlyBackward']
 
 
-def backward_early(
-        run: Callable[[Mapping[str, torch.Tensor]], Dict[str, torch.Tensor]],
-        tensors: Dict[str, torch.Tensor],
-        parameters: Iterable[torch.Tensor] = (),
-) -> Tuple[Dict[str, torch.Tensor], Callable[[], torch.Tensor]]:
-    """Runs a function that ends in a loss, and the backward pass of that loss.
+class EarlyBackward:
+    """Differentiates a first loss before a second one is computed.
 
-    Where that is not possible the function only runs, and the rest comes with the backward pass of the sum, as usual:
-    in float16 autocast, as the scale of the gradients is not known before; where no gradients are asked for; and
-    compiled without :func:`timm_gpd.private_torch.trace_backward`.
+    In three steps: it is made from the tensors that the first loss will be computed from, :meth:`run` gets that loss,
+    and after the forward pass of the second :meth:`join` gives a term to add to it::
+
+        early = EarlyBackward(tensors)
+        result = early.run({'loss': first_loss(tensors), ...})
+        loss = second_loss() + early.join(result['loss'])
+
+    Where it is not possible :meth:`run` does nothing, and gradients come with the backward pass of the sum, as usual:
+    in float16 autocast, as the scale of the gradients is not known before; within ``torch.func`` transforms; where no
+    gradients are asked for; and compiled without :func:`timm_gpd.private_torch.trace_backward`.
 
     Args:
-        run: takes ``tensors`` and returns tensors by name, of which ``'loss'`` is a scalar.
-        tensors: it is emptied, so that tensors that nothing else holds are freed by the backward pass.
-        parameters: what else ``run`` computes with that wants gradients.
-
-    Returns:
-        What ``run`` returned, detached; and a function that makes a scalar 0 whose gradients are those of the loss,
-        to add to another loss. Called after the other's forward pass, it makes these gradients the first of the
-        backward pass, and what they add up with is complete as early as it can be. It can be differentiated once.
+        tensors: all that the loss may depend on and that wants its gradient; a tensor may come twice.
     """
-    # Tied tensors come under several names.
-    wanted = {id(tensor): tensor for tensor in (*tensors.values(), *parameters) if tensor.requires_grad}
-    early = torch.is_grad_enabled() and bool(wanted) and _is_possible(next(iter(wanted.values())).device.type)
-    if early:
-        stand_ins = [_StandIn.apply(tensor) for tensor in wanted.values()]
-        sources = [_edge(tensor) for tensor in wanted.values()]
-    del wanted
-    tensors, emptied = dict(tensors), tensors
-    emptied.clear()
-    result = run(tensors)
-    del tensors
-    loss = result['loss']
-    result = {name: tensor.detach() for name, tensor in result.items()}
-    if not early:
-        return result, lambda: loss - loss.detach()
-    with torch.autocast(loss.device.type, enabled=False):
-        gradients = torch.autograd.grad(loss, sources, allow_unused=True)
-    used = [i for i, gradient in enumerate(gradients) if gradient is not None]
-    gradients, stand_ins = [gradients[i] for i in used], [stand_ins[i] for i in used]
-    value = result['loss']  # not the loss, which would keep its graph until it is asked for
-    return result, lambda: _KnownGradients.apply(value, gradients, *stand_ins)
+
+    def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
+        wanted = {id(tensor): tensor for tensor in tensors if tensor.requires_grad}  # tied tensors have several names
+        self.is_early = torch.is_grad_enabled() and bool(wanted) and _is_possible(next(iter(wanted.values())).device)
+        self._stand_ins: List[torch.Tensor] = []
+        self._sources: List[Any] = []
+        self._gradients: List[torch.Tensor] = []
+        if self.is_early:
+            self._stand_ins = [_StandIn.apply(tensor) for tensor in wanted.values()]
+            self._sources = [_edge(tensor) for tensor in wanted.values()]
+
+    def run(self, result: Mapping[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
+        """Runs the backward pass of a loss.
+
+        Tensors that nothing but the loss's graph holds are freed on the way.
+
+        Args:
+            result: tensors by name, of which ``'loss'`` is a scalar.
+
+        Returns:
+            The same, detached; where the backward pass has to wait, ``'loss'`` is not.
+        """
+        loss = result['loss']
+        result = {name: tensor.detach() for name, tensor in result.items()}
+        if not self.is_early:
+            return {**result, 'loss': loss}
+        with torch.autocast(loss.device.type, enabled=False):
+            gradients = torch.autograd.grad(loss, self._sources, allow_unused=True)
+        used = [i for i, gradient in enumerate(gradients) if gradient is not None]
+        self._gradients, self._stand_ins = [gradients[i] for i in used], [self._stand_ins[i] for i in used]
+        self._sources = []
+        return result
+
+    def join(self, loss: torch.Tensor) -> torch.Tensor:
+        """The loss that :meth:`run` returned, with its gradients, for one backward pass.
+
+        Called after the other loss's forward pass, it makes these gradients the first of the backward pass, and what
+        they add up with is complete as early as it can be.
+        """
+        if not self.is_early:
+            return loss
+        gradients, self._gradients = self._gradients, []
+        # Not the loss itself: compiled, that may be one tensor with an equal one that has no gradient.
+        return loss + _KnownGradients.apply(loss, gradients, *self._stand_ins)
 
 
-def _is_possible(device_type: str) -> bool:
-    if torch.compiler.is_compiling() and not can_trace_backward():
+def _is_possible(device: torch.device) -> bool:
+    if not (can_trace_backward() if torch.compiler.is_compiling() else not has_active_transforms()):
         return False
-    return not (torch.is_autocast_enabled(device_type) and torch.get_autocast_dtype(device_type) == torch.float16)
+    return not (torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type) == torch.float16)
 
 
 def _edge(tensor: torch.Tensor) -> Any:
@@ -82,10 +100,7 @@ class _StandIn(torch.autograd.Function):
 
 
 class _KnownGradients(torch.autograd.Function):
-    """A scalar 0 whose gradients are there already.
-
-    It is not the loss: compiled, that may be one tensor with an equal one that has no gradient.
-    """
+    """A scalar 0 whose gradients are there already."""
 
     @staticmethod
     def forward(ctx, loss: torch.Tensor, gradients: List[torch.Tensor], *sources: torch.Tensor):
@@ -93,10 +108,18 @@ class _KnownGradients(torch.autograd.Function):
         return torch.zeros_like(loss)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad: torch.Tensor):
         gradients, ctx.gradients = ctx.gradients, None
-        # A pass over all gradients, and on a CPU one worth sparing, as the factor is 1 where nothing is accumulated.
+        if not torch.compiler.is_compiling():
+            if gradients is None:
+                raise RuntimeError(
+                    "a task's loss can be differentiated once, as the dynamic teacher's backward pass has run and kept "
+                    'no graph: call backward() once for every forward pass')
+            if torch.is_grad_enabled():
+                raise RuntimeError(
+                    "a task's loss has no second derivatives, as the dynamic teacher's backward pass has run and kept "
+                    'no graph: leave out create_graph=True, or differentiate a loss of DynamicTeacher.joint()')
+        # A pass over all gradients, and on a CPU one worth sparing, as the loss's is 1 where nothing is accumulated.
         if torch.compiler.is_compiling() or grad.device.type != 'cpu' or grad.item() != 1:
             gradients = multiply_each(gradients, grad)
         return None, None, *gradients

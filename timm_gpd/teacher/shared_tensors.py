@@ -1,10 +1,11 @@
 """One set of stored tensors, read as the dynamic teacher's and as the student's."""
-from typing import Dict, Iterable, Iterator, List, Mapping, NamedTuple, Sequence, Tuple
+from typing import Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 
 from ..axes import AxisMap, Segment, TensorMap
 from ..private_torch import add_each_, multiply_each
+from .plain_operators import has_second_derivatives, needs_plain_operators
 
 __all__ = ['SharedTensors', 'add_to_first_replicas']
 
@@ -22,31 +23,41 @@ class SharedTensors:
 
     Args:
         tensor_maps: how each stored tensor widens, by name.
-        teacher_scales: what the teacher's tensor is over the stored one, where that is not 1.
-        student_scales: what the student's tensor is over the slice of the stored one, where that is not 1.
+        teacher_multipliers: what the stored tensor is multiplied by to be the teacher's, where that is not 1.
+        student_multipliers: what its slice is multiplied by to be the student's, where that is not 1.
     """
 
     def __init__(
             self,
             tensor_maps: Mapping[str, TensorMap],
-            teacher_scales: Mapping[str, float],
-            student_scales: Mapping[str, float],
+            teacher_multipliers: Mapping[str, float],
+            student_multipliers: Mapping[str, float],
     ) -> None:
         self.buckets: List[Tuple[Tuple[str, ...], _Bucket]] = []
         for names in _fill_buckets(tensor_maps):
             self.buckets.append((names, _Bucket(
                 tuple(tensor_maps[name] for name in names),
-                tuple(teacher_scales.get(name, 1.0) for name in names),
-                tuple(student_scales.get(name, 1.0) for name in names))))
+                tuple(teacher_multipliers.get(name, 1.0) for name in names),
+                tuple(student_multipliers.get(name, 1.0) for name in names))))
 
     def __call__(
             self,
             stored: Mapping[str, torch.Tensor],
     ) -> Tuple[Dict[str, torch.Tensor], Dict[str, torch.Tensor]]:
-        """Teacher's and student's tensors by name; a tensor without a map is both. Differentiable."""
+        """Teacher's and student's tensors by name; a tensor without a map is both. Differentiable.
+
+        Args:
+            stored: tensors by name, shapes as in ``tensor_maps[name].teacher_shape``.
+
+        Raises:
+            RuntimeError: if a tensor is one shard of many.
+        """
+        if not torch.compiler.is_compiling():
+            _refuse_shards(stored)
+        share = _share_plainly if needs_plain_operators() else _Share.apply
         teacher, student = dict(stored), dict(stored)
         for names, bucket in self.buckets:
-            tensors = _Share.apply(bucket, *[stored[name] for name in names])
+            tensors = share(bucket, *[stored[name] for name in names])
             teacher.update(zip(names, tensors))
             student.update(zip(names, tensors[len(names):]))
         return teacher, student
@@ -55,8 +66,8 @@ class SharedTensors:
 class _Bucket(NamedTuple):
     """Tensors that are read together."""
     tensor_maps: Tuple[TensorMap, ...]
-    teacher_scales: Tuple[float, ...]
-    student_scales: Tuple[float, ...]
+    teacher_multipliers: Tuple[float, ...]
+    student_multipliers: Tuple[float, ...]
 
 
 def _fill_buckets(tensor_maps: Mapping[str, TensorMap]) -> Iterable[Tuple[str, ...]]:
@@ -73,21 +84,40 @@ def _fill_buckets(tensor_maps: Mapping[str, TensorMap]) -> Iterable[Tuple[str, .
         yield tuple(names)
 
 
+def _refuse_shards(stored: Mapping[str, torch.Tensor]) -> None:
+    for name, tensor in stored.items():
+        if hasattr(tensor, 'full_tensor'):
+            raise RuntimeError(
+                f'{name} is a DTensor, and the student is a slice of whole tensors: train with DistributedDataParallel '
+                '(task.prepare_distributed()) instead of fully_shard or tensor parallelism')
+
+
+def _share_plainly(bucket: _Bucket, *stored: torch.Tensor) -> Tuple[torch.Tensor, ...]:
+    """What :class:`_Share` computes, in operators that any transform knows."""
+    maps_and_tensors = list(zip(bucket.tensor_maps, stored))
+    return (
+        *(tensor * by for tensor, by in zip(stored, bucket.teacher_multipliers)),
+        *(tensor_map.first_replica(tensor) * by
+          for (tensor_map, tensor), by in zip(maps_and_tensors, bucket.student_multipliers)))
+
+
 class _Share(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, bucket: _Bucket, *stored: torch.Tensor):
         ctx.bucket = bucket
         ctx.set_materialize_grads(False)
-        teacher = _multiply(stored, bucket.teacher_scales)
+        teacher = _multiply(stored, bucket.teacher_multipliers)
         # Copies, not views: strided, each of the student's convolutions would copy its kernel three times a step, and
         # torch 2.15's channels_last BatchNorm backward on the CPU misreads a strided weight.
         student = [tensor_map.first_replica(tensor).clone() for tensor_map, tensor in zip(bucket.tensor_maps, stored)]
-        return *teacher, *_multiply(student, bucket.student_scales)
+        return *teacher, *_multiply(student, bucket.student_multipliers)
 
     @staticmethod
     def backward(ctx, *grads):
         bucket = ctx.bucket
+        if has_second_derivatives():
+            return None, *_share_backward_plainly(bucket, grads)
         count = len(bucket.tensor_maps)
         teacher, student = grads[:count], grads[count:]
         used = [i for i in range(count) if teacher[i] is not None or student[i] is not None]
@@ -95,17 +125,28 @@ class _Share(torch.autograd.Function):
         for i in used:
             shape = bucket.tensor_maps[i].teacher_shape
             result[i] = teacher[i] if teacher[i] is not None else student[i].new_zeros(shape)
-        # Copies even where the scale is 1: parts are added in place, and a gradient may be another tensor's as well.
-        stored = multiply_each([result[i] for i in used], [bucket.teacher_scales[i] for i in used])
+        # Copies even where the multiplier is 1: parts are added in place, and a gradient may be another tensor's as
+        # well.
+        stored = multiply_each([result[i] for i in used], [bucket.teacher_multipliers[i] for i in used])
         for i, grad in zip(used, stored):
             result[i] = grad
 
         used = [i for i in used if student[i] is not None]
         add_to_first_replicas(
             [result[i] for i in used],
-            _multiply([student[i] for i in used], [bucket.student_scales[i] for i in used]),
+            _multiply([student[i] for i in used], [bucket.student_multipliers[i] for i in used]),
             [bucket.tensor_maps[i] for i in used])
         return None, *result
+
+
+def _share_backward_plainly(bucket: _Bucket, grads: Sequence[Optional[torch.Tensor]]) -> List[Optional[torch.Tensor]]:
+    """The gradient of :func:`_share_plainly`, as a function that has derivatives itself. It is linear in ``grads``."""
+    given = [i for i, grad in enumerate(grads) if grad is not None]
+    stored = [
+        grads[given[0]].new_zeros(tensor_map.teacher_shape, requires_grad=True) for tensor_map in bucket.tensor_maps]
+    outputs = _share_plainly(bucket, *stored)
+    return torch.autograd.grad(
+        [outputs[i] for i in given], stored, [grads[i] for i in given], create_graph=True, allow_unused=True)
 
 
 def add_to_first_replicas(
@@ -152,13 +193,13 @@ def _decode_axes(numbers: Iterable[int]) -> Iterator[Axes]:
         yield tuple(axes)
 
 
-def _multiply(tensors: Sequence[torch.Tensor], scales: Sequence[float]) -> List[torch.Tensor]:
-    """Every tensor times its scale; a tensor whose scale is 1 is not copied."""
+def _multiply(tensors: Sequence[torch.Tensor], by: Sequence[float]) -> List[torch.Tensor]:
+    """Every tensor times its number; where that is 1 the tensor is not copied."""
     result = [tensor.view_as(tensor) for tensor in tensors]
-    scaled = [i for i, scale in enumerate(scales) if scale != 1]
-    if scaled:
-        products = multiply_each([tensors[i] for i in scaled], [scales[i] for i in scaled])
-        for i, product in zip(scaled, products):
+    changed = [i for i, number in enumerate(by) if number != 1]
+    if changed:
+        products = multiply_each([tensors[i] for i in changed], [by[i] for i in changed])
+        for i, product in zip(changed, products):
             result[i] = product
     return result
 

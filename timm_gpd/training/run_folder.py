@@ -14,7 +14,7 @@ from timm.models import safe_model_name
 from timm.task import TrainingTask
 from timm.utils import unwrap_model, update_summary
 
-from ..teacher.dynamic_teacher import StudentView
+from ..teacher import StudentView
 from ..errors import UsageError
 from ..student_folder.folder import PLOT, read_metrics, save_student
 from ..version import __version__

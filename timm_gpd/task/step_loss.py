@@ -1,0 +1,72 @@
+"""What a learner is trained on at every step, and how its terms are weighted."""
+from typing import Dict, Iterator, Mapping, Optional, Tuple
+
+import torch
+import torch.nn as nn
+
+from ..distillers import Distillers, ModelOutput
+
+__all__ = ['StepLoss', 'loss_weights']
+
+
+class StepLoss(nn.Module):
+    """A learner's share of the loss: ``a * L_task``, and with a static teacher ``+ b * L_KD``.
+
+    Args:
+        criterion: task loss of logits and targets.
+        task_weight: weight a.
+        distill_weight: weight b.
+        distillers: losses from the static teacher, by learner; none where there is no static teacher.
+    """
+
+    def __init__(
+            self,
+            criterion: nn.Module,
+            task_weight: float = 1.0,
+            distill_weight: float = 1.0,
+            distillers: Optional[Mapping[str, Distillers]] = None,
+    ) -> None:
+        super().__init__()
+        self.distillers = nn.ModuleDict(distillers or {})
+        self.criterion = criterion
+        self.task_weight, self.distill_weight = task_weight, distill_weight
+
+    def forward(
+            self,
+            learner: str,
+            output: ModelOutput,
+            target: torch.Tensor,
+            static_output: Optional[ModelOutput] = None,
+    ) -> Dict[str, torch.Tensor]:
+        """One learner's loss, its logits, and the terms of the loss.
+
+        Args:
+            learner: ``'student'`` or ``'dynamic_teacher'``.
+            output: what it made of the images.
+            target: class indices, shape (B,), or whatever else the criterion and the distillers take.
+            static_output: what the static teacher made of the images.
+
+        Returns:
+            ``loss``; ``output``, logits of shape (B, num_classes); and the terms without a and b: ``task_loss``, and
+            ``kd/<loss>`` for every loss from the static teacher.
+        """
+        task_loss = self.criterion(output.logits, target)
+        terms = {}
+        if static_output is not None:
+            terms = {f'kd/{name}': term
+                     for name, term in self.distillers[learner](output, static_output, target).items()}
+        loss = self.task_weight * task_loss + self.distill_weight * sum(terms.values())
+        return {'loss': loss, 'output': output.logits, 'task_loss': task_loss, **terms}
+
+    def parameters_of(self, learner: str) -> Iterator[nn.Parameter]:
+        """What the loss of one learner computes with: parameters of the criterion and of its distillers."""
+        yield from self.criterion.parameters()
+        if learner in self.distillers:
+            yield from self.distillers[learner].parameters()
+
+
+def loss_weights(task_loss_weight: Optional[float], distill_loss_weight: Optional[float]) -> Tuple[float, float]:
+    """Weights a of the task loss and b of the distillation loss, from what was given, as timm's tasks do."""
+    if distill_loss_weight is None:
+        distill_loss_weight = 1.0 if task_loss_weight is None else 1.0 - task_loss_weight
+    return 1.0 if task_loss_weight is None else task_loss_weight, distill_loss_weight

@@ -1,0 +1,38 @@
+"""The student inside a dynamic teacher, as a model of its own."""
+from typing import Any, Dict
+
+import torch
+import torch.nn as nn
+
+from .dynamic_teacher import DynamicTeacher
+
+__all__ = ['StudentView']
+
+
+class StudentView(nn.Module):
+    """The student inside a dynamic teacher, as a model of its own that is always up to date.
+
+    ``forward`` gives the student's logits, ``state_dict`` a plain student's, and ``load_state_dict`` expands one into
+    the dynamic teacher. It owns nothing.
+    """
+
+    def __init__(self, dynamic_teacher: DynamicTeacher) -> None:
+        super().__init__()
+        object.__setattr__(self, 'dynamic_teacher', dynamic_teacher)  # a reference, not a submodule
+        self.training = dynamic_teacher.student.training
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Student's logits, shape (B, num_classes)."""
+        return self.dynamic_teacher.forward_student(x)
+
+    def train(self, mode: bool = True) -> 'StudentView':
+        self.dynamic_teacher.student.train(mode)
+        return super().train(mode)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Dict[str, torch.Tensor]:
+        """A plain student's ``state_dict``."""
+        return self.dynamic_teacher.extract_student().state_dict(*args, **kwargs)
+
+    def load_state_dict(self, state_dict: Dict[str, torch.Tensor], strict: bool = True, assign: bool = False):
+        """Expands a plain student's ``state_dict`` into the dynamic teacher."""
+        return self.dynamic_teacher.load_student(state_dict, strict=strict)
