@@ -78,12 +78,63 @@ def test_gradient_checkpointing_changes_no_gradient(tiny_student, scale, branche
     assert list(recomputing.state_dict()) == list(teacher.state_dict()), 'parameters are back in their places'
 
 
-def test_gradient_checkpointing_refuses_what_it_would_get_wrong(tiny_student):
-    teacher = expand(tiny_student).train()
-    teacher.set_grad_checkpointing()
-    losses = [sum(logits.sum() for logits in teacher.joint(torch.randn(4, 1, 32, 32))) for _ in range(2)]
-    with pytest.raises(RuntimeError, match=r'call backward\(\) on each loss'):
-        sum(losses).backward()
+def test_gradient_checkpointing_of_several_batches_before_one_backward_pass(tiny_student):
+    gradients = []
+    for enable in (False, True):
+        teacher = expand(tiny_student).train()
+        teacher.set_grad_checkpointing(enable)
+        batches = torch.randn(2, 4, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+        losses = [sum(logits.square().sum() for logits in teacher.joint(x)) for x in batches]
+        gradients.append(torch.autograd.grad(sum(losses), list(teacher.parameters())))
+    for plain, recomputed in zip(*gradients):
+        torch.testing.assert_close(recomputed, plain, rtol=1e-5, atol=1e-5)
+
+
+class Stop(Exception):
+    pass
+
+
+def stop(*_):
+    raise Stop
+
+
+STAGES = {
+    "teacher's forward": lambda task: task.get_dynamic_teacher().wide.layer3[0].register_forward_hook(stop),
+    "teacher's backward": lambda task: task.get_dynamic_teacher().wide.layer2[0].conv2.register_full_backward_hook(stop),
+    "student's forward": lambda task: task.get_dynamic_teacher().student.layer3[0].register_forward_hook(stop),
+    "student's backward": lambda task: task.get_dynamic_teacher().student.layer2[0].conv2.register_full_backward_hook(stop),
+    'end of backward': lambda task: task.get_dynamic_teacher().wide.bn1.weight.register_hook(stop),
+}
+
+
+@pytest.mark.parametrize('recompute', [False, True], ids=['eager', 'checkpointing'])
+@pytest.mark.parametrize('stage', STAGES)
+def test_a_step_that_fails_leaves_no_trace(tiny_student, stage, recompute):
+    """Whatever the stage: the state that is saved then is whole, and the next step is that of a task without failure."""
+    task = GapPreservingTask(tiny_student, noise=0.1, num_branches=2, verbose=False).train()
+    task.get_dynamic_teacher().set_grad_checkpointing(recompute)
+    twin = copy.deepcopy(task)
+    x, target = torch.randn(4, 1, 32, 32), torch.arange(4)
+    hook = STAGES[stage](task)
+    with pytest.raises(Stop):
+        task(x, target)['loss'].backward()
+    hook.remove()
+    state, expected = task.get_checkpoint_state(), twin.get_checkpoint_state()
+    for key in ('state_dict', 'task_state'):
+        assert list(state[key]) == list(expected[key])
+    tensors = state['task_state']['dynamic_teacher']
+    assert list(tensors) == list(expected['task_state']['dynamic_teacher'])
+    for name, _ in twin.get_dynamic_teacher().named_parameters():
+        assert torch.equal(tensors[name], expected['task_state']['dynamic_teacher'][name])
+    twin.load_checkpoint_state(state['state_dict'], state['task_state'])  # statistics have moved
+
+    gradients = []
+    for each in (task, twin):
+        each.zero_grad()
+        result = each(x, target)
+        result['loss'].backward()
+        gradients.append([result['loss'].detach(), *[p.grad for p in each.get_trainable_module().parameters()]])
+    assert all(torch.equal(*pair) for pair in zip(*gradients))
 
 
 STUDENTS = {
@@ -152,3 +203,18 @@ def test_extracted_models_are_ordinary_ones_with_the_same_functions(name, branch
         assert not torch.allclose(student_logits, teacher_logits)
         torch.testing.assert_close(student(x), student_logits)
         torch.testing.assert_close(teacher(x), teacher_logits)
+
+
+@pytest.mark.parametrize('branches', [1, 6])
+def test_one_model_alone_costs_one_model(tiny_student, branches, monkeypatch):
+    """Of the other model nothing is computed: no slice for the teacher, no scaled copy of all tensors for the student."""
+    teacher = expand(tiny_student, num_branches=branches).eval()
+    x = torch.randn(2, 1, 32, 32)
+    with torch.no_grad():
+        student_logits, teacher_logits = teacher.joint(x)
+        slices, first_replica = [], TensorMap.first_replica
+        monkeypatch.setattr(TensorMap, 'first_replica', lambda self, tensor: slices.append(1) or first_replica(self, tensor))
+        assert torch.equal(teacher(x), teacher_logits) and not slices
+        monkeypatch.setattr(SharedTensors, 'of_teacher', None)
+        monkeypatch.setattr(SharedTensors, '__call__', None)
+        assert torch.equal(teacher.forward_student(x), student_logits) and slices

@@ -3,7 +3,7 @@
 Each is here because the public API has no way to the same thing; ``tests/test_private_names.py`` fails with its name
 when a version of torch changes it.
 """
-from typing import Callable, List, Sequence, Union
+from typing import List, Sequence, Union
 
 import torch
 import torch._dynamo.config
@@ -12,7 +12,7 @@ import torch.nn as nn
 
 __all__ = [
     'BatchNorm', 'InstanceNorm', 'add_each_', 'can_trace_backward', 'forget_flat_weights', 'has_active_transforms',
-    'has_forward_mode', 'keeps_compiled_layouts', 'list_flat_weights', 'multiply_each', 'run_after_backward',
+    'has_forward_mode', 'keeps_compiled_layouts', 'list_flat_weights', 'multiply_each',
     'set_keep_compiled_layouts', 'trace_backward',
 ]
 
@@ -29,11 +29,6 @@ def multiply_each(tensors: Sequence[torch.Tensor], by: Union[Sequence[float], to
 def add_each_(tensors: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> None:
     """Adds tensors to others of the same shapes, in place and in few calls."""
     torch._foreach_add_(list(tensors), list(others))
-
-
-def run_after_backward(callback: Callable[[], None]) -> None:
-    """Called within a backward pass: runs the callback at its end."""
-    torch.autograd.Variable._execution_engine.queue_callback(callback)
 
 
 def can_trace_backward() -> bool:

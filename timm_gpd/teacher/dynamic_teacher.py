@@ -9,9 +9,9 @@ import torch.nn as nn
 
 from ..expansion import plan_expansion, verify_plan
 from ..expansion.copies import copy_model, parameterless_copy, wide_copy
-from ..axes import TensorMap
 from ..plan import ExpansionPlan
-from .branches import BranchedKernel, branch_kinds, cosine_prior, is_branchable
+from .branches import branch_kinds
+from .branching import branch_convolutions
 from .early_backward import EarlyBackward
 from .functional import call_with_parameters, memory_format_of
 from .parameter_layout import ParameterLayout
@@ -118,7 +118,8 @@ class DynamicTeacher(nn.Module):
         self.student = parameterless_copy(student)
         if noise:
             self._add_noise(noise)
-        self._branched = self._branch_convolutions() if len(self.branch_kinds) > 1 else {}  # by name of the weight
+        self.branches, self._branched = branch_convolutions(
+            self.wide, plan.tensors, self._layout.is_trained, self.branch_kinds, scale)
         stores_student = scale == 'student'
         self._teacher_multipliers = {
             name: 1 / divisor for name, divisor in self._divisors.items()} if stores_student else {}
@@ -139,7 +140,7 @@ class DynamicTeacher(nn.Module):
         """
         if joint:
             return self.joint(x)
-        return call_with_parameters(self.wide, self._parameters_of_both(memory_format_of(x))[0], x)
+        return call_with_parameters(self.wide, self.teacher_parameters(memory_format_of(x)), x)
 
     def joint(
             self,
@@ -170,7 +171,7 @@ class DynamicTeacher(nn.Module):
             RuntimeError: if another thread runs this module, in a replica of ``nn.DataParallel``, or if parameters are
                 shards.
         """
-        teacher, student = self._parameters_of_both(memory_format_of(x))
+        teacher, student = self.parameters_of_both(memory_format_of(x))
         run_student = student_tap or partial(call_with_parameters, self.student)
         run_teacher = teacher_tap or partial(call_with_parameters, self.wide)
         if teacher_loss is None:
@@ -185,7 +186,7 @@ class DynamicTeacher(nn.Module):
 
     def forward_student(self, x: torch.Tensor) -> torch.Tensor:
         """Student's logits, shape (B, num_classes), for images of shape (B, in_chans, H, W)."""
-        return call_with_parameters(self.student, self._parameters_of_both(memory_format_of(x))[1], x)
+        return call_with_parameters(self.student, self.student_parameters(memory_format_of(x)), x)
 
     # -- parameters -------------------------------------------------------------------------------------------------
 
@@ -197,31 +198,52 @@ class DynamicTeacher(nn.Module):
         divides = self.scale == 'teacher' and tensor_map.divisor > 1
         return tensor_map.replicate(tensor / tensor_map.divisor if divides else tensor)
 
-    def _parameters_of_both(
+    def _stored_tensors(self) -> Dict[str, torch.Tensor]:
+        if getattr(self, '_is_replica', False):
+            raise RuntimeError('replicas of nn.DataParallel hold no parameters of their own: train with '
+                               'DistributedDataParallel, one process for each GPU (task.prepare_distributed())')
+        return dict(self.wide.named_parameters())
+
+    def _merge(self, name: str, memory_format: torch.memory_format, shared: bool = True) -> Tuple[torch.Tensor, ...]:
+        """Teacher's and student's kernel, from branches; without ``shared`` the teacher's twice."""
+        tensor_map = self.plan.tensors.get(name) if shared else None
+        return self._branched[name](self._teacher_multipliers.get(name, 1.0), tensor_map, memory_format)
+
+    def parameters_of_both(
             self,
             memory_format: torch.memory_format = torch.contiguous_format,
     ) -> Tuple[Dict[str, torch.Tensor], Dict[str, torch.Tensor]]:
-        """What teacher and student run on, from kernels that are merged once (Sec. 3.3). Differentiable.
+        """:meth:`teacher_parameters` and :meth:`student_parameters`, from kernels that are merged once."""
+        teacher, student = self._shared(self._stored_tensors())
+        for name in self._branched:
+            teacher[name], student[name] = self._merge(name, memory_format)
+        return self._layout.under_all_names(teacher), self._layout.under_all_names(student)
+
+    def teacher_parameters(
+            self,
+            memory_format: torch.memory_format = torch.contiguous_format,
+    ) -> Dict[str, torch.Tensor]:
+        """What the teacher runs on, branches merged, by the student's parameter names. Differentiable.
 
         Args:
             memory_format: of merged kernels.
         """
-        if getattr(self, '_is_replica', False):
-            raise RuntimeError('replicas of nn.DataParallel hold no parameters of their own: train with '
-                               'DistributedDataParallel, one process for each GPU (task.prepare_distributed())')
-        teacher, student = self._shared(dict(self.wide.named_parameters()))
-        for name, branched in self._branched.items():
-            teacher[name], student[name] = branched(
-                self._teacher_multipliers.get(name, 1.0), self.plan.tensors.get(name), memory_format)
-        return self._layout.under_all_names(teacher), self._layout.under_all_names(student)
+        teacher = self._shared.of_teacher(self._stored_tensors())
+        teacher.update({name: self._merge(name, memory_format, shared=False)[0] for name in self._branched})
+        return self._layout.under_all_names(teacher)
 
-    def teacher_parameters(self) -> Dict[str, torch.Tensor]:
-        """What the teacher runs on, branches merged, by the student's parameter names. Differentiable."""
-        return self._parameters_of_both()[0]
+    def student_parameters(
+            self,
+            memory_format: torch.memory_format = torch.contiguous_format,
+    ) -> Dict[str, torch.Tensor]:
+        """The student's parameters, computed from the stored ones: merged, then sliced. Differentiable (Sec. 3.3).
 
-    def student_parameters(self) -> Dict[str, torch.Tensor]:
-        """The student's parameters, computed from the stored ones: merged, then sliced. Differentiable (Sec. 3.3)."""
-        return self._parameters_of_both()[1]
+        Args:
+            memory_format: of merged kernels.
+        """
+        student = self._shared.of_student(self._stored_tensors())
+        student.update({name: self._merge(name, memory_format)[1] for name in self._branched})
+        return self._layout.under_all_names(student)
 
     @torch.no_grad()
     def load_student(self, state_dict: Dict[str, torch.Tensor], strict: bool = True):
@@ -277,28 +299,6 @@ class DynamicTeacher(nn.Module):
             if name in self._divisors:
                 parameter += self.plan.tensors[name].noise_like(parameter, noise * parameter.std().item())
 
-    def _branch_convolutions(self) -> Dict[str, BranchedKernel]:
-        """Moves every trained kernel that can have branches among its branches; returns them by the kernel's name."""
-        branched = {}
-        for name, module in self.wide.named_modules():
-            weight = f'{name}.weight' if name else 'weight'
-            if is_branchable(module) and self._layout.is_trained.get(weight):
-                branched[weight] = self._branch_kernel(module, self.plan.tensors.get(weight))
-                _add_submodule(self.branches, name, branched[weight])
-                module._parameters['weight'] = None
-        return branched
-
-    def _branch_kernel(self, conv: nn.Conv2d, tensor_map: Optional[TensorMap]) -> BranchedKernel:
-        outputs, _, size, _ = conv.weight.shape
-        axes = {} if tensor_map is None else dict(tensor_map.axes)
-        # Replicas share the student's channel's pattern, or its slice would hold only every r-th frequency.
-        prior = axes[0].replicate(cosine_prior(axes[0].size, size), 0) if 0 in axes else cosine_prior(outputs, size)
-        # Other weights than the prior are drawn for every replica, which tells replicas apart as gammas move. Their
-        # size is that of a student's, divided by the divisor as inverse reparameterization does.
-        divisor = 1 if tensor_map is None else tensor_map.divisor
-        gain = divisor ** (0.5 if self.scale == 'student' else -0.5)
-        return BranchedKernel(conv.weight, conv.groups, self.branch_kinds, prior, gain)
-
     # -- what timm's optimizer factory asks a model -----------------------------------------------------------------
 
     def no_weight_decay(self) -> set:
@@ -308,12 +308,7 @@ class DynamicTeacher(nn.Module):
 
     def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
         """The student's layer groups, for layer-wise learning rate decay."""
-        def prefixed(pattern):
-            if isinstance(pattern, str):  # matched from the start of a name, every alternative of it
-                return r'^(?:wide|branches)\.(?:' + re.sub(r'(^|[|(])\^', r'\1', pattern) + ')'
-            return [(prefixed(p[0]), *p[1:]) if isinstance(p, tuple) else prefixed(p) for p in pattern]
-
-        return {group: prefixed(pattern) for group, pattern in self.wide.group_matcher(coarse=coarse).items()}
+        return {group: _inside(pattern) for group, pattern in self.wide.group_matcher(coarse=coarse).items()}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recomputes activations in the backward pass, in both models."""
@@ -331,15 +326,12 @@ def _check_storage(scale: str, noise: float) -> None:
         raise ValueError(f'noise must be a number of at least 0, but is {noise!r}')
 
 
+def _inside(pattern: Any) -> Any:
+    """A pattern of a group matcher for the same names inside a dynamic teacher."""
+    if isinstance(pattern, str):  # matched from the start of a name, every alternative of it
+        return r'^(?:wide|branches)\.(?:' + re.sub(r'(^|[|(])\^', r'\1', pattern) + ')'
+    return [(_inside(p[0]), *p[1:]) if isinstance(p, tuple) else _inside(p) for p in pattern]
+
+
 def _named_tensors(model: nn.Module) -> List[Tuple[str, torch.Tensor]]:
     return [*model.named_parameters(), *model.named_buffers()]
-
-
-def _add_submodule(root: nn.Module, name: str, module: nn.Module) -> None:
-    """Adds a module under a dotted name, with empty modules on the way."""
-    *path, key = name.split('.')
-    for part in path:
-        if part not in root._modules:
-            root.add_module(part, nn.Module())
-        root = root._modules[part]
-    root.add_module(key, module)

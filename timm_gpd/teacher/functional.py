@@ -7,8 +7,6 @@ import torch
 import torch.nn as nn
 from torch.func import functional_call
 
-from ..private_torch import run_after_backward
-
 __all__ = ['call_with_parameters', 'memory_format_of']
 
 _threads: Dict[int, int] = {}  # which thread a module runs in, by its id, while it runs
@@ -21,7 +19,7 @@ def call_with_parameters(model: nn.Module, parameters: Mapping[str, torch.Tensor
     in the backward pass sees these tensors again.
 
     Args:
-        model: any module; its own parameters are back in their places afterwards.
+        model: any module; its own parameters stay as they are.
         parameters: tensors by parameter name, tied ones under every name.
         x: images, shape (B, in_chans, H, W).
 
@@ -29,18 +27,34 @@ def call_with_parameters(model: nn.Module, parameters: Mapping[str, torch.Tensor
         What the model returns for ``x``.
 
     Raises:
-        RuntimeError: if another thread runs the model; and in a backward pass through two such calls of one model that
-            uses gradient checkpointing.
+        RuntimeError: if another thread runs the model.
     """
-    with _alone_in(model):
-        output = functional_call(model, parameters, (x,), tie_weights=False)
     recomputes = not torch.compiler.is_compiling() and torch.is_grad_enabled() and any(
         getattr(module, 'grad_checkpointing', False) for module in model.modules())
-    # Of several outputs the first, the logits, is computed last, so its hook runs before anything is recomputed.
-    last = output if isinstance(output, torch.Tensor) else output[0]
-    if recomputes and last.requires_grad:
-        last.register_hook(lambda grad: _lend_until_backward_ends(model, parameters))
-    return output
+    if recomputes:
+        return _twin(model, parameters)(x)
+    with _alone_in(model):
+        return functional_call(model, parameters, (x,), tie_weights=False)
+
+
+def _twin(model: nn.Module, parameters: Mapping[str, torch.Tensor]) -> nn.Module:
+    """A model that shares everything with another but its parameters. The graph keeps it for what is recomputed."""
+    twins: Dict[int, nn.Module] = {}
+
+    def share(module: nn.Module) -> nn.Module:
+        if id(module) not in twins:
+            twin = twins[id(module)] = object.__new__(type(module))
+            twin.__dict__ = {**module.__dict__, '_parameters': dict(module._parameters), '_modules': {}}
+            twin._modules.update({
+                key: child if child is None else share(child) for key, child in module._modules.items()})
+        return twins[id(module)]
+
+    share(model)
+    owners = {name: twins[id(module)] for name, module in model.named_modules(remove_duplicate=False)}
+    for name, tensor in parameters.items():
+        path, _, key = name.rpartition('.')
+        owners[path]._parameters[key] = tensor
+    return owners['']
 
 
 def memory_format_of(x: torch.Tensor) -> torch.memory_format:
@@ -64,22 +78,3 @@ def _claim(model: nn.Module) -> Iterator[None]:
 def _alone_in(model: nn.Module) -> contextlib.AbstractContextManager:
     """Refuses a second thread: it would run on the first one's tensors. What is compiled cannot ask."""
     return contextlib.nullcontext() if torch.compiler.is_compiling() else _claim(model)
-
-
-def _lend_until_backward_ends(model: nn.Module, parameters: Mapping[str, torch.Tensor]) -> None:
-    owned = {}
-    for name in parameters:
-        path, _, key = name.rpartition('.')
-        slots = model.get_submodule(path)._parameters
-        owned[name] = slots, key, slots[key]
-    if any(isinstance(tensor, torch.Tensor) and not tensor.is_leaf for _, _, tensor in owned.values()):
-        raise RuntimeError('gradient checkpointing needs a backward pass for every joint forward pass: '
-                           'call backward() on each loss before the next batch')
-    for name, (slots, key, _) in owned.items():
-        slots[key] = parameters[name]
-
-    def give_back() -> None:
-        for slots, key, tensor in owned.values():
-            slots[key] = tensor
-
-    run_after_backward(give_back)

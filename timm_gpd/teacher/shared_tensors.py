@@ -1,5 +1,5 @@
 """One set of stored tensors, read as the dynamic teacher's and as the student's."""
-from typing import Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+from typing import Callable, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 
@@ -52,8 +52,7 @@ class SharedTensors:
         Raises:
             RuntimeError: if a tensor is one shard of many.
         """
-        if not torch.compiler.is_compiling():
-            _refuse_shards(stored)
+        _refuse_shards(stored)
         share = _share_plainly if needs_plain_operators() else _Share.apply
         teacher, student = dict(stored), dict(stored)
         for names, bucket in self.buckets:
@@ -61,6 +60,21 @@ class SharedTensors:
             teacher.update(zip(names, tensors))
             student.update(zip(names, tensors[len(names):]))
         return teacher, student
+
+    def of_teacher(self, stored: Mapping[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
+        """The teacher's tensors alone, see :meth:`__call__`."""
+        return self._of_one(_teachers_plainly, stored)
+
+    def of_student(self, stored: Mapping[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
+        """The student's tensors alone, see :meth:`__call__`."""
+        return self._of_one(_students_plainly, stored)
+
+    def _of_one(self, read: Callable, stored: Mapping[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
+        _refuse_shards(stored)
+        tensors = dict(stored)
+        for names, bucket in self.buckets:
+            tensors.update(zip(names, read(bucket, *[stored[name] for name in names])))
+        return tensors
 
 
 class _Bucket(NamedTuple):
@@ -85,6 +99,8 @@ def _fill_buckets(tensor_maps: Mapping[str, TensorMap]) -> Iterable[Tuple[str, .
 
 
 def _refuse_shards(stored: Mapping[str, torch.Tensor]) -> None:
+    if torch.compiler.is_compiling():
+        return
     for name, tensor in stored.items():
         if hasattr(tensor, 'full_tensor'):
             raise RuntimeError(
@@ -92,13 +108,20 @@ def _refuse_shards(stored: Mapping[str, torch.Tensor]) -> None:
                 '(task.prepare_distributed()) instead of fully_shard or tensor parallelism')
 
 
+def _teachers_plainly(bucket: _Bucket, *stored: torch.Tensor) -> List[torch.Tensor]:
+    return [tensor if by == 1 else tensor * by for tensor, by in zip(stored, bucket.teacher_multipliers)]
+
+
+def _students_plainly(bucket: _Bucket, *stored: torch.Tensor) -> List[torch.Tensor]:
+    slices = [tensor_map.first_replica(tensor) for tensor_map, tensor in zip(bucket.tensor_maps, stored)]
+    # Copies, not views: strided, each of the student's convolutions would copy its kernel three times a step, and torch
+    # 2.15's channels_last BatchNorm backward on the CPU misreads a strided weight.
+    return [tensor.clone() if by == 1 else tensor * by for tensor, by in zip(slices, bucket.student_multipliers)]
+
+
 def _share_plainly(bucket: _Bucket, *stored: torch.Tensor) -> Tuple[torch.Tensor, ...]:
     """What :class:`_Share` computes, in operators that any transform knows."""
-    maps_and_tensors = list(zip(bucket.tensor_maps, stored))
-    return (
-        *(tensor * by for tensor, by in zip(stored, bucket.teacher_multipliers)),
-        *(tensor_map.first_replica(tensor) * by
-          for (tensor_map, tensor), by in zip(maps_and_tensors, bucket.student_multipliers)))
+    return *_teachers_plainly(bucket, *stored), *_students_plainly(bucket, *stored)
 
 
 class _Share(torch.autograd.Function):
@@ -108,8 +131,6 @@ class _Share(torch.autograd.Function):
         ctx.bucket = bucket
         ctx.set_materialize_grads(False)
         teacher = _multiply(stored, bucket.teacher_multipliers)
-        # Copies, not views: strided, each of the student's convolutions would copy its kernel three times a step, and
-        # torch 2.15's channels_last BatchNorm backward on the CPU misreads a strided weight.
         student = [tensor_map.first_replica(tensor).clone() for tensor_map, tensor in zip(bucket.tensor_maps, stored)]
         return *teacher, *_multiply(student, bucket.student_multipliers)
 
