@@ -59,7 +59,17 @@ def test_loss_is_the_sum_of_its_terms(tiny_student, gpd_loss):
 
 def test_the_student_does_not_teach_the_teacher(tiny_student):
     result = make_task(tiny_student)(*batch())
-    assert result['gpd_loss'].requires_grad and not result['teacher_output'].requires_grad
+    result['gpd_loss'].backward()  # reaches the student alone, or it would raise
+
+
+def test_a_loss_on_the_teachers_output_is_refused(tiny_student):
+    """It would train nothing, without a word."""
+    for term in ('teacher_output', 'teacher_task_loss'):
+        result = make_task(tiny_student)(*batch())
+        with pytest.raises(RuntimeError, match='no gradient any more.*part of the criterion'):
+            (result['loss'] + result[term].mean()).backward()
+    with torch.no_grad():
+        assert not make_task(tiny_student)(*batch())['teacher_output'].requires_grad
 
 
 def test_mixup_targets(tiny_student):

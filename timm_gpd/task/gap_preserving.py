@@ -10,6 +10,7 @@ from ..expansion.images import accepted_input_shape, input_shape
 from ..losses import GPD_LOSSES
 from ..teacher import DynamicTeacher, StudentView, expand
 from ..teacher.branches import branch_kinds
+from ..teacher.early_backward import refuse_gradients
 from .base import BaseTask
 from .learners import JointLearners, example_batch
 from .static_teacher import StaticTeacher, resolve_static_teacher
@@ -121,15 +122,15 @@ class GapPreservingTask(BaseTask):
 
         Returns:
             ``loss``; ``output`` and ``teacher_output``, logits of student and dynamic teacher, shape (B, num_classes),
-            the latter detached, as is every term of the dynamic teacher: its backward pass has run already; and every
-            term without a, b and w: ``task_loss``, ``teacher_task_loss``, ``gpd_loss``, and with a static teacher
-            ``kd/<loss>`` and ``teacher_kd/<loss>`` for every distillation loss.
+            and every term without a, b and w: ``task_loss``, ``teacher_task_loss``, ``gpd_loss``, and with a static teacher
+            ``kd/<loss>`` and ``teacher_kd/<loss>`` for every distillation loss. What is the dynamic teacher's is there
+            to be read: its backward pass has run, and a loss on it raises a RuntimeError in ``backward()``.
         """
         static_output = None if self.static_teacher is None else self.static_teacher(input)
         student, teacher = self.trainable_module(input, target, static_output)
         student['gpd_loss'] = self.gpd_loss(student['output'], teacher['output'])
         loss = student.pop('loss') + teacher.pop('loss') + self.gpd_weight * student['gpd_loss']
-        return {'loss': loss, **student, **{f'teacher_{name}': value for name, value in teacher.items()}}
+        return {'loss': loss, **student, **{f'teacher_{name}': refuse_gradients(term) for name, term in teacher.items()}}
 
     def get_dynamic_teacher(self, ema: bool = False) -> DynamicTeacher:
         """The dynamic teacher itself, without wrappers: calling it gives the teacher's logits."""

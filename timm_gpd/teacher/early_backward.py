@@ -10,7 +10,7 @@ import torch
 
 from ..private_torch import can_trace_backward, has_active_transforms, multiply_each
 
-__all__ = ['EarlyBackward']
+__all__ = ['EarlyBackward', 'refuse_gradients']
 
 
 class EarlyBackward:
@@ -76,6 +76,11 @@ class EarlyBackward:
         return loss + _KnownGradients.apply(loss, gradients, *self._stand_ins)
 
 
+def refuse_gradients(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor to read: a backward pass that reaches it raises a RuntimeError, where a detached one is passed over."""
+    return _Refusing.apply(tensor.detach().requires_grad_()) if torch.is_grad_enabled() else tensor.detach()
+
+
 def _is_possible(device: torch.device) -> bool:
     if not (can_trace_backward() if torch.compiler.is_compiling() else not has_active_transforms()):
         return False
@@ -123,3 +128,16 @@ class _KnownGradients(torch.autograd.Function):
         if torch.compiler.is_compiling() or grad.device.type != 'cpu' or grad.item() != 1:
             gradients = multiply_each(gradients, grad)
         return None, None, *gradients
+
+
+class _Refusing(torch.autograd.Function):
+
+    @staticmethod
+    def forward(ctx, tensor: torch.Tensor):
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor):
+        raise RuntimeError(
+            "a loss was put on the dynamic teacher's output, which has no gradient any more, as the dynamic teacher's "
+            'backward pass has run: make it part of the criterion, or use DynamicTeacher.joint(); detach() to read only')
