@@ -1,22 +1,24 @@
 """Running a module on parameters that it does not own."""
-import contextlib
-import threading
-from typing import Any, Dict, Iterator, Mapping
+import copy
+from types import MethodType
+from typing import Any, Dict, Mapping
 
 import torch
 import torch.nn as nn
 from torch.func import functional_call
 
-__all__ = ['call_with_parameters', 'memory_format_of']
+from ..private_torch import list_flat_weights
 
-_threads: Dict[int, int] = {}  # which thread a module runs in, by its id, while it runs
+__all__ = ['call_with_parameters', 'memory_format_of']
 
 
 def call_with_parameters(model: nn.Module, parameters: Mapping[str, torch.Tensor], x: torch.Tensor) -> Any:
     """The model's output for ``x`` with other tensors in the place of its parameters.
 
-    Unlike :func:`torch.func.functional_call` alone, it allows gradient checkpointing in the model: what is recomputed
-    in the backward pass sees these tensors again.
+    What runs is a twin: a copy of the module tree that shares everything with the model but its parameters. So the
+    model never holds a computed tensor, even if a run fails, keeps one in an attribute or happens beside another; and
+    where gradient checkpointing runs parts of the model again in the backward pass, they see these tensors again. What
+    a module writes to its attributes while it runs is gone afterwards; what it writes into its buffers stays.
 
     Args:
         model: any module; its own parameters stay as they are.
@@ -25,36 +27,10 @@ def call_with_parameters(model: nn.Module, parameters: Mapping[str, torch.Tensor
 
     Returns:
         What the model returns for ``x``.
-
-    Raises:
-        RuntimeError: if another thread runs the model.
     """
-    recomputes = not torch.compiler.is_compiling() and torch.is_grad_enabled() and any(
-        getattr(module, 'grad_checkpointing', False) for module in model.modules())
-    if recomputes:
-        return _twin(model, parameters)(x)
-    with _alone_in(model):
+    if torch.compiler.is_compiling():  # a compiler traces this, and no twins
         return functional_call(model, parameters, (x,), tie_weights=False)
-
-
-def _twin(model: nn.Module, parameters: Mapping[str, torch.Tensor]) -> nn.Module:
-    """A model that shares everything with another but its parameters. The graph keeps it for what is recomputed."""
-    twins: Dict[int, nn.Module] = {}
-
-    def share(module: nn.Module) -> nn.Module:
-        if id(module) not in twins:
-            twin = twins[id(module)] = object.__new__(type(module))
-            twin.__dict__ = {**module.__dict__, '_parameters': dict(module._parameters), '_modules': {}}
-            twin._modules.update({
-                key: child if child is None else share(child) for key, child in module._modules.items()})
-        return twins[id(module)]
-
-    share(model)
-    owners = {name: twins[id(module)] for name, module in model.named_modules(remove_duplicate=False)}
-    for name, tensor in parameters.items():
-        path, _, key = name.rpartition('.')
-        owners[path]._parameters[key] = tensor
-    return owners['']
+    return _Twins(model, parameters).root(x)
 
 
 def memory_format_of(x: torch.Tensor) -> torch.memory_format:
@@ -63,18 +39,51 @@ def memory_format_of(x: torch.Tensor) -> torch.memory_format:
     return torch.channels_last if is_channels_last else torch.contiguous_format
 
 
-@contextlib.contextmanager
-def _claim(model: nn.Module) -> Iterator[None]:
-    thread = threading.get_ident()
-    if _threads.setdefault(id(model), thread) != thread:
-        raise RuntimeError(f'{type(model).__name__} runs in another thread, and its parameters are lent to one call at '
-                           'a time: give every thread a copy of its own (copy.deepcopy, or extract_student())')
-    try:
-        yield
-    finally:
-        _threads.pop(id(model), None)
+_TORCHS_OWN = frozenset(nn.Module().__dict__)  # attributes of every module: buffers, hooks, the mode
+_ATOMS = frozenset((bool, int, float, str, type(None), torch.Size))  # most attributes: what cannot hold a module
 
 
-def _alone_in(model: nn.Module) -> contextlib.AbstractContextManager:
-    """Refuses a second thread: it would run on the first one's tensors. What is compiled cannot ask."""
-    return contextlib.nullcontext() if torch.compiler.is_compiling() else _claim(model)
+class _Twins:
+    """Twins of all modules of a model, on given parameters."""
+
+    def __init__(self, model: nn.Module, parameters: Mapping[str, torch.Tensor]) -> None:
+        self.modules = {id(module): module for module in model.modules()}
+        self.twins: Dict[int, nn.Module] = {}
+        self.root = self.twin_of(model)
+        owners = {name: self.twins[id(module)] for name, module in model.named_modules(remove_duplicate=False)}
+        for name, tensor in parameters.items():
+            path, _, key = name.rpartition('.')
+            owners[path]._parameters[key] = tensor
+        for twin in self.twins.values():
+            if isinstance(twin, nn.RNNBase):
+                list_flat_weights(twin)
+
+    def twin_of(self, module: nn.Module) -> nn.Module:
+        if id(module) in self.twins:
+            return self.twins[id(module)]
+        twin = self.twins[id(module)] = object.__new__(type(module))
+        state = dict(module.__dict__)
+        state['_parameters'] = dict(module._parameters)
+        state['_modules'] = {
+            key: child if child is None else self.twin_of(child) for key, child in module._modules.items()}
+        for key in state.keys() - _TORCHS_OWN:
+            if type(state[key]) not in _ATOMS:
+                state[key] = self.twin_value(state[key])
+        object.__setattr__(twin, '__dict__', state)  # a module's own is for parameters and modules
+        return twin
+
+    def twin_value(self, value: Any) -> Any:
+        """What stands for an attribute: containers are copied, and modules of the model in them are twins."""
+        if isinstance(value, nn.Module):
+            return self.twin_of(value) if id(value) in self.modules else value
+        if isinstance(value, MethodType):
+            return MethodType(value.__func__, self.twin_value(value.__self__))
+        if isinstance(value, dict):
+            copied = copy.copy(value)
+            copied.update({key: self.twin_value(item) for key, item in value.items()})
+            return copied
+        if isinstance(value, list):
+            return [self.twin_value(item) for item in value]
+        if type(value) is tuple:
+            return tuple(self.twin_value(item) for item in value)
+        return copy.copy(value) if isinstance(value, set) else value

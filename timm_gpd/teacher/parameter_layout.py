@@ -11,7 +11,8 @@ class ParameterLayout(NamedTuple):
     """A model's parameters by name, without their values.
 
     Attributes:
-        names: all names of every parameter, by its first name. Tied parameters have several.
+        names: the names of all slots of every parameter, by its first name. Tied parameters have several; a module
+            under several names has its slots once.
         is_trained: whether it requires a gradient, by its first name.
     """
     names: Dict[str, List[str]]
@@ -23,9 +24,11 @@ class ParameterLayout(NamedTuple):
         first: Dict[int, str] = {}
         names: Dict[str, List[str]] = {}
         is_trained: Dict[str, bool] = {}
-        for name, parameter in model.named_parameters(remove_duplicate=False):
-            names.setdefault(first.setdefault(id(parameter), name), []).append(name)
-            is_trained.setdefault(first[id(parameter)], parameter.requires_grad)
+        for owner, module in model.named_modules():
+            for key, parameter in module.named_parameters(recurse=False):
+                name = f'{owner}.{key}' if owner else key
+                names.setdefault(first.setdefault(id(parameter), name), []).append(name)
+                is_trained.setdefault(first[id(parameter)], parameter.requires_grad)
         return cls(names, is_trained)
 
     def under_all_names(self, tensors: Mapping[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
