@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
 from exactness import expansion_errors
 from timm_gpd import Rule, UnsupportedModelError, expand, plan_expansion, register_rule
@@ -230,6 +231,27 @@ class ThirdsNet(ReversingNet):
 def test_the_module_that_stops_the_plan_is_named():
     with pytest.raises(UnsupportedModelError, match=r"module '\(root\)' of class .*ThirdsNet: .*split"):
         expand(ThirdsNet())
+
+
+@pytest.mark.parametrize('function', [
+    lambda x, weight: x @ weight,
+    lambda x, weight: torch.einsum('bi,io->bo', x, weight),
+    lambda x, weight: F.bilinear(x, x, weight.expand(8, 8, 8)),
+], ids=('matmul', 'einsum', 'bilinear'))
+def test_a_function_that_is_not_watched_is_refused_where_it_meets_something_wider(function):
+    class Product(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(8, 8))
+
+        def forward(self, x):
+            return function(x.mean((2, 3)), self.weight)[..., None, None]
+
+    student = ReversingNet()
+    student.reverse, student.conv2 = Product(), nn.Conv2d(8, 8, 1)
+    with pytest.raises(UnsupportedModelError, match=r"module 'reverse' of class .*Product"):
+        plan_expansion(student)
+    assert plan_expansion(student, ratio=1).ratio == 1  # nothing is wider, so nothing is refused
 
 
 def test_statistics_of_the_check_leave_deep_models_well_conditioned():
