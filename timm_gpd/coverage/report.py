@@ -1,11 +1,11 @@
 """The coverage page: what a sweep has found, as a table in Markdown."""
-from collections import defaultdict
-from typing import Dict, Mapping, Sequence
+from collections import Counter
+from typing import List, Mapping, Sequence
 
 import timm
 import torch
 
-from ..expansion.verify import MODES, ROUNDING
+from ..expansion.verify import MODES, ROUNDING, Agreement
 from .cache import Cache
 
 __all__ = ['status_of', 'table']
@@ -40,47 +40,21 @@ def table(cache: Cache, modules: Mapping[str, Sequence[str]], ratio: int) -> str
     Returns:
         The page, in Markdown.
     """
-    totals: Dict[str, int] = defaultdict(int)
-    rows, notes, reduced, rounded, without = [], [], [], [], []
-    slowest = (0., '')
-    for module, names in modules.items():
-        counts: Dict[str, int] = defaultdict(int)
-        worst: Dict[str, float] = {}
-        for name in names:
-            plan, comparison, status = cache.get('plan', name), cache.get('compare', name), status_of(cache, name)
-            counts[status] += 1
-            totals[status] += 1
-            slowest = max(slowest, (plan.get('seconds', 0.), name))
-            for mode in MODES:
-                if mode in comparison:
-                    error, sensitivity = comparison[mode]['error'], comparison[mode]['sensitivity']
-                    worst[mode] = max(worst.get(mode, 0.), error)
-                    if status == 'exact' and error > ROUNDING:
-                        rounded.append(f'- `{name}`, {mode}: {error:.1e}, against {sensitivity:.1e}')
-            if comparison.get('reduction'):
-                changes = ', '.join(f'{key}={value}' for key, value in comparison['reduction'].items())
-                reduced.append(f'`{name}` ({changes})')
-            if status == 'no classifier':
-                without.append(name)
-            elif status in ('unsupported', 'inexact'):
-                notes.append(f'- `{name}`: {status}: {comparison.get("reason") or plan.get("reason")}')
-            elif comparison.get('status') == 'not compared':
-                notes.append(f'- `{name}`: planned, not compared: {comparison["reason"]}')
-        cells = [str(counts[status]) for status in STATUSES]
-        errors = [f'{worst[mode]:.1e}' if mode in worst else '' for mode in MODES]
-        rows.append(f'| {" | ".join([module, str(len(names)), *cells, *errors])} |')
-    classifiers = sum(count for status, count in totals.items() if status != 'no classifier')
+    names = [name for module in modules.values() for name in module]
+    totals = Counter(status_of(cache, name) for name in names)
+    classifiers = len(names) - totals['no classifier']
     planned = totals['exact'] + totals['planned only'] + totals['inexact']
+    seconds, slowest = max([(0., ''), *((cache.get('plan', name).get('seconds', 0.), name) for name in names)])
     lines = [
         '# Coverage',
         '',
         f'What `python -m timm_gpd.coverage` found with timm {timm.__version__}, '
         f'torch {torch.__version__.split("+")[0]} and ratio {ratio}.',
         '',
-        f'Of {sum(map(len, modules.values()))} architectures in {len(modules)} modules, {classifiers} have a '
+        f'Of {len(names)} architectures in {len(modules)} modules, {classifiers} have a '
         f'classifier. {planned} of those ({100 * planned / max(classifiers, 1):.1f} %) plan without error, '
         f'{totals["exact"]} were compared and are exact, {totals["inexact"]} were compared and are not. '
-        f'The slowest plan took {slowest[0]:.1f} s of CPU time ({slowest[1]}).',
+        f'The slowest plan took {seconds:.1f} s of CPU time ({slowest}).',
         '',
         '- *exact*: in float64, with randomised weights and running statistics and no stochastic layer, the teacher\'s '
         'logits are the student\'s in evaluation and training mode, and extraction returns the student. The errors are '
@@ -90,14 +64,58 @@ def table(cache: Cache, modules: Mapping[str, Sequence[str]], ratio: int) -> str
         '| module | architectures | exact | planned only | inexact | unsupported | no classifier | error, evaluation '
         '| error, training |',
         '|---|---:|---:|---:|---:|---:|---:|---:|---:|',
-        *rows,
+        *(_row(cache, module, names) for module, names in modules.items()),
     ]
+    reduced = ', '.join(_reduced(cache, names))
+    without = ', '.join(f'`{name}`' for name in names if status_of(cache, name) == 'no classifier')
     for title, items in (
-        ('Exceptions', notes),
-        ('Errors above 1e-12, against what rounding alone does to the student', rounded),
-        ('Too large, and compared with fewer blocks or features', [', '.join(reduced)] if reduced else []),
-        ('Without a classifier', [', '.join(f'`{name}`' for name in without)] if without else []),
+        ('Exceptions', _exceptions(cache, names)),
+        ('Errors above 1e-12, against what rounding alone does to the student', _rounded(cache, names)),
+        ('Too large, and compared with fewer blocks or features', [reduced] if reduced else []),
+        ('Without a classifier', [without] if without else []),
     ):
         if items:
             lines += ['', f'## {title}', '', *items]
     return '\n'.join(lines) + '\n'
+
+
+def _row(cache: Cache, module: str, names: Sequence[str]) -> str:
+    counts = Counter(status_of(cache, name) for name in names)
+    cells = [module, str(len(names)), *(str(counts[status]) for status in STATUSES)]
+    for mode in MODES:
+        comparisons = [cache.get('compare', name) for name in names]
+        errors = [comparison[mode]['error'] for comparison in comparisons if mode in comparison]
+        cells.append(f'{max(errors):.1e}' if errors else '')
+    return f'| {" | ".join(cells)} |'
+
+
+def _exceptions(cache: Cache, names: Sequence[str]) -> List[str]:
+    """What is wrong, or could not be compared."""
+    lines = []
+    for name in names:
+        status, plan, comparison = status_of(cache, name), cache.get('plan', name), cache.get('compare', name)
+        if status in ('unsupported', 'inexact'):
+            lines.append(f'- `{name}`: {status}: {comparison.get("reason") or plan.get("reason")}')
+        elif comparison.get('status') == 'not compared':
+            lines.append(f'- `{name}`: planned, not compared: {comparison["reason"]}')
+    return lines
+
+
+def _rounded(cache: Cache, names: Sequence[str]) -> List[str]:
+    """Errors that are rounding, and more than is usual."""
+    lines = []
+    for name in names:
+        comparison = cache.get('compare', name)
+        for mode in MODES:
+            if mode in comparison and status_of(cache, name) == 'exact' and comparison[mode]['error'] > ROUNDING:
+                agreement = Agreement(**comparison[mode])
+                lines.append(f'- `{name}`, {mode}: {agreement.error:.1e}, against {agreement.sensitivity:.1e}')
+    return lines
+
+
+def _reduced(cache: Cache, names: Sequence[str]) -> List[str]:
+    """What was compared with arguments that make it smaller."""
+    reductions = [(name, cache.get('compare', name).get('reduction')) for name in names]
+    return [
+        f'`{name}` ({", ".join(f"{key}={value}" for key, value in reduction.items())})'
+        for name, reduction in reductions if reduction]
