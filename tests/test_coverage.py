@@ -147,7 +147,8 @@ CHANGES = {
     'a file of rules goes': lambda package: (package / 'rules/tokens.py').unlink(),
     'a file of rules moves': lambda package: (package / 'rules/tokens.py').rename(package / 'rules/tokens_.py'),
     'a handler changes': lambda package: (package / 'expansion/functions/linear.py').write_text('# nothing\n'),
-    'a folder of handlers moves': lambda package: (package / 'expansion/functions').rename(package / 'expansion/functions_'),
+    'a folder of handlers moves': lambda package: (
+        package / 'expansion/functions').rename(package / 'expansion/functions_'),
     'a line moves to another file': lambda package: move_first_line(
         package / 'expansion/planner.py', package / 'expansion/images.py'),
     'the check changes': lambda package: (package / 'expansion/verify.py').write_text('# nothing\n'),

@@ -71,7 +71,8 @@ class ExpansionPlan:
                 ``plan.tensors[name].teacher_shape``.
 
         Returns:
-            Student tensors under the same names, shapes as in ``plan.tensors[name].shape``. Views of the teacher's where no divisor applies and strides allow.
+            Student tensors under the same names, shapes as in ``plan.tensors[name].shape``. Views of the teacher's
+            where no divisor applies and strides allow.
 
         Raises:
             ValueError: if a tensor does not have the shape that was planned for.
@@ -93,7 +94,8 @@ class ExpansionPlan:
             raise ValueError(f'{name} has shape {tuple(tensor.shape)}, but the plan was made for {shape}: plan again')
 
     def __str__(self) -> str:
-        lines = [f'ExpansionPlan(ratio={self.ratio}, input_shape={self.input_shape}): {len(self.tensors)} tensors widen']
+        lines = [
+            f'ExpansionPlan(ratio={self.ratio}, input_shape={self.input_shape}): {len(self.tensors)} tensors widen']
         width = max((len(name) for name in self.tensors), default=0)
         for name, tensor_map in self.tensors.items():
             axes = [

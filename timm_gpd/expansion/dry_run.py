@@ -29,12 +29,12 @@ def dry_run(widening: Widening, shape: Tuple[int, int, int]) -> None:
         module.register_forward_pre_hook(_enter(widening, name))
         module.register_forward_hook(_leave(widening))
     _forward(widening, shape, training=False)
-    if widening.parameters_met_never():
+    if widening.unmet_parameters():
         # Auxiliary heads and the like run in training only.
         try:
             _forward(widening, shape, training=True)
         except UnsupportedModelError:
-            if widening.parameters_met_never():
+            if widening.unmet_parameters():
                 raise
 
 

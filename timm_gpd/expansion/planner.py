@@ -20,7 +20,7 @@ from .dry_run import dry_run
 from .images import accepted_input_shape, input_shape
 from .widening import Widening
 
-__all__ = ['check_positive_int', 'plan_expansion']
+__all__ = ['plan_expansion']
 
 
 def plan_expansion(student: nn.Module, ratio: int = 2) -> ExpansionPlan:
@@ -38,7 +38,8 @@ def plan_expansion(student: nn.Module, ratio: int = 2) -> ExpansionPlan:
         NoClassifierError: if the model has no classifier; a kind of UnsupportedModelError.
         UnsupportedModelError: if a module cannot be widened.
     """
-    check_positive_int('ratio', ratio)
+    if not isinstance(ratio, int) or isinstance(ratio, bool) or ratio < 1:
+        raise ValueError(f'ratio must be a positive integer, but is {ratio!r}')
     classifiers = _classifier_names(student)
     shape = input_shape(student)
     try:
@@ -51,20 +52,6 @@ def plan_expansion(student: nn.Module, ratio: int = 2) -> ExpansionPlan:
         return _plan(student, ratio, classifiers, accepted)
     note = f'planned on the CPU: the forward of {type(student).__name__} does not run on the meta device'
     return _plan(student, ratio, classifiers, shape, device='cpu', notes=(note,))
-
-
-def check_positive_int(name: str, value: Any) -> None:
-    """Refuses anything but a positive integer.
-
-    Args:
-        name: what the message calls it.
-        value: what is to be checked.
-
-    Raises:
-        ValueError: of one line, unless ``value`` is an integer of at least 1.
-    """
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f'{name} must be a positive integer, but is {value!r}')
 
 
 def _plan(

@@ -47,7 +47,8 @@ def note_origin(inputs: Any, output: Any) -> None:
     """Marks the output of a function as derived, where its inputs are own or derived tensors alone.
 
     Args:
-        inputs: the arguments, nested tuples, lists and dicts of anything. Tensors of integers are indices and tell nothing.
+        inputs: the arguments, nested tuples, lists and dicts of anything. Tensors of integers are indices and tell
+            nothing.
         output: what the function returned, nested in the same way.
     """
     names: Dict[str, None] = {}  # a set that keeps its order

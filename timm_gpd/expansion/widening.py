@@ -28,7 +28,7 @@ class Widening:
         tensors: name -> how the tensor widens; as in a plan.
         attributes: module -> attribute -> (student's value, teacher's value); as in a plan.
         divided_inputs: module -> what its input is divided by; as in a plan.
-        touched: names of the parameters and buffers that have been met, wider or not; the first name of tied ones.
+        met: names of the parameters and buffers that have been met, wider or not; the first name of tied ones.
     """
 
     def __init__(self, student: nn.Module, ratio: int, kept: Set[str], device: str = 'meta') -> None:
@@ -42,7 +42,7 @@ class Widening:
         self.tensors: Dict[str, TensorMap] = {}
         self.attributes: Dict[str, Dict[str, Tuple[Any, Any]]] = {}
         self.divided_inputs: Dict[str, int] = {}
-        self.touched: Set[str] = set()
+        self.met: Set[str] = set()
         # What rules say of axes: (module, 'in' or 'out') or (parameter, '') -> its block, or all of it.
         self._described: Dict[Tuple[str, str], Union[int, AxisMap]] = {}
         # A tensor may stand under several names (tied weights); all of them widen together.
@@ -66,10 +66,10 @@ class Widening:
 
     # -- tensors and attributes -----------------------------------------------------------------------------------
 
-    def parameters_met_never(self) -> Set[str]:
+    def unmet_parameters(self) -> Set[str]:
         """Names of the parameters that no function that was watched has met, the first of tied ones."""
         parameters = {name for name, _ in self.model.named_parameters()}
-        return (parameters & {names[0] for names in self._names.values()}) - self.touched
+        return (parameters & {names[0] for names in self._names.values()}) - self.met
 
     def tensor(self, name: str) -> torch.Tensor:
         """A parameter or buffer by its name, as wide as it is by now."""
@@ -82,7 +82,7 @@ class Widening:
 
     def is_new(self, tensor: Any) -> bool:
         """Whether something is a parameter or buffer itself, seen for the first time."""
-        return is_own(tensor) and sources(tensor)[0] not in self.touched
+        return is_own(tensor) and sources(tensor)[0] not in self.met
 
     def set_attribute(self, module: str, attribute: str, value: Any) -> None:
         """Sets an attribute of a module and notes it for the teacher."""
@@ -182,7 +182,7 @@ class Widening:
             UnsupportedModelError: if ``sum_axis`` has entries of different ratios.
         """
         first, = sources(tensor)
-        self.touched.add(first)
+        self.met.add(first)
         if first in self.tensors:
             return tensor
         pairs = axes.items() if isinstance(axes, Mapping) else axes
@@ -219,7 +219,7 @@ class Widening:
         Raises:
             UnsupportedModelError: if it is not clear which axis of a parameter the wider axis came from.
         """
-        self.touched.update(sources(tensor))
+        self.met.update(sources(tensor))
         ratios = next(filter(None, (self.mismatch(tensor.shape, shape) for shape in shapes)), {})
         if not ratios:
             return tensor

@@ -220,6 +220,7 @@ register_rule('timm.models.swiftformer.EfficientAdditiveAttention', Rule(keep=('
 
 
 def single_head_values(rule: RuleContext) -> None:
+    """One head: its values widen, its query and key do not."""
     module = rule.module
     rule.axis('qkv.out', (2 * module.qk_dim, 1, 1), (module.pdim // rule.ratio, rule.ratio, 1))
 
@@ -237,16 +238,19 @@ register_rule('timm.models.mobilevit.LinearSelfAttention', Rule(multiply=('embed
 
 # No projection follows, so the output must be replicated plainly: values widen, scores do not.
 def halo_values(rule: RuleContext) -> None:
+    """Keys and values of one head lie side by side."""
     heads, qk, v = rule.module.num_heads, rule.module.dim_head_qk, rule.module.dim_head_v // rule.ratio
     rule.axis('kv.out', *[(qk, 1, 1), (v, rule.ratio, 1)] * heads)
 
 
 def bottleneck_values(rule: RuleContext) -> None:
+    """Queries and keys of all heads come before the values."""
     rule.axis(
         'qkv.out', (2 * rule.module.dim_out_qk, 1, 1), (rule.module.dim_out_v // rule.ratio, rule.ratio, 1))
 
 
 def lambda_values(rule: RuleContext) -> None:
+    """Queries of all heads and one key come before the values."""
     module = rule.module
     rule.axis(
         'qkv.out', ((module.num_heads + 1) * module.dim_qk, 1, 1), (module.dim_v // rule.ratio, rule.ratio, 1))
@@ -263,6 +267,7 @@ register_rule('timm.layers.non_local_attn.BilinearAttnTransform', Rule(keep=('co
 
 # The global query is the residual stream itself, cut into heads: the whole stream is replicated head by head.
 def stream_head_dim(model: nn.Module) -> int:
+    """Entries per head, which is the same in all stages."""
     return next(head_dim(module) for module in model.modules() if hasattr(module, 'head_dim'))
 
 

@@ -46,6 +46,7 @@ register_rule('timm.models.focalnet.FocalModulation', Rule(code=focal_gates))
 
 
 def scale_shape(rule: RuleContext) -> None:
+    """The scale is viewed in this shape; its first axis is the channels."""
     channels, *rest = rule.module.shape
     rule.set('shape', (channels * rule.ratio, *rest))
 

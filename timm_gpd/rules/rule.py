@@ -1,8 +1,8 @@
 """What a module's forward does not say by itself.
 
-The planner (:mod:`timm_gpd.expansion.planner`) reads nearly everything off a dry run: a tensor widens when what it meets is
-wider. A rule adds what shapes alone cannot tell: integers that count heads or channels, axes replicated in blocks,
-children that mix something other than channels. Rules know no training; most are data.
+The planner (:mod:`timm_gpd.expansion.planner`) reads nearly everything off a dry run: a tensor widens when what it
+meets is wider. A rule adds what shapes alone cannot tell: integers that count heads or channels, axes replicated in
+blocks, children that mix something other than channels. Rules know no training; most are data.
 """
 from dataclasses import dataclass, field
 from typing import Any, Callable, Dict, Mapping, Optional, Tuple, Type, Union

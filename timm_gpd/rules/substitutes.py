@@ -57,10 +57,12 @@ class ReplicatedSimpleNorm2d(ReplicatedSimpleNorm, SimpleNorm2d):
 
 
 def align_splits(rule: RuleContext) -> None:
+    """Replaces the class."""
     rule.set('__class__', AlignedSplitTransposeBlock)
 
 
 def count_freedoms(substitute: type) -> Callable[[RuleContext], None]:
+    """Code of a rule that replaces the class by one that counts the replicas."""
     def code(rule: RuleContext) -> None:
         rule.set('__class__', substitute)
         rule.set('replicas', rule.ratio)

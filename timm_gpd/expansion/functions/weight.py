@@ -32,8 +32,8 @@ def widen_weight(
 ) -> None:
     """Widens a layer's weight, in the call and in the student.
 
-    A weight that is computed (weight standardisation) may not be divided by way of its parameter, so the input is divided
-    instead; this takes for granted that it is computed alike from every replica.
+    A weight that is computed (weight standardisation) may not be divided by way of its parameter, so the input is
+    divided instead; this takes for granted that it is computed alike from every replica.
 
     Args:
         widening: the student in the dry run.
