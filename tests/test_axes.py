@@ -8,7 +8,7 @@ from timm_gpd.axes import AxisMap, Segment, TensorMap
 
 
 @pytest.mark.parametrize('ratio, block', list(itertools.product((1, 2, 3, 4), (1, 2, 3, 6))))
-def test_axis_layout_is_index_ratio_block(ratio, block):
+def test_student_index_n_block_becomes_n_ratio_block(ratio, block):
     axis_map = AxisMap.uniform(12, ratio, block)
     entries = torch.arange(12)
     wide = axis_map.replicate(entries, 0)

@@ -1,11 +1,17 @@
 """The coverage sweep: what it finds, that it goes on where it stopped, and its exit codes."""
 import itertools
 import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from timm_gpd import Rule, coverage, register_rule
 from timm_gpd.coverage import sweep as sweeping
+from timm_gpd.coverage.cache import fingerprint
 from timm_gpd.rules import find_rule
 from timm_gpd.rules.rule import _RULES
 
@@ -84,11 +90,13 @@ def test_an_architecture_without_classifier_is_no_failure(tmp_path):
     assert '`gemma4_vit_167m_enc`' in (tmp_path / 'coverage.md').read_text()
 
 
-@pytest.mark.parametrize('rule, status', [
-    (Rule(), 'unsupported'),  # heads are not told: the plan fails
-    (Rule(multiply=('num_heads', 'attn_dim')), 'inexact'),  # heads are told, their layout is not: the logits differ
+@pytest.mark.parametrize('rule, reason', [
+    # Heads are not told: the plan fails.
+    (Rule(), "unsupported: VisionTransformer cannot be widened: module 'blocks.0.attn' of class "),
+    # Heads are told, their blocks are not: the logits differ.
+    (Rule(multiply=('num_heads', 'attn_dim')), 'inexact: the planned teacher differs from the student\n'),
 ])
-def test_what_fails_is_listed_with_its_reason(tmp_path, rule, status):
+def test_what_fails_is_listed_with_its_reason(tmp_path, rule, reason):
     name = 'timm.layers.attention.Attention'
     right = _RULES[name]
     try:
@@ -96,14 +104,85 @@ def test_what_fails_is_listed_with_its_reason(tmp_path, rule, status):
         assert sweep(tmp_path, '--models', 'test_vit') == 1
     finally:
         register_rule(name, right)
-    assert f'- `test_vit`: {status}: ' in (tmp_path / 'coverage.md').read_text()
+    assert f'- `test_vit`: {reason}' in (tmp_path / 'coverage.md').read_text()
     assert find_rule(coverage.create('test_vit').blocks[0].attn) is right
 
 
-@pytest.mark.parametrize('arguments', [
-    ['--modules', 'resnot'], ['--models', 'resnet19'], ['--jobs', '0'], ['--ratio', '0'], ['--smallest', 'few']])
-def test_wrong_arguments_end_with_code_2(tmp_path, arguments, capsys):
+@pytest.mark.parametrize('arguments, message', [
+    (['--modules', 'resnot'], r'resnot is not a module of timm \S+: see timm.list_modules\(\)'),
+    (['--models', 'resnet19'], r'resnet19 is not an architecture of timm \S+: see timm.list_models\(\)'),
+    (['--jobs', '0'], '--jobs must be at least 1, but is 0'),
+    (['--ratio', '0'], '--ratio must be at least 1, but is 0'),
+    (['--smallest', 'few'], "argument --smallest: invalid int value: 'few'"),
+])
+def test_wrong_arguments_end_with_code_2(tmp_path, arguments, message, capsys):
     with pytest.raises(SystemExit) as stop:
         sweep(tmp_path, *arguments)
     assert stop.value.code == 2
-    assert arguments[0] in capsys.readouterr().err or arguments[1] in capsys.readouterr().err
+    # The usage above it names every flag: only the last line says what is wrong.
+    last_line = capsys.readouterr().err.splitlines()[-1]
+    assert re.fullmatch(f'python -m timm_gpd.coverage: error: {message}', last_line), last_line
+    assert not list(tmp_path.iterdir())
+
+
+def test_it_runs_as_a_module_without_a_warning():
+    run = subprocess.run(
+        [sys.executable, '-W', 'error::RuntimeWarning', '-m', 'timm_gpd.coverage', '--help'],
+        capture_output=True, text=True)
+    assert (run.returncode, run.stderr) == (0, '')
+    assert '--max-params' in run.stdout
+
+
+@pytest.fixture
+def package(tmp_path):
+    """A copy of the package's sources."""
+    return Path(shutil.copytree(
+        Path(coverage.__file__).parents[1], tmp_path / 'timm_gpd', ignore=shutil.ignore_patterns('__pycache__')))
+
+
+# Moves keep the order of the files, so that the bytes in all alone do not tell.
+CHANGES = {
+    'a rule changes': lambda package: (package / 'rules/tokens.py').write_text('# no rules\n'),
+    'a file of rules is added': lambda package: (package / 'rules/new.py').touch(),
+    'a file of rules goes': lambda package: (package / 'rules/tokens.py').unlink(),
+    'a file of rules moves': lambda package: (package / 'rules/tokens.py').rename(package / 'rules/tokens_.py'),
+    'a handler changes': lambda package: (package / 'expansion/functions/linear.py').write_text('# nothing\n'),
+    'a folder of handlers moves': lambda package: (
+        package / 'expansion/functions').rename(package / 'expansion/functions_'),
+    'a line moves to another file': lambda package: move_first_line(
+        package / 'expansion/planner.py', package / 'expansion/images.py'),
+    'the check changes': lambda package: (package / 'expansion/verify.py').write_text('# nothing\n'),
+    'a private name of torch changes': lambda package: (package / 'private_torch.py').write_text('# nothing\n'),
+    'architectures are created in another way': lambda package: (
+        package / 'coverage/architectures.py').write_text('# nothing\n'),
+}
+
+
+def move_first_line(source, target):
+    """Moves the first line of a file to the end of the one before it."""
+    first, rest = source.read_text().split('\n', 1)
+    source.write_text(rest)
+    target.write_text(target.read_text() + first + '\n')
+
+
+@pytest.mark.parametrize('change', CHANGES)
+def test_what_a_plan_depends_on_makes_a_cache_stale(package, change):
+    before = fingerprint(package)
+    assert before == fingerprint()
+    CHANGES[change](package)
+    assert fingerprint(package) != before
+
+
+@pytest.mark.parametrize('path', ('losses.py', 'coverage/report.py', 'task/gap_preserving.py', 'errors.py'))
+def test_what_no_plan_depends_on_leaves_a_cache_fresh(package, path):
+    before = fingerprint(package)
+    (package / path).write_text('# nothing\n')
+    assert fingerprint(package) == before
+
+
+def test_a_stale_cache_is_not_read(tmp_path, monkeypatch):
+    assert sweep(tmp_path, '--models', 'test_resnet', '--max-params', '0.001') == 0
+    monkeypatch.setattr('timm_gpd.coverage.cache.fingerprint', lambda: 'another')
+    assert sweep(tmp_path, '--models', 'test_resnet', '--max-params', '0.001') == 0
+    steps = [(record['step'], record['model']) for record in records(tmp_path)]
+    assert len(steps) == 2 * len(set(steps)) and ('plan', 'test_resnet') in steps

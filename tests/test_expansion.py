@@ -1,14 +1,19 @@
 """Expansion is exact, and extraction gives the student back."""
 import copy
 import pickle
+from dataclasses import replace
 
 import pytest
 import timm
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
 from exactness import expansion_errors
 from timm_gpd import Rule, UnsupportedModelError, expand, plan_expansion, register_rule
+from timm_gpd.errors import NoClassifierError
+from timm_gpd.expansion import planner, verify
+from timm_gpd.expansion.images import accepted_input_shape
 from timm_gpd.expansion.verify import relative_error, verify_plan
 
 # Architecture, image size in pixels, further arguments.
@@ -73,14 +78,28 @@ def test_float32(name, scale):
         torch.testing.assert_close(extracted.state_dict()[name], tensor, rtol=1e-6, atol=0)
 
 
-def test_the_student_given_is_not_modified(tiny_student):
-    before = copy.deepcopy(tiny_student.state_dict())
-    attributes = {name: dict(vars(module)) for name, module in tiny_student.named_modules()}
-    expand(tiny_student, ratio=3, noise=0.1)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in tiny_student.state_dict().items())
-    assert {name: dict(vars(module)) for name, module in tiny_student.named_modules()}.keys() == attributes.keys()
-    assert tiny_student.conv1[0].out_channels == attributes['conv1.0']['out_channels']
-    assert not any(module._forward_pre_hooks for module in tiny_student.modules())
+@pytest.mark.parametrize('name', ('test_vit', 'test_nfnet', 'edgenext_xx_small'))
+def test_the_student_given_is_not_modified(name):
+    """Neither its tensors nor its modules' attributes, among them head counts, sizes, classes and hooks."""
+    def attributes(model):
+        return {
+            name: {'class': type(module), **{
+                key: copy.deepcopy(value) for key, value in vars(module).items()
+                if key not in ('_parameters', '_buffers', '_modules') and not isinstance(value, nn.Module)}}
+            for name, module in model.named_modules()}
+
+    student = timm.create_model(name, num_classes=5)
+    tensors, before = copy.deepcopy(student.state_dict()), attributes(student)
+    identities = {name: id(tensor) for name, tensor in student.named_parameters()}
+    teacher = expand(student, ratio=3, noise=0.1)
+    assert teacher.plan.attributes  # there was something to change
+    after = attributes(student)
+    for module, values in before.items():
+        changed = {key for key in values.keys() | after[module].keys() if repr(values[key]) != repr(after[module][key])}
+        assert not changed, (module, changed)
+    assert student.state_dict().keys() == tensors.keys()
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in student.state_dict().items())
+    assert {name: id(tensor) for name, tensor in student.named_parameters()} == identities
 
 
 def test_planning_leaves_the_random_state_alone(tiny_student):
@@ -118,8 +137,48 @@ def test_bad_arguments(tiny_student, kwargs, message):
 
 
 def test_no_classifier():
-    with pytest.raises(UnsupportedModelError, match='no classifier'):
-        expand(timm.create_model('test_resnet', num_classes=0))
+    student = timm.create_model('test_resnet', num_classes=0)
+    for make in (plan_expansion, expand):
+        with pytest.raises(NoClassifierError, match='^ResNet has no classifier: create it with num_classes > 0'):
+            make(student)
+    assert issubclass(NoClassifierError, UnsupportedModelError)
+
+
+def test_a_module_that_stops_the_plan_is_no_missing_classifier(monkeypatch):
+    """Whatever the message says."""
+    def forward(self, x):
+        raise ValueError('this has no classifier')
+
+    monkeypatch.setattr(ReversingNet, 'forward', forward)
+    with pytest.raises(UnsupportedModelError, match='this has no classifier') as raised:
+        plan_expansion(ReversingNet())
+    assert not isinstance(raised.value, NoClassifierError)
+
+
+@pytest.mark.parametrize('name, kwargs, shape', [
+    ('test_resnet', {'in_chans': 5}, (5, 160, 160)),  # its own record
+    ('vit_tiny_patch16_224', {'img_size': (32, 64)}, (3, 32, 64)),
+    ('levit_128s', {'img_size': (64, 128)}, (3, 64, 128)),  # no record: searched
+])
+def test_the_plan_says_what_images_the_student_accepts(name, kwargs, shape, monkeypatch):
+    searched = []
+
+    def search(model):
+        searched.append(model)
+        return accepted_input_shape(model)
+
+    for module in (planner, verify):
+        monkeypatch.setattr(module, 'accepted_input_shape', search)
+    student = timm.create_model(name, num_classes=4, **kwargs)
+    plan = plan_expansion(student)
+    assert plan.input_shape == shape
+    assert f'input_shape={shape}' in str(plan)
+    with torch.no_grad():
+        assert student.eval()(torch.randn(1, *shape)).shape == (1, 4)
+    assert verify_plan(student, plan) <= 1e-12
+    assert len(searched) == (name == 'levit_128s')  # once for both
+    by_hand = replace(plan, input_shape=None)
+    assert verify_plan(student, by_hand) <= 1e-12
 
 
 class ChannelReverse(nn.Module):
@@ -172,6 +231,27 @@ class ThirdsNet(ReversingNet):
 def test_the_module_that_stops_the_plan_is_named():
     with pytest.raises(UnsupportedModelError, match=r"module '\(root\)' of class .*ThirdsNet: .*split"):
         expand(ThirdsNet())
+
+
+@pytest.mark.parametrize('function', [
+    lambda x, weight: x @ weight,
+    lambda x, weight: torch.einsum('bi,io->bo', x, weight),
+    lambda x, weight: F.bilinear(x, x, weight.expand(8, 8, 8)),
+], ids=('matmul', 'einsum', 'bilinear'))
+def test_a_function_that_is_not_watched_is_refused_where_it_meets_something_wider(function):
+    class Product(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(8, 8))
+
+        def forward(self, x):
+            return function(x.mean((2, 3)), self.weight)[..., None, None]
+
+    student = ReversingNet()
+    student.reverse, student.conv2 = Product(), nn.Conv2d(8, 8, 1)
+    with pytest.raises(UnsupportedModelError, match=r"module 'reverse' of class .*Product"):
+        plan_expansion(student)
+    assert plan_expansion(student, ratio=1).ratio == 1  # nothing is wider, so nothing is refused
 
 
 def test_statistics_of_the_check_leave_deep_models_well_conditioned():

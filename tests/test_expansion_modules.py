@@ -114,6 +114,7 @@ def test_a_forward_that_needs_values_is_planned_on_the_cpu():
     student = Dimmer()
     plan = plan_expansion(student)
     assert plan.notes == ('planned on the CPU: the forward of Dimmer does not run on the meta device',)
+    assert plan.input_shape == (3, 224, 224)
     assert verify_plan(student, plan) <= 1e-12
 
 

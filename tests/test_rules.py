@@ -8,6 +8,7 @@ import torch.nn as nn
 
 from exactness import expansion_errors
 from timm_gpd import Rule, UnsupportedModelError, plan_expansion, register_rule
+from timm_gpd.axes import AxisMap, Segment
 
 DOCUMENT = Path(__file__).parents[1] / 'docs' / 'rules.md'
 
@@ -69,6 +70,21 @@ def test_a_rule_of_another_size_is_refused():
         pass
 
     register_rule(Wrong, Rule(
-        multiply=('sizes',), code=lambda rule: rule.layout('first.out', (4, rule.ratio, 1))))
+        multiply=('sizes',), code=lambda rule: rule.axis('first.out', (4, rule.ratio, 1))))
     with pytest.raises(UnsupportedModelError, match='a rule describes 4 entries of an axis that has 6'):
         plan_expansion(Student(Wrong()))
+
+
+@pytest.mark.parametrize('name', ('axis', 'layout'))
+def test_an_axis_is_described_by_segments(name):
+    """``layout`` is the former name, which rules of users may have."""
+    class Described(Splitter):
+        pass
+
+    register_rule(Described, Rule(
+        multiply=('sizes',), params={'gain': 0},
+        code=lambda rule: getattr(rule, name)('first.out', (4, rule.ratio, 2), (2, rule.ratio, 1))))
+    plan = plan_expansion(Student(Described()), 3)
+    segments = AxisMap((Segment(4, 3, 2), Segment(2, 3, 1)))
+    assert dict(plan.tensors['mixer.first.weight'].axes) == {0: segments, 1: AxisMap.uniform(6, 3)}
+    assert dict(plan.tensors['mixer.first.bias'].axes) == {0: segments}

@@ -5,7 +5,7 @@ Nothing here knows about modules. A channel axis of the dynamic teacher is the s
 divided by their replication (inverse reparameterization, Sec. 3.2 of arXiv 2410.04140, in an interleaved layout).
 """
 from dataclasses import dataclass
-from typing import Iterator, NamedTuple, Optional, Tuple
+from typing import Iterator, List, NamedTuple, Optional, Tuple
 
 import torch
 
@@ -13,10 +13,15 @@ __all__ = ['Segment', 'AxisMap', 'TensorMap']
 
 
 class Segment(NamedTuple):
-    """``size`` consecutive student entries, replicated ``ratio`` times in runs of ``block``.
+    """A stretch of an axis that is replicated alike.
 
     Student index ``(n, block)`` becomes teacher index ``(n, ratio, block)``: block 1 repeats every entry in place,
     block ``head_dim`` repeats whole attention heads.
+
+    Attributes:
+        size: its entries in the student, a multiple of ``block``.
+        ratio: how many times they are replicated.
+        block: the run of entries that is replicated as a whole.
     """
     size: int
     ratio: int
@@ -24,6 +29,7 @@ class Segment(NamedTuple):
 
     @property
     def teacher_size(self) -> int:
+        """Its entries in the teacher."""
         return self.size * self.ratio
 
 
@@ -34,6 +40,14 @@ class AxisMap(Tuple[Segment, ...]):
     def uniform(cls, size: int, ratio: int, block: int = 1) -> 'AxisMap':
         """One segment for the whole axis.
 
+        Args:
+            size: the student's entries.
+            ratio: how many times they are replicated.
+            block: the run of entries that is replicated as a whole.
+
+        Returns:
+            The axis map.
+
         Raises:
             ValueError: if ``block`` does not divide ``size``.
         """
@@ -43,10 +57,12 @@ class AxisMap(Tuple[Segment, ...]):
 
     @property
     def size(self) -> int:
+        """The student's entries."""
         return sum(segment.size for segment in self)
 
     @property
     def teacher_size(self) -> int:
+        """The teacher's entries."""
         return sum(segment.teacher_size for segment in self)
 
     @property
@@ -55,7 +71,14 @@ class AxisMap(Tuple[Segment, ...]):
         return max(segment.ratio for segment in self)
 
     def replica_index(self, device: Optional[torch.device] = None) -> torch.Tensor:
-        """Which replica every teacher entry is, shape ``(teacher_size,)``; the student is where it is 0."""
+        """Which replica every teacher entry is.
+
+        Args:
+            device: where the result is to be (default: torch's default device).
+
+        Returns:
+            Integers of shape ``(teacher_size,)``; the student is where they are 0.
+        """
         return torch.cat([
             torch.arange(segment.ratio, device=device).repeat_interleave(segment.block)
             .repeat(segment.size // segment.block)
@@ -63,7 +86,15 @@ class AxisMap(Tuple[Segment, ...]):
         ])
 
     def replicate(self, tensor: torch.Tensor, axis: int) -> torch.Tensor:
-        """Student axis to teacher axis."""
+        """Student axis to teacher axis.
+
+        Args:
+            tensor: has ``size`` entries along ``axis``.
+            axis: the axis, not negative.
+
+        Returns:
+            A tensor with ``teacher_size`` entries along ``axis``.
+        """
         parts = [
             part.unflatten(axis, (-1, 1, segment.block))
             .repeat_interleave(segment.ratio, dim=axis + 1)
@@ -73,14 +104,22 @@ class AxisMap(Tuple[Segment, ...]):
         return parts[0] if len(parts) == 1 else torch.cat(parts, axis)
 
     def first_replica(self, tensor: torch.Tensor, axis: int) -> torch.Tensor:
-        """Teacher axis to student axis: replica 0 of every entry. A view wherever strides allow one."""
+        """Teacher axis to student axis: replica 0 of every entry. Differentiable.
+
+        Args:
+            tensor: has ``teacher_size`` entries along ``axis``.
+            axis: the axis, not negative.
+
+        Returns:
+            A tensor with ``size`` entries along ``axis``; a view wherever strides allow one.
+        """
         parts = [
             part.unflatten(axis, (-1, segment.ratio, segment.block)).select(axis + 1, 0).flatten(axis, axis + 1)
             for segment, part in self._split(tensor, axis, [segment.teacher_size for segment in self])
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts, axis)
 
-    def _split(self, tensor: torch.Tensor, axis: int, sizes) -> Iterator[Tuple[Segment, torch.Tensor]]:
+    def _split(self, tensor: torch.Tensor, axis: int, sizes: List[int]) -> Iterator[Tuple[Segment, torch.Tensor]]:
         return zip(self, tensor.split(sizes, axis) if len(self) > 1 else (tensor,))
 
 
@@ -106,17 +145,32 @@ class TensorMap:
 
     @property
     def teacher_shape(self) -> Tuple[int, ...]:
+        """The teacher's shape."""
         sizes = {axis: axis_map.teacher_size for axis, axis_map in self.axes}
         return tuple(sizes.get(axis, size) for axis, size in enumerate(self.shape))
 
     def replicate(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Repeats a student tensor along its channel axes, without the divisor."""
+        """Repeats a student tensor along its channel axes, without the divisor.
+
+        Args:
+            tensor: shape ``shape``.
+
+        Returns:
+            A tensor of shape ``teacher_shape``.
+        """
         for axis, axis_map in self.axes:
             tensor = axis_map.replicate(tensor, axis)
         return tensor
 
     def first_replica(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Slices replica 0 out of a teacher tensor, without the divisor. Differentiable."""
+        """Slices replica 0 out of a teacher tensor, without the divisor. Differentiable.
+
+        Args:
+            tensor: shape ``teacher_shape``.
+
+        Returns:
+            A tensor of shape ``shape``.
+        """
         for axis, axis_map in reversed(self.axes):
             tensor = axis_map.first_replica(tensor, axis)
         return tensor
@@ -134,7 +188,8 @@ class TensorMap:
         Returns:
             A tensor of the same shape; zeros where no such noise exists (nothing is summed over replicas).
         """
-        if self.divisor == 1 or not tensor.is_floating_point():
+        axis_summed = self.sum_axis
+        if axis_summed is None or self.divisor == 1 or not tensor.is_floating_point():
             return torch.zeros_like(tensor)
         free = torch.zeros(tensor.shape, dtype=torch.bool, device=tensor.device)
         for position, (axis, axis_map) in enumerate(self.axes):
@@ -146,9 +201,9 @@ class TensorMap:
             free |= (index > 0).view(shape)
         noise = torch.randn_like(tensor) * std * free
         # Shape (..., n, replica, block, ...): the sum over `replica` must vanish, spread over the free entries.
-        segment, = dict(self.axes)[self.sum_axis]
+        segment, = dict(self.axes)[axis_summed]
         split = (-1, segment.ratio, segment.block)
-        noise, free = noise.unflatten(self.sum_axis, split), free.unflatten(self.sum_axis, split)
-        replica_axis = self.sum_axis + 1
+        noise, free = noise.unflatten(axis_summed, split), free.unflatten(axis_summed, split)
+        replica_axis = axis_summed + 1
         noise = noise - free * (noise.sum(replica_axis, keepdim=True) / free.sum(replica_axis, keepdim=True))
-        return noise.flatten(self.sum_axis, self.sum_axis + 2)
+        return noise.flatten(axis_summed, axis_summed + 2)

@@ -2,11 +2,15 @@
 from contextlib import contextmanager
 from typing import Iterator, Type
 
-__all__ = ['UnsupportedModelError', 'UsageError', 'first_line', 'usage_errors']
+__all__ = ['NoClassifierError', 'UnsupportedModelError', 'UsageError', 'first_line', 'usage_errors']
 
 
 class UnsupportedModelError(ValueError):
     """A model cannot be widened exactly: names the module, its class and the reason."""
+
+
+class NoClassifierError(UnsupportedModelError):
+    """A model has no logits that could be distilled."""
 
 
 class UsageError(ValueError):

@@ -1,6 +1,6 @@
 """The expansion plan: one piece of data, two directions."""
 from dataclasses import dataclass, field
-from typing import Any, Dict, Mapping, Tuple
+from typing import Any, Dict, Mapping, Optional, Tuple
 
 import torch
 
@@ -20,12 +20,15 @@ class ExpansionPlan:
         divided_inputs: module name -> what its input is divided by in the teacher. For layers that compute their weight
             from a parameter, such as weight standardisation, which would undo a division of the parameter.
         notes: what the planner had to do out of the ordinary, one line each.
+        input_shape: ``(channels, height, width)``, in pixels, of images that the student accepts: it was planned with
+            them. None in a plan that was made by hand.
     """
     ratio: int
     tensors: Mapping[str, TensorMap]
     attributes: Mapping[str, Mapping[str, Tuple[Any, Any]]]
     divided_inputs: Mapping[str, int] = field(default_factory=dict)
     notes: Tuple[str, ...] = ()
+    input_shape: Optional[Tuple[int, int, int]] = None
 
     def expand(self, state_dict: Mapping[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
         """Inverse reparameterization: student tensors to teacher tensors (Sec. 3.2 of arXiv 2410.04140).
@@ -42,7 +45,18 @@ class ExpansionPlan:
         return {name: self.expand_tensor(name, tensor) for name, tensor in state_dict.items()}
 
     def expand_tensor(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """:meth:`expand` of one tensor; a copy where the plan leaves it as it is."""
+        """:meth:`expand` of one tensor.
+
+        Args:
+            name: its name in the student.
+            tensor: the student's tensor, of shape ``plan.tensors[name].shape``.
+
+        Returns:
+            A new tensor of shape ``plan.tensors[name].teacher_shape``; a copy where the plan leaves it as it is.
+
+        Raises:
+            ValueError: if the tensor does not have the shape that was planned for.
+        """
         tensor_map = self.tensors.get(name)
         if tensor_map is None:
             return tensor.clone()
@@ -53,10 +67,12 @@ class ExpansionPlan:
         """Channel-branch reparameterization: teacher tensors to student tensors (Sec. 3.3). Differentiable.
 
         Args:
-            state_dict: teacher tensors by name, branches already merged.
+            state_dict: teacher tensors by name, branches already merged, shapes as in
+                ``plan.tensors[name].teacher_shape``.
 
         Returns:
-            Student tensors under the same names. Views of the teacher's where no divisor applies and strides allow.
+            Student tensors under the same names, shapes as in ``plan.tensors[name].shape``. Views of the teacher's
+            where no divisor applies and strides allow.
 
         Raises:
             ValueError: if a tensor does not have the shape that was planned for.
@@ -78,16 +94,17 @@ class ExpansionPlan:
             raise ValueError(f'{name} has shape {tuple(tensor.shape)}, but the plan was made for {shape}: plan again')
 
     def __str__(self) -> str:
-        lines = [f'ExpansionPlan(ratio={self.ratio}): {len(self.tensors)} tensors widen']
+        lines = [
+            f'ExpansionPlan(ratio={self.ratio}, input_shape={self.input_shape}): {len(self.tensors)} tensors widen']
         width = max((len(name) for name in self.tensors), default=0)
         for name, tensor_map in self.tensors.items():
-            blocks = [
+            axes = [
                 f'axis {axis}: ' + ' + '.join(
                     f'{s.size}x{s.ratio}' + (f' in blocks of {s.block}' if s.block > 1 else '') for s in axis_map)
                 for axis, axis_map in tensor_map.axes
                 if len(axis_map) > 1 or axis_map[0].block > 1
             ]
-            notes = ([f'divided by {tensor_map.divisor}'] if tensor_map.divisor > 1 else []) + blocks
+            notes = ([f'divided by {tensor_map.divisor}'] if tensor_map.divisor > 1 else []) + axes
             lines.append(
                 f'  {name:<{width}}  {tensor_map.shape} -> {tensor_map.teacher_shape}'
                 + (f'  ({"; ".join(notes)})' if notes else '')

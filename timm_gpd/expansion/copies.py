@@ -12,7 +12,15 @@ __all__ = ['blank', 'blank_copy', 'copy_model', 'parameterless_copy', 'wide_copy
 
 
 def copy_model(model: nn.Module, substitute: Callable[[str, torch.Tensor], torch.Tensor]) -> nn.Module:
-    """A deep copy in which ``substitute(name, tensor)`` stands for every parameter and buffer. Ties are kept."""
+    """A deep copy with other tensors. Ties are kept.
+
+    Args:
+        model: the model.
+        substitute: ``substitute(name, tensor)`` is what stands for a parameter or buffer; its shape may differ.
+
+    Returns:
+        The copy.
+    """
     memo: Dict[int, Any] = {}
     for name, parameter in model.named_parameters():
         memo[id(parameter)] = nn.Parameter(substitute(name, parameter), requires_grad=parameter.requires_grad)
@@ -22,12 +30,29 @@ def copy_model(model: nn.Module, substitute: Callable[[str, torch.Tensor], torch
 
 
 def blank(shape: Sequence[int], dtype: torch.dtype, device: str = 'meta') -> torch.Tensor:
-    """A tensor that takes no memory: on the meta device one without values, elsewhere one zero in every place."""
+    """A tensor that takes no memory.
+
+    Args:
+        shape: its shape.
+        dtype: its dtype.
+        device: ``'meta'`` or another.
+
+    Returns:
+        On the meta device a tensor without values; elsewhere one zero that is in every place. Not to be written to.
+    """
     return torch.zeros((), dtype=dtype, device=device).expand(tuple(shape))
 
 
 def blank_copy(model: nn.Module, device: str = 'meta') -> nn.Module:
-    """A copy that allocates nothing: every tensor is :func:`blank`."""
+    """A copy that allocates nothing.
+
+    Args:
+        model: the model.
+        device: where the copy is to be.
+
+    Returns:
+        The copy; every tensor is :func:`blank`.
+    """
     return copy_model(model, lambda name, tensor: blank(tensor.shape, tensor.dtype, device))
 
 
@@ -42,7 +67,11 @@ def wide_copy(
     Args:
         student: the model that was planned for.
         plan: its plan.
-        expand: the teacher's tensor for a student's, of shape ``plan.tensors[name].teacher_shape``.
+        expand: ``expand(name, tensor)`` is the teacher's tensor for the student's, of shape
+            ``plan.tensors[name].teacher_shape``.
+
+    Returns:
+        The wide model.
     """
     wide = copy_model(student, expand)
     modules = dict(wide.named_modules())
@@ -66,7 +95,14 @@ class _InputDivision:
 
 @torch.no_grad()
 def parameterless_copy(model: nn.Module) -> nn.Module:
-    """A copy that keeps its buffers and has an empty slot for every parameter, to be filled whenever it runs."""
+    """A copy without parameters.
+
+    Args:
+        model: the model.
+
+    Returns:
+        The copy. It has its own buffers, and an empty slot for every parameter, to be filled whenever it runs.
+    """
     buffers = {name for name, _ in model.named_buffers()}
     bare = copy_model(
         model, lambda name, tensor: tensor.clone() if name in buffers else torch.empty_like(tensor, device='meta'))

@@ -7,11 +7,20 @@ import torch.nn as nn
 
 from .copies import blank, blank_copy
 
-__all__ = ['accepted_input_shape', 'blank_images', 'input_shape']
+__all__ = ['SMALL_IMAGES', 'accepted_input_shape', 'blank_images', 'input_shape']
+
+SMALL_IMAGES = (64, 56, 128)  # pixels: enough for a check wherever a model accepts one of them
 
 
 def input_shape(model: nn.Module) -> Tuple[int, int, int]:
-    """Channels, height and width (pixels) of the images that a timm model was made for, by its own records."""
+    """What images a timm model was made for, by its own records.
+
+    Args:
+        model: a model of any kind; without records 3 channels and 224 x 224 pixels are taken for granted.
+
+    Returns:
+        ``(channels, height, width)`` in pixels.
+    """
     channels, height, width = (getattr(model, 'pretrained_cfg', None) or {}).get('input_size', (3, 224, 224))
     for module in model.modules():
         img_size = getattr(module, 'img_size', None)
@@ -22,19 +31,35 @@ def input_shape(model: nn.Module) -> Tuple[int, int, int]:
 
 
 def blank_images(model: nn.Module, shape: Tuple[int, int, int], device: str = 'meta') -> torch.Tensor:
-    """Two images without values, of the model's dtype."""
+    """Two images without values.
+
+    Args:
+        model: the model that they are for.
+        shape: ``(channels, height, width)`` in pixels.
+        device: ``'meta'`` or another.
+
+    Returns:
+        A tensor of shape ``(2, channels, height, width)`` and the model's dtype, which takes no memory.
+    """
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
     return blank((2, *shape), dtype, device)
 
 
 def accepted_input_shape(model: nn.Module) -> Optional[Tuple[int, int, int]]:
-    """An input shape that the model's forward accepts: its own, or the first that runs on the meta device.
+    """An input shape that a model's forward accepts: its own, or the first that runs on the meta device.
 
-    Some classes bake ``img_size`` into a table and keep no record of it. None if no shape runs.
+    Some classes bake ``img_size`` into a table and keep no record of it. The search may take many forward passes:
+    ``plan.input_shape`` has its result.
+
+    Args:
+        model: a model of any kind. It is not modified.
+
+    Returns:
+        ``(channels, height, width)`` in pixels; None if no shape runs.
     """
-    channels, *size = input_shape(model)
+    channels, *recorded = input_shape(model)
     copy = blank_copy(model).eval()
-    for height, width in _sizes(*size):
+    for height, width in _sizes(*recorded):
         try:
             with torch.no_grad():
                 copy(blank_images(copy, (channels, height, width)))

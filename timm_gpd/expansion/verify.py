@@ -9,19 +9,21 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
 from ..errors import UnsupportedModelError
-from .images import accepted_input_shape, input_shape
-from .copies import wide_copy
 from ..plan import ExpansionPlan
 from ..private_torch import BatchNorm
+from .copies import wide_copy
+from .images import SMALL_IMAGES, accepted_input_shape, input_shape
 
-__all__ = ['Agreement', 'compare', 'disable_randomness_', 'randomize_', 'relative_error', 'verify_plan']
+__all__ = [
+    'Agreement', 'compare', 'disable_randomness_', 'randomize_', 'read_back_error', 'relative_error', 'verify_plan',
+]
 
 MODES = ('evaluation', 'training')
 ROUNDING = 1e-12  # relative; what float64 is expected to lose in a deep model
 METHOD = 1e-9  # relative; errors of method are far above it, so nothing above is called rounding
-SMALL_IMAGES = (64, 56, 128)  # pixels: enough for a check wherever a model accepts one of them
 BATCH = 4  # images whose statistics batch norm shares
 RANDOM_RATES = ('p', 'prob', 'drop_prob', 'drop_rate', 'attn_drop_p', 'patch_drop_rate', 'dropout')
+RANDOM_SWITCHES = ('mix_token', 'aug_active')
 
 
 class Agreement(NamedTuple):
@@ -69,7 +71,7 @@ def randomize_(model: nn.Module, seed: int = 0) -> nn.Module:
         fan_in = parameter[0].numel() if parameter.dim() > 1 else 1
         fan_in = fan_in if fan_in > 1 else 25  # a scale or a shift of each output
         noise = torch.randn(parameter.shape, generator=generator)
-        parameter += noise.to(parameter) / fan_in ** 0.5
+        parameter.add_(noise.to(parameter) / fan_in ** 0.5)
     for name, buffer in model.named_buffers():
         noise = torch.rand(buffer.shape, generator=generator)
         if name.endswith('running_mean'):
@@ -88,7 +90,7 @@ def _statistics_from_data(model: nn.Module, seed: int = 0) -> Iterator[None]:
     """
     generator = torch.Generator().manual_seed(seed)
 
-    def set_statistics(norm: nn.Module, inputs: Tuple[torch.Tensor, ...]) -> None:
+    def set_statistics(norm: Any, inputs: Tuple[torch.Tensor, ...]) -> None:
         x = inputs[0].transpose(0, 1).flatten(1)
         var, mean = torch.var_mean(x, dim=1, correction=0)
         var = var + var.mean()  # a channel may be the same everywhere
@@ -107,20 +109,34 @@ def _statistics_from_data(model: nn.Module, seed: int = 0) -> Iterator[None]:
 
 
 def disable_randomness_(model: nn.Module) -> nn.Module:
-    """Sets every rate of dropout and the like to 0, in place: training mode becomes a function. Returns the model."""
+    """Sets every rate of dropout and the like to 0, in place: training mode becomes a function.
+
+    Args:
+        model: a model of any kind.
+
+    Returns:
+        The same model.
+    """
     for module in model.modules():
         for name in RANDOM_RATES:
             if isinstance(getattr(module, name, None), float):
                 setattr(module, name, 0.)
-        if hasattr(module, 'mix_token'):
-            module.mix_token = False
-        if hasattr(module, 'aug_active'):
-            module.aug_active = False
+        for name in RANDOM_SWITCHES:
+            if hasattr(module, name):
+                setattr(module, name, False)
     return model
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """max |actual - expected| / max |expected|, as a float; infinite where a value is not finite."""
+    """How far a tensor is from another.
+
+    Args:
+        actual: a tensor.
+        expected: a tensor of the same shape.
+
+    Returns:
+        max |actual - expected| / max |expected|; infinite where that is not a number.
+    """
     error = ((actual - expected).abs().max() / expected.abs().max()).item()
     return error if error == error else float('inf')
 
@@ -147,7 +163,7 @@ def compare(
         UnsupportedModelError: if the planned teacher does not run.
     """
     reference = disable_randomness_(randomize_(copy.deepcopy(student).to('cpu', torch.float64))).eval()
-    x = _set_statistics_(reference, images)
+    x = _set_statistics_(reference, images, plan.input_shape)
     teacher = wide_copy(reference, plan, plan.expand_tensor)
     agreements = {}
     for mode in modes:
@@ -185,12 +201,35 @@ def verify_plan(student: nn.Module, plan: ExpansionPlan) -> float:
     return agreement.error
 
 
+@torch.no_grad()
+def read_back_error(student: nn.Module, plan: ExpansionPlan) -> float:
+    """Expands every tensor of the student, and extracts it again.
+
+    Args:
+        student: the model that was planned for. It is not modified.
+        plan: its plan.
+
+    Returns:
+        The largest relative error of a tensor: the rounding of its divisor, 0 where that is a power of two.
+    """
+    tensors = dict([*student.named_parameters(), *student.named_buffers()])
+    back = plan.extract(plan.expand(tensors))
+    return max((
+        0. if torch.equal(back[name], tensor) else relative_error(back[name], tensor)
+        for name, tensor in tensors.items() if tensor.numel()
+    ), default=0.)
+
+
 def _run(model: nn.Module, x: torch.Tensor) -> Any:
     with _InFloat64():
         return model(x)
 
 
-def _set_statistics_(model: nn.Module, images: Optional[torch.Tensor]) -> torch.Tensor:
+def _set_statistics_(
+        model: nn.Module,
+        images: Optional[torch.Tensor],
+        shape: Optional[Tuple[int, int, int]],
+) -> torch.Tensor:
     """Sets running statistics from images: those given, or random ones as small as the model accepts. Returns them."""
     def run(x: torch.Tensor) -> torch.Tensor:
         with _statistics_from_data(model):
@@ -199,16 +238,14 @@ def _set_statistics_(model: nn.Module, images: Optional[torch.Tensor]) -> torch.
 
     if images is not None:
         return run(images.to('cpu', torch.float64))
-    channels, height, width = input_shape(model)
-    small = [(channels, min(size, height), min(size, width)) for size in SMALL_IMAGES]
-    for shape in (*small, (channels, height, width), None):
-        shape = shape or accepted_input_shape(model)
-        if shape is not None:
-            try:
-                return run(torch.randn(
-                    BATCH, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
-            except Exception as failure:
-                error = failure
+    channels, height, width = shape or accepted_input_shape(model) or input_shape(model)
+    sizes = [(min(size, height), min(size, width)) for size in SMALL_IMAGES] + [(height, width)]
+    for size in sizes:
+        try:
+            return run(torch.randn(
+                BATCH, channels, *size, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
+        except Exception as failure:
+            error = failure
     raise error
 
 

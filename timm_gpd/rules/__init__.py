@@ -1,7 +1,10 @@
 """What a module's forward does not say by itself, one file for each kind of reason."""
-from . import attention
+from . import attention_heads
 from . import channels
 from . import substitutes
 from . import tokens
 from . import weights
+from .context import RuleContext
 from .rule import Rule, find_rule, register_rule
+
+__all__ = ['Rule', 'RuleContext', 'find_rule', 'register_rule']

@@ -1,6 +1,5 @@
 """Rules of stored channel counts: split sizes, slices, and channels whose neighbours matter."""
-from typing import Any
-
+from .context import RuleContext
 from .rule import Rule, register_rule
 
 # Numbers of channels that a forward splits or slices by.
@@ -36,17 +35,18 @@ register_rule('timm.layers.eca.EcaModule', Rule(
 register_rule('timm.layers.eca.CecaModule', Rule(multiply=('conv.dilation', 'padding')))
 
 
-def focal_gates(rule: Any) -> None:
+def focal_gates(rule: RuleContext) -> None:
     """Query and context widen; the gates of the focal levels are masks, one channel each."""
     query, context, gates = rule.module.input_split
     rule.set('input_split', [query * rule.ratio, context * rule.ratio, gates])
-    rule.layout('f.out', (query + context, rule.ratio, 1), (gates, 1, 1))
+    rule.axis('f.out', (query + context, rule.ratio, 1), (gates, 1, 1))
 
 
 register_rule('timm.models.focalnet.FocalModulation', Rule(code=focal_gates))
 
 
-def scale_shape(rule: Any) -> None:
+def scale_shape(rule: RuleContext) -> None:
+    """The scale is viewed in this shape; its first axis is the channels."""
     channels, *rest = rule.module.shape
     rule.set('shape', (channels * rule.ratio, *rest))
 

@@ -1,17 +1,19 @@
 """What a module's forward does not say by itself.
 
-The planner (:mod:`timm_gpd.expansion.planner`) reads nearly everything off a dry run: a tensor widens when what it meets is
-wider. A rule adds what shapes alone cannot tell: integers that count heads or channels, axes replicated in blocks,
-children that mix something other than channels. Rules know no training; most are data.
+The planner (:mod:`timm_gpd.expansion.planner`) reads nearly everything off a dry run: a tensor widens when what it
+meets is wider. A rule adds what shapes alone cannot tell: integers that count heads or channels, axes replicated in
+blocks, children that mix something other than channels. Rules know no training; most are data.
 """
 from dataclasses import dataclass, field
 from typing import Any, Callable, Dict, Mapping, Optional, Tuple, Type, Union
 
 import torch.nn as nn
 
+from .context import RuleContext
+
 __all__ = ['Rule', 'find_rule', 'register_rule']
 
-Block = Union[int, str, Callable[[nn.Module], int]]
+Block = Union[int, str, Callable[[Any], int]]  # a function of the module, whatever its class
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,7 @@ class Rule:
     """How one class of module widens, beyond what its forward shows.
 
     Names are relative to the module and may be dotted, with ``*`` for any child and '' for the module itself; those
-    that an instance lacks are skipped, so that one rule serves every class that shares a layout.
+    that an instance lacks are skipped, so that one rule serves every class that is built alike.
 
     Attributes:
         multiply: attributes that are multiplied by the ratio: integers, or tuples and lists of integers.
@@ -29,14 +31,15 @@ class Rule:
             that is no layer itself it holds for the layers inside, wherever it divides their axis.
         params: own parameter or buffer -> its channel axis, or a tuple of them.
         keep: children that keep their width, such as those that mix tokens.
-        code: for what data cannot say. Called with the planner's view of the module, before the dry run.
+        code: for what data cannot say: a function of a :class:`RuleContext`, called after the rest of the rule and
+            before the dry run.
     """
     multiply: Tuple[str, ...] = ()
     divide: Tuple[str, ...] = ()
     blocks: Mapping[str, Block] = field(default_factory=dict)
     params: Mapping[str, Union[int, Tuple[int, ...]]] = field(default_factory=dict)
     keep: Tuple[str, ...] = ()
-    code: Optional[Callable[[Any], None]] = None
+    code: Optional[Callable[[RuleContext], None]] = None
 
 
 _RULES: Dict[str, Rule] = {}
@@ -47,8 +50,11 @@ def register_rule(module_class: Union[str, Type[nn.Module]], rule: Rule) -> Rule
 
     Args:
         module_class: the class, or its qualified name (``'timm.models.levit.Attention'``), which imports nothing.
-            Subclasses inherit the rule unless they have one of their own.
+            Subclasses inherit the rule unless they have one of their own. A rule that the class had is replaced.
         rule: what the class's forward does not say by itself.
+
+    Returns:
+        The rule.
 
     Example:
         >>> class HeadMixer(nn.Module):
@@ -61,7 +67,14 @@ def register_rule(module_class: Union[str, Type[nn.Module]], rule: Rule) -> Rule
 
 
 def find_rule(module: nn.Module) -> Optional[Rule]:
-    """The rule of the module's class, or of the nearest base class that has one."""
+    """The rule of a module.
+
+    Args:
+        module: a module of any class.
+
+    Returns:
+        The rule of its class, or of the nearest base class that has one; None if there is none.
+    """
     for cls in type(module).__mro__:
         rule = _RULES.get(_qualified_name(cls))
         if rule is not None:

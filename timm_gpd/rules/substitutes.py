@@ -2,12 +2,13 @@
 
 A substitute is the same function on the student's own tensors. Being a class, it is still data in a plan.
 """
-from typing import Any, Callable
+from typing import Callable
 
 import torch
 from timm.layers import SimpleNorm, SimpleNorm2d
 from timm.models.edgenext import SplitTransposeBlock
 
+from .context import RuleContext
 from .rule import Rule, register_rule
 
 
@@ -55,12 +56,14 @@ class ReplicatedSimpleNorm2d(ReplicatedSimpleNorm, SimpleNorm2d):
     dim = -3
 
 
-def align_splits(rule: Any) -> None:
+def align_splits(rule: RuleContext) -> None:
+    """Replaces the class."""
     rule.set('__class__', AlignedSplitTransposeBlock)
 
 
-def count_freedoms(substitute: type) -> Callable[[Any], None]:
-    def code(rule: Any) -> None:
+def count_freedoms(substitute: type) -> Callable[[RuleContext], None]:
+    """Code of a rule that replaces the class by one that counts the replicas."""
+    def code(rule: RuleContext) -> None:
         rule.set('__class__', substitute)
         rule.set('replicas', rule.ratio)
     return code

@@ -1,11 +1,10 @@
 """Rules of modules that compute a weight, or hold one in another shape."""
-from typing import Any
-
 from ..axes import AxisMap
+from .context import RuleContext
 from .rule import Rule, register_rule
 
 
-def mixture_of_kernels(rule: Any) -> None:
+def mixture_of_kernels(rule: RuleContext) -> None:
     """Every expert's kernel is one row, flattened from (outputs, inputs of a group, height, width)."""
     conv, ratio = rule.module, rule.ratio
     outputs, inputs, *kernel = conv.weight_shape

@@ -4,10 +4,11 @@ from typing import Any
 
 import torch.nn as nn
 
+from .context import RuleContext
 from .rule import Rule, register_rule
 
 
-def head_dim(attention: nn.Module) -> int:
+def head_dim(attention: Any) -> int:
     """Entries per head: the module's own attribute, or its projection's outputs over its heads."""
     if isinstance(getattr(attention, 'head_dim', None), int):
         return attention.head_dim
@@ -117,7 +118,7 @@ register_rule('timm.layers.attention_pool.AttentionPoolLatent', Rule(
 ))
 
 
-def unprojected_scores(rule: Any) -> None:
+def unprojected_scores(rule: RuleContext) -> None:
     """The fused kernel takes its scale from head_dim; this one is a sum over more entries of the same head."""
     rule.set('fused_attn', False)
 
@@ -133,7 +134,7 @@ register_rule('timm.layers.pos_embed_sincos.RotaryEmbeddingMixed', Rule(
 register_rule('timm.models.beit.RelativePositionBias', Rule(params={'relative_position_bias_table': 1}))
 
 
-def relative_position_bias(rule: Any) -> None:
+def relative_position_bias(rule: RuleContext) -> None:
     """The bias is shaped by (area, area, heads), a tuple of which only the last number counts heads."""
     rule.set('bias_shape', (*rule.module.bias_shape[:-1], rule.module.bias_shape[-1] * rule.ratio))
 
@@ -166,14 +167,14 @@ for name in (
     ))
 
 
-def parallel_block(rule: Any) -> None:
+def parallel_block(rule: RuleContext) -> None:
     """One projection gives the hidden layer of the MLP and the heads; another takes heads and hidden layer."""
     module, ratio = rule.module, rule.ratio
     hidden, dim = (size // ratio for size in module.in_split[:2])
     head = dim // (module.num_heads // ratio)
-    rule.layout('in_proj.out', (hidden, ratio, 1), (3 * dim, ratio, head))
-    rule.layout('out_proj.in', (dim, ratio, head), (hidden, ratio, 1))
-    rule.layout('attn_out_proj.in', (dim, ratio, head))
+    rule.axis('in_proj.out', (hidden, ratio, 1), (3 * dim, ratio, head))
+    rule.axis('out_proj.in', (dim, ratio, head), (hidden, ratio, 1))
+    rule.axis('attn_out_proj.in', (dim, ratio, head))
 
 
 for name in ('ParallelScalingBlock', 'DiffParallelScalingBlock'):
@@ -218,36 +219,40 @@ register_rule('timm.models.iformer.SHMA', Rule(keep=('q', 'k')))
 register_rule('timm.models.swiftformer.EfficientAdditiveAttention', Rule(keep=('to_query', 'to_key', 'proj')))
 
 
-def single_head_values(rule: Any) -> None:
+def single_head_values(rule: RuleContext) -> None:
+    """One head: its values widen, its query and key do not."""
     module = rule.module
-    rule.layout('qkv.out', (2 * module.qk_dim, 1, 1), (module.pdim // rule.ratio, rule.ratio, 1))
+    rule.axis('qkv.out', (2 * module.qk_dim, 1, 1), (module.pdim // rule.ratio, rule.ratio, 1))
 
 
 register_rule('timm.models.shvit.SHSA', Rule(multiply=('dim', 'pdim'), code=single_head_values))
 
 
-def separable_values(rule: Any) -> None:
+def separable_values(rule: RuleContext) -> None:
     """The query is a map of one channel."""
-    rule.layout('qkv_proj.out', (1, 1, 1), (2 * rule.module.embed_dim // rule.ratio, rule.ratio, 1))
+    rule.axis('qkv_proj.out', (1, 1, 1), (2 * rule.module.embed_dim // rule.ratio, rule.ratio, 1))
 
 
 register_rule('timm.models.mobilevit.LinearSelfAttention', Rule(multiply=('embed_dim',), code=separable_values))
 
 
 # No projection follows, so the output must be replicated plainly: values widen, scores do not.
-def halo_values(rule: Any) -> None:
+def halo_values(rule: RuleContext) -> None:
+    """Keys and values of one head lie side by side."""
     heads, qk, v = rule.module.num_heads, rule.module.dim_head_qk, rule.module.dim_head_v // rule.ratio
-    rule.layout('kv.out', *[(qk, 1, 1), (v, rule.ratio, 1)] * heads)
+    rule.axis('kv.out', *[(qk, 1, 1), (v, rule.ratio, 1)] * heads)
 
 
-def bottleneck_values(rule: Any) -> None:
-    rule.layout(
+def bottleneck_values(rule: RuleContext) -> None:
+    """Queries and keys of all heads come before the values."""
+    rule.axis(
         'qkv.out', (2 * rule.module.dim_out_qk, 1, 1), (rule.module.dim_out_v // rule.ratio, rule.ratio, 1))
 
 
-def lambda_values(rule: Any) -> None:
+def lambda_values(rule: RuleContext) -> None:
+    """Queries of all heads and one key come before the values."""
     module = rule.module
-    rule.layout(
+    rule.axis(
         'qkv.out', ((module.num_heads + 1) * module.dim_qk, 1, 1), (module.dim_v // rule.ratio, rule.ratio, 1))
 
 
@@ -262,7 +267,8 @@ register_rule('timm.layers.non_local_attn.BilinearAttnTransform', Rule(keep=('co
 
 # The global query is the residual stream itself, cut into heads: the whole stream is replicated head by head.
 def stream_head_dim(model: nn.Module) -> int:
-    return next(module.head_dim for module in model.modules() if hasattr(module, 'head_dim'))
+    """Entries per head, which is the same in all stages."""
+    return next(head_dim(module) for module in model.modules() if hasattr(module, 'head_dim'))
 
 
 register_rule('timm.models.gcvit.GlobalContextVit', Rule(blocks={'.in': stream_head_dim, '.out': stream_head_dim}))

@@ -1,0 +1,74 @@
+"""timm's architectures: which there are, how they are created, and how they are made small enough to be compared."""
+from typing import Any, Dict, List
+
+import timm
+import torch
+import torch.nn as nn
+
+from ..expansion.images import SMALL_IMAGES
+
+__all__ = ['OWN_MODULES', 'REDUCTIONS', 'count_parameters', 'create', 'create_small', 'timm_modules']
+
+OWN_MODULES = ('rvt', 'variants')  # what this package registers is not timm's
+# Arguments that make an architecture smaller; the last that fits.
+REDUCTIONS: List[Dict[str, Any]] = [{'mlp_ratio': 1 / 16}, {'depth': 2}]
+
+
+def timm_modules() -> List[str]:
+    """Names of timm's model modules, in order."""
+    return sorted(module for module in timm.list_modules() if module not in OWN_MODULES)
+
+
+def create(name: str, **kwargs: Any) -> nn.Module:
+    """Creates an untrained architecture; one whose default is no classifier gets ten classes.
+
+    Args:
+        name: a model name of timm.
+        **kwargs: arguments of ``timm.create_model``.
+
+    Returns:
+        The model.
+    """
+    if not timm.models.get_pretrained_cfg_value(name, 'num_classes'):
+        kwargs.setdefault('num_classes', 10)
+    return timm.create_model(name, **kwargs)
+
+
+def create_small(name: str, **kwargs: Any) -> nn.Module:
+    """Creates an untrained architecture for images as small as its ``img_size`` argument, where it has one, allows.
+
+    Args:
+        name: a model name of timm.
+        **kwargs: arguments of ``timm.create_model`` but ``img_size``.
+
+    Returns:
+        The model, for images of 56 to 128 pixels or of its default size.
+    """
+    default = (timm.models.get_pretrained_cfg_value(name, 'input_size') or (3, 224, 224))[-1]
+    for size in SMALL_IMAGES:
+        if size >= default:
+            break
+        try:
+            with torch.device('meta'), torch.no_grad():
+                create(name, img_size=size, **kwargs).eval()(torch.empty(1, 3, size, size))
+        except Exception:
+            continue
+        return create(name, img_size=size, **kwargs)
+    return create(name, **kwargs)
+
+
+def count_parameters(name: str, **kwargs: Any) -> float:
+    """Counts an architecture's parameters without allocating them.
+
+    Args:
+        name: a model name of timm.
+        **kwargs: arguments of ``timm.create_model``.
+
+    Returns:
+        Their number; infinity if the architecture does not take these arguments.
+    """
+    try:
+        with torch.device('meta'):
+            return sum(parameter.numel() for parameter in create(name, **kwargs).parameters())
+    except Exception:
+        return float('inf')

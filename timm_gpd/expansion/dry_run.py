@@ -1,0 +1,85 @@
+"""The dry run: the student's forward, where nothing is computed and every torch function is seen on the way in."""
+from typing import Any, Callable, Tuple
+
+import torch
+import torch.nn as nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
+
+from ..errors import UnsupportedModelError
+from .functions import find_handler, find_stand_in, handle_module
+from .images import blank_images
+from .traced import note_origin
+from .widening import Widening
+
+__all__ = ['dry_run']
+
+
+def dry_run(widening: Widening, shape: Tuple[int, int, int]) -> None:
+    """Runs a student without values, and widens what meets something wider.
+
+    Args:
+        widening: the student; rules have been applied to it.
+        shape: ``(channels, height, width)`` of the images, in pixels.
+
+    Raises:
+        UnsupportedModelError: if the forward fails once parts of it are wider.
+    """
+    for name, module in widening.modules.items():
+        module.register_forward_pre_hook(_enter(widening, name))
+        module.register_forward_hook(_leave(widening))
+    _forward(widening, shape, training=False)
+    if widening.unmet_parameters():
+        # Auxiliary heads and the like run in training only.
+        try:
+            _forward(widening, shape, training=True)
+        except UnsupportedModelError:
+            if widening.unmet_parameters():
+                raise
+
+
+def _forward(widening: Widening, shape: Tuple[int, int, int], training: bool) -> None:
+    widening.model.train(training)
+    widening.running = ['']
+    x = blank_images(widening.model, shape, widening.device)
+    try:
+        with torch.no_grad(), _Watch(widening):
+            widening.model(x)
+    except UnsupportedModelError:
+        raise
+    except Exception as error:
+        message = str(error).splitlines()[0] if str(error) else ''
+        raise widening.unsupported(f'{type(error).__name__}: {message}')
+
+
+def _enter(widening: Widening, name: str) -> Callable:
+    def pre_hook(module: nn.Module, inputs: Tuple[Any, ...]) -> None:
+        widening.running.append(name)
+        handle_module(widening, name, module, inputs[0])
+    return pre_hook
+
+
+def _leave(widening: Widening) -> Callable:
+    def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+        widening.running.pop()
+    return hook
+
+
+class _Watch(TorchFunctionMode):
+    """Hands every torch function to its handler before it is called, and notes what is computed from parameters."""
+
+    def __init__(self, widening: Widening) -> None:
+        super().__init__()
+        self.widening = widening
+
+    def __torch_function__(self, func: Callable, types: Any, args: Tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        args, kwargs = tree_map_only(torch.Tensor, self._to_device, (args, kwargs or {}))
+        handler = find_handler(func)
+        if handler is not None:
+            args, kwargs = handler(self.widening, args, kwargs)
+        output = find_stand_in(func)(*args, **kwargs)
+        note_origin((args, kwargs), output)
+        return output
+
+    def _to_device(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor if tensor.device.type == self.widening.device else tensor.to(self.widening.device)

@@ -1,0 +1,72 @@
+"""Weights of layers, some of which are computed from a parameter (weight standardisation) before a layer uses them."""
+from typing import Mapping, Optional
+
+import torch
+
+from ...axes import AxisMap
+from ..traced import from_parameters, is_own, sources
+from ..widening import Widening
+from .registry import Call
+
+__all__ = ['new_weight', 'widen_bias_of_tied_weight', 'widen_weight']
+
+
+def new_weight(widening: Widening, call: Call) -> Optional[torch.Tensor]:
+    """The parameter that a layer's weight is, or is computed from entry by entry; None where it has been widened."""
+    weight = call['weight']
+    if not from_parameters(weight):
+        return None
+    if is_own(weight):
+        return weight if widening.is_new(weight) else None
+    return next((
+        widening.tensor(source) for source in sources(weight)
+        if source not in widening.tensors and widening.tensor(source).shape == weight.shape), None)
+
+
+def widen_weight(
+        widening: Widening,
+        call: Call,
+        parameter: torch.Tensor,
+        axes: Mapping[int, AxisMap],
+        sum_axis: Optional[int],
+) -> None:
+    """Widens a layer's weight, in the call and in the student.
+
+    A weight that is computed (weight standardisation) may not be divided by way of its parameter, so the input is
+    divided instead; this takes for granted that it is computed alike from every replica.
+
+    Args:
+        widening: the student in the dry run.
+        call: arguments of the layer's function.
+        parameter: what :func:`new_weight` found.
+        axes: axis -> how it is replicated.
+        sum_axis: the axis that the layer sums over, one of ``axes``; None for depthwise kernels.
+
+    Raises:
+        UnsupportedModelError: if the weight is computed from a parameter of another module.
+    """
+    weight = call['weight']
+    if parameter is weight:
+        call['weight'] = widening.widen(parameter, axes, sum_axis)
+        return
+    name = widening.owner(parameter)
+    if name != widening.running[-1]:
+        raise widening.unsupported(f'a weight is computed from {sources(parameter)[0]}, of another module')
+    for source in sources(weight):
+        other = widening.tensor(source)
+        if other.dim() == parameter.dim():
+            widening.widen(other, {
+                axis: axis_map for axis, axis_map in axes.items()
+                if other is parameter or other.shape[axis] == axis_map.size > 1})
+    if sum_axis is not None and axes[sum_axis].ratio > 1:
+        widening.divided_inputs[name] = axes[sum_axis].ratio
+    wide = widening.tensor(sources(parameter)[0])
+    call['weight'] = widening.derived(wide.shape, weight)
+
+
+def widen_bias_of_tied_weight(widening: Widening, call: Call) -> None:
+    """A weight that another layer has widened already leaves this layer's bias to be widened like its outputs."""
+    weight, bias = call['weight'], call.get('bias')
+    if is_own(weight) and is_own(bias) and widening.is_new(bias) and sources(weight)[0] in widening.tensors:
+        axes = dict(widening.tensors[sources(weight)[0]].axes)
+        call['bias'] = widening.widen(bias, {0: axes[0]} if 0 in axes else {})
