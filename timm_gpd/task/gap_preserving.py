@@ -6,7 +6,6 @@ import torch
 import torch.nn as nn
 
 from ..distillers import distill_settings
-from ..expansion.images import accepted_input_shape, input_shape
 from ..losses import GPD_LOSSES
 from ..teacher import DynamicTeacher, StudentView, expand
 from ..teacher.branches import branch_kinds
@@ -99,7 +98,7 @@ class GapPreservingTask(BaseTask):
             self.trainable_module = JointLearners(dynamic_teacher, {}, step_loss)
         else:
             self.settings['distillers'] = distillers
-            example = example_batch(student, self.static_teacher, distillers, accepted_input_shape(student) or input_shape(student))
+            example = example_batch(student, self.static_teacher, distillers, dynamic_teacher.plan.input_shape)
             self.trainable_module = JointLearners(dynamic_teacher, distillers, step_loss)
             self.trainable_module.add_distillers(distillers, *example)
         self.eval_model = StudentView(dynamic_teacher)
