@@ -4,29 +4,65 @@ from typing import Any, Callable, Dict, Sequence, Tuple
 
 import torch
 import torch.nn as nn
+from torch.overrides import TorchFunctionMode
 
 from ..plan import ExpansionPlan
 from ..private_torch import forget_flat_weights, list_flat_weights
 
-__all__ = ['blank', 'blank_copy', 'copy_model', 'parameterless_copy', 'wide_copy']
+__all__ = ['blank', 'blank_copy', 'copy_model', 'forget_computed_tensors_', 'parameterless_copy', 'plain_copy', 'wide_copy']
 
 
 def copy_model(model: nn.Module, substitute: Callable[[str, torch.Tensor], torch.Tensor]) -> nn.Module:
-    """A deep copy with other tensors. Ties are kept.
+    """A deep copy with other tensors. Ties are kept; what modules have computed and kept in evaluation mode is not.
 
     Args:
-        model: the model.
+        model: the model, whatever it has run on. It is not modified.
         substitute: ``substitute(name, tensor)`` is what stands for a parameter or buffer; its shape may differ.
 
     Returns:
-        The copy.
+        The copy, every module in its own mode.
     """
     memo: Dict[int, Any] = {}
     for name, parameter in model.named_parameters():
         memo[id(parameter)] = nn.Parameter(substitute(name, parameter), requires_grad=parameter.requires_grad)
     for name, buffer in model.named_buffers():
         memo[id(buffer)] = substitute(name, buffer)
-    return copy.deepcopy(model, memo)
+    with _DetachedCopies():
+        copied = copy.deepcopy(model, memo)
+    return forget_computed_tensors_(copied)
+
+
+@torch.no_grad()
+def plain_copy(model: nn.Module) -> nn.Module:
+    """A deep copy with tensors of its own, see :func:`copy_model`."""
+    return copy_model(model, lambda name, tensor: tensor.detach().clone())
+
+
+class _DetachedCopies(TorchFunctionMode):
+    """Lets ``deepcopy`` take tensors that were computed with gradients, wherever a module keeps them: detached."""
+
+    def __torch_function__(self, func: Callable, types: Any, args: Tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.__deepcopy__ and not args[0].is_leaf:
+            return args[0].detach().clone()
+        return func(*args, **(kwargs or {}))
+
+
+def forget_computed_tensors_(model: nn.Module) -> nn.Module:
+    """Lets modules drop what they have computed from their parameters and kept in evaluation mode, in place.
+
+    They do so when they are set to train, as parameters are about to change then: LeViT's attention biases, for one.
+
+    Args:
+        model: a model of any kind.
+
+    Returns:
+        The same model, every module in its own mode.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.train()
+    for module, mode in modes:
+        module.training = mode
+    return model
 
 
 def blank(shape: Sequence[int], dtype: torch.dtype, device: str = 'meta') -> torch.Tensor:

@@ -1,6 +1,5 @@
 """The numeric check: no dynamic teacher is handed out that is not exactly its student."""
 import contextlib
-import copy
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
@@ -11,11 +10,12 @@ from torch.utils._pytree import tree_map_only
 from ..errors import UnsupportedModelError
 from ..plan import ExpansionPlan
 from ..private_torch import BatchNorm
-from .copies import wide_copy
+from .copies import plain_copy, wide_copy
 from .images import SMALL_IMAGES, accepted_input_shape, input_shape
 
 __all__ = [
-    'Agreement', 'compare', 'disable_randomness_', 'randomize_', 'read_back_error', 'relative_error', 'verify_plan',
+    'Agreement', 'InFloat64', 'agreement', 'compare', 'disable_randomness_', 'randomize_', 'read_back_error',
+    'reference_model', 'relative_error', 'verify_plan',
 ]
 
 MODES = ('evaluation', 'training')
@@ -43,7 +43,7 @@ class Agreement(NamedTuple):
         return self.error <= min(METHOD, max(ROUNDING, 10 * self.sensitivity))
 
 
-class _InFloat64(TorchFunctionMode):
+class InFloat64(TorchFunctionMode):
     """Makes casts to float32 inside a forward casts to float64: the rounding of the former would hide errors."""
 
     def __torch_function__(self, func: Callable, types: Any, args: Tuple[Any, ...] = (), kwargs: Any = None) -> Any:
@@ -162,22 +162,60 @@ def compare(
     Raises:
         UnsupportedModelError: if the planned teacher does not run.
     """
-    reference = disable_randomness_(randomize_(copy.deepcopy(student).to('cpu', torch.float64))).eval()
-    x = _set_statistics_(reference, images, plan.input_shape)
+    reference, x = reference_model(student, plan, images)
     teacher = wide_copy(reference, plan, plan.expand_tensor)
-    agreements = {}
-    for mode in modes:
-        reference.train(mode == 'training'), teacher.train(mode == 'training')
-        batch = x if images is not None or mode == 'training' else x[:1]
-        expected = _run(reference, batch)
+
+    def run_teacher(batch: torch.Tensor) -> Any:
         try:
-            error = _largest_error(_run(teacher, batch), expected)
+            return teacher(batch)
         except Exception as failure:
             raise UnsupportedModelError(
                 f'{type(student).__name__} cannot be widened: the planned teacher does not run '
                 f'({type(failure).__name__}: {str(failure).splitlines()[0]}); a rule for one of its modules is missing')
-        agreements[mode] = Agreement(error, _sensitivity(reference, batch) if error > ROUNDING else 0.)
+
+    agreements = {}
+    for mode in modes:
+        reference.train(mode == 'training'), teacher.train(mode == 'training')
+        batch = x if images is not None or mode == 'training' else x[:1]
+        agreements[mode] = agreement(run_teacher, reference, batch)
     return agreements
+
+
+@torch.no_grad()
+def reference_model(
+        student: nn.Module,
+        plan: ExpansionPlan,
+        images: Optional[torch.Tensor] = None,
+) -> Tuple[nn.Module, torch.Tensor]:
+    """What a check runs: the student in float64 on the CPU, randomised, in evaluation mode, without stochastic layers.
+
+    Args:
+        student: the model that was planned for. It is not modified.
+        plan: its plan.
+        images: shape (B, in_chans, H, W) (default: random ones, as few and small as tell an error).
+
+    Returns:
+        A copy of the student, and the images that its running statistics were set from.
+    """
+    reference = disable_randomness_(randomize_(plain_copy(student).to('cpu', torch.float64))).eval()
+    return reference, _set_statistics_(reference, images, plan.input_shape)
+
+
+@torch.no_grad()
+def agreement(run: Callable[[torch.Tensor], Any], reference: nn.Module, x: torch.Tensor) -> Agreement:
+    """How well a function agrees with a model.
+
+    Args:
+        run: turns images into logits, shape (B, num_classes), or several tensors of them.
+        reference: the model, in float64 and in the mode to compare in.
+        x: images, shape (B, in_chans, H, W).
+
+    Returns:
+        The error, and the model's sensitivity to rounding where the error exceeds 1e-12.
+    """
+    expected = _run(reference, x)
+    error = _largest_error(_run(run, x), expected)
+    return Agreement(error, _sensitivity(reference, x) if error > ROUNDING else 0.)
 
 
 def verify_plan(student: nn.Module, plan: ExpansionPlan) -> float:
@@ -220,8 +258,8 @@ def read_back_error(student: nn.Module, plan: ExpansionPlan) -> float:
     ), default=0.)
 
 
-def _run(model: nn.Module, x: torch.Tensor) -> Any:
-    with _InFloat64():
+def _run(model: Callable[[torch.Tensor], Any], x: torch.Tensor) -> Any:
+    with InFloat64():
         return model(x)
 
 
@@ -252,7 +290,7 @@ def _set_statistics_(
 def _sensitivity(model: nn.Module, x: torch.Tensor) -> float:
     """Relative change of the output when images and parameters move by 2^-52."""
     generator = torch.Generator().manual_seed(1)
-    moved, moved_x = copy.deepcopy(model), x.clone()
+    moved, moved_x = plain_copy(model), x.clone()
     for tensor in (moved_x, *moved.parameters()):
         signs = torch.randint(0, 2, tensor.shape, generator=generator, dtype=tensor.dtype) * 2 - 1
         tensor *= 1 + signs * torch.finfo(tensor.dtype).eps

@@ -1,5 +1,4 @@
 """The dynamic teacher: one set of parameters that runs as a wide teacher and as the student inside it."""
-import copy
 import re
 from functools import partial
 from typing import Any, Callable, Dict, Iterable, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
@@ -8,7 +7,7 @@ import torch
 import torch.nn as nn
 
 from ..expansion import plan_expansion, verify_plan
-from ..expansion.copies import copy_model, parameterless_copy, wide_copy
+from ..expansion.copies import copy_model, parameterless_copy, plain_copy, wide_copy
 from ..plan import ExpansionPlan
 from .branches import branch_kinds
 from .branching import branch_convolutions
@@ -280,7 +279,7 @@ class DynamicTeacher(nn.Module):
         Returns:
             A new model, in this module's mode, that shares no memory with it.
         """
-        return self._layout.fill_slots(copy.deepcopy(self.student), self.student_parameters())
+        return self._layout.fill_slots(plain_copy(self.student), self.student_parameters())
 
     @torch.no_grad()
     def extract_teacher(self) -> nn.Module:
