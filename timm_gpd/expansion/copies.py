@@ -9,7 +9,9 @@ from torch.overrides import TorchFunctionMode
 from ..plan import ExpansionPlan
 from ..private_torch import forget_flat_weights, list_flat_weights
 
-__all__ = ['blank', 'blank_copy', 'copy_model', 'forget_computed_tensors_', 'parameterless_copy', 'plain_copy', 'wide_copy']
+__all__ = [
+    'blank', 'blank_copy', 'copy_model', 'forget_computed_tensors_', 'parameterless_copy', 'plain_copy', 'wide_copy',
+]
 
 
 def copy_model(model: nn.Module, substitute: Callable[[str, torch.Tensor], torch.Tensor]) -> nn.Module:
@@ -34,7 +36,14 @@ def copy_model(model: nn.Module, substitute: Callable[[str, torch.Tensor], torch
 
 @torch.no_grad()
 def plain_copy(model: nn.Module) -> nn.Module:
-    """A deep copy with tensors of its own, see :func:`copy_model`."""
+    """A deep copy, on memory of its own.
+
+    Args:
+        model: the model, whatever it has run on. It is not modified.
+
+    Returns:
+        The copy, see :func:`copy_model`.
+    """
     return copy_model(model, lambda name, tensor: tensor.detach().clone())
 
 
