@@ -7,7 +7,7 @@ import timm
 import torch
 from huggingface_hub import ModelCard
 
-from timm_gpd.student_folder.folder import card_of_repo, new_folder, read_metrics, save_student
+from timm_gpd.student_folder import card_of_repo, new_folder, read_metrics, save_student
 from timm_gpd.training.args import parse_train_args
 
 METRICS = dict(top1=93.12345, top5=99.5, teacher_top1=94.75, static_top1=96.0, loss=0.5)

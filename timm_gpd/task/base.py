@@ -54,6 +54,14 @@ class BaseTask(TrainingTask):
         for name, module in self.get_state_modules(ema).items():
             module.load_state_dict(state[name], strict=strict)
 
+    def get_student(self, ema: bool = False) -> nn.Module:
+        """The student as a plain model, the averaged one with ``ema``."""
+        return unwrap_model(self.get_eval_model(ema=ema))
+
+    def get_validation_models(self, ema: bool = False) -> Dict[str, nn.Module]:
+        """Plain models to validate, by the prefix of their metrics: ``''`` the student, ``'teacher_'`` its teacher."""
+        return {'': self.get_student(ema)}
+
     def get_clip_parameters(self, exclude_head: bool = False) -> List[nn.Parameter]:
         """Parameters whose gradients are clipped; the student's head is the last two of its model."""
         trained = unwrap_model(self.get_trainable_module())

@@ -151,6 +151,13 @@ class GapPreservingTask(BaseTask):
         trained = unwrap_model(self.get_trainable_module(ema=ema))
         return trained.model if isinstance(trained, Learners) else trained
 
+    def get_student(self, ema: bool = False) -> nn.Module:
+        return self.get_dynamic_teacher(ema).extract_student()
+
+    def get_validation_models(self, ema: bool = False) -> Dict[str, nn.Module]:
+        # As plain models: the two inside the dynamic teacher compute their parameters anew for every batch.
+        return {'': self.get_student(ema), 'teacher_': self.get_dynamic_teacher(ema).extract_teacher()}
+
     def setup_ema(self, *args: Any, **kwargs: Any) -> nn.Module:
         """Tracks a moving average of what is trained; the averaged student is the one inside it."""
         ema = super().setup_ema(*args, **kwargs)
