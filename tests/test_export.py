@@ -75,6 +75,15 @@ def test_weights_and_arguments_come_back(tiny_student, tmp_path):
     assert all(torch.equal(loaded.state_dict()[name], tensor) for name, tensor in tiny_student.state_dict().items())
 
 
+def test_the_student_stays_as_it_is(tiny_student, tmp_path):
+    tiny_student.pretrained_cfg.update(license='mit', tag='in1k')
+    before = dict(tiny_student.pretrained_cfg)
+    text = card(tiny_student, tmp_path / 'student', recipe()).content
+    assert tiny_student.pretrained_cfg == before
+    config = json.loads((tmp_path / 'student' / 'config.json').read_text())['pretrained_cfg']
+    assert config['input_size'] == [1, 32, 32] and not {'license', 'tag'} & config.keys() and 'license: mit' not in text
+
+
 def test_metrics_are_those_of_the_epoch(tmp_path):
     path = tmp_path / 'summary.csv'
     path.write_text('epoch,train_loss,eval_top1,eval_gap,lr\n0,2.0,61.25,2.5,0.1\n1,1.0,93.125,,0.01\n')
