@@ -31,7 +31,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
 from timm_gpd import GapPreservingTask, expand  # noqa: E402
-from timm_gpd.training.cpu import tune_cpu  # noqa: E402
+from timm_gpd.training.cpu import tune_process_for  # noqa: E402
 
 MODELS = ('resnet18', 'mobilenetv1_100', 'vit_tiny_patch16_224')
 MODES = ('fp32', 'amp', 'channels_last', 'compile')
@@ -70,8 +70,7 @@ class Bench:
             ratio: int = 2,
     ) -> None:
         self.device, self.mode, self.ratio = torch.device(device), mode, ratio
-        if device == 'cpu':
-            tune_cpu()  # as train.py does
+        tune_process_for(self.device)  # as train.py does, to the end of the process
         torch.manual_seed(0)
         self.student = self._to_device(create_student(name, size))
         self.static = None if static is None else self._to_device(create_student(static, size)).eval()

@@ -13,7 +13,9 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 def run(script, *arguments, code=0):
     """Runs a script in this process, as ``python script arguments``: starting Python and torch anew takes seconds."""
-    logging.getLogger().handlers.clear()
+    root = logging.getLogger()
+    handlers, level = root.handlers, root.level
+    root.handlers = []
     stdout, stderr, argv = io.StringIO(), io.StringIO(), sys.argv
     sys.argv = [script, *map(str, arguments)]
     exit_code = 0
@@ -24,6 +26,8 @@ def run(script, *arguments, code=0):
         exit_code = exit.code
     finally:
         sys.argv = argv
+        root.handlers = handlers
+        root.setLevel(level)
     assert exit_code == code, stderr.getvalue()[-3000:]
     return SimpleNamespace(stdout=stdout.getvalue(), stderr=stderr.getvalue())
 
