@@ -93,6 +93,7 @@ STUDENTS = {
 }
 
 
+@pytest.mark.usefixtures('may_change_settings')
 @pytest.mark.parametrize('name, branches, backend', [
     ('resnet', 6, 'aot_eager'), ('efficientnet', 6, 'eager'), ('vit', 1, 'eager'),
     pytest.param('resnet', 1, 'inductor', marks=pytest.mark.skipif(not shutil.which('g++'), reason='needs a compiler')),
