@@ -71,11 +71,14 @@ def test_gradient_checkpointing_changes_no_gradient(tiny_student, scale, branche
     teacher = expand(tiny_student, scale=scale, num_branches=branches).train()
     recomputing = copy.deepcopy(teacher)
     recomputing.set_grad_checkpointing()
+    parameters = dict(recomputing.named_parameters())
     x = torch.randn(4, 1, 32, 32)
     expected = joint_gradients(teacher, teacher, x)
     for name, gradient in joint_gradients(recomputing, recomputing, x).items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-5, atol=1e-6)
-    assert list(recomputing.state_dict()) == list(teacher.state_dict()), 'parameters are back in their places'
+    after = dict(recomputing.named_parameters())
+    assert list(after) == list(parameters)
+    assert all(after[name] is parameter for name, parameter in parameters.items()), 'parameters are back in their places'
 
 
 def test_gradient_checkpointing_refuses_what_it_would_get_wrong(tiny_student):
