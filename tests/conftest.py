@@ -7,9 +7,9 @@ import pytest
 import timm
 import torch
 import torch.nn as nn
-from process import kept_settings, read_settings, restore_settings
 
 import timm_gpd  # noqa: F401  registers the variants
+from process import kept_settings, read_settings, restore_settings
 from timm_gpd.rules.rule import _RULES
 
 torch.set_num_threads(1)

@@ -181,7 +181,7 @@ def test_private_names_of_torch_and_timm_stand_in_one_module_each():
     assert not strays, '\n'.join(strays)
 
 
-ALONE = '''
+ALONE = """
 import importlib, sys, types
 import timm, torch._dynamo.config, torch._inductor.config
 failed = []
@@ -197,7 +197,7 @@ for name in sys.argv[2:]:
     except Exception as error:
         failed.append(f'{name}: {type(error).__name__}: {error}')
 sys.exit('\\n'.join(failed) or 0)
-'''
+"""
 
 
 def test_every_module_can_be_imported_first():

@@ -58,7 +58,8 @@ def test_what_it_imports_where_it_is_used_is_an_extra():
     assert optional == EXTRAS['demo']
 
 
-@pytest.mark.parametrize('extra, patterns', [('demo', ['benchmarks/*.py']), ('test', ['tests/*.py', 'benchmarks/*.py'])])
+@pytest.mark.parametrize('extra, patterns', [
+    ('demo', ['benchmarks/*.py']), ('test', ['tests/*.py', 'benchmarks/*.py'])])
 def test_extras_hold_what_their_files_import(extra, patterns):
     used = imported_by(*patterns, 'timm_gpd/**/*.py') - REQUIRED
     assert used == EXTRAS[extra] - NOT_IMPORTED

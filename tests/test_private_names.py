@@ -11,8 +11,8 @@ import torch
 import torch._dynamo.config
 import torch._inductor.config
 import torch.nn as nn
-from test_layout import is_private, private_names
 
+from test_layout import is_private, private_names
 from timm_gpd import private_timm, private_torch
 
 HOMES = {private_torch: torch, private_timm: timm}
