@@ -182,6 +182,14 @@ def test_a_recurrent_layer_runs_on_its_list_of_weights(layer):
         assert torch.equal(module(x)[0], expected)
 
 
+def test_tensors_of_nested_arguments_are_mapped():
+    with relies_on(private_torch, 'torch.utils._pytree.tree_map_only'):
+        tensor, other = torch.ones(2), object()
+        mapped = private_torch.tree_map_only(torch.Tensor, lambda x: x + 1, ([tensor, 3], {'a': (tensor, other)}))
+        assert mapped[0][0].tolist() == mapped[1]['a'][0].tolist() == [2, 2]
+        assert mapped[0][1] == 3 and mapped[1]['a'][1] is other
+
+
 def test_features_are_taken_by_index():
     with relies_on(private_timm, 'timm.models._features.feature_take_indices'):
         assert private_timm.feature_take_indices(5) == ([0, 1, 2, 3, 4], 4)
