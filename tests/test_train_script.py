@@ -77,7 +77,7 @@ def test_plain_timm_loads_the_student(trained):
     folder, _ = trained
     code = ('import sys, timm; student = timm.create_model("local-dir:%s/student", pretrained=True); '
             'assert "timm_gpd" not in sys.modules; print(type(student).__name__, student.num_classes, '
-            'student.pretrained_cfg["input_size"])' % folder)
+            'tuple(student.pretrained_cfg["input_size"]))' % folder)
     result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd='/')
     assert result.stdout.split() == ['ResNet', '10', '(1,', '32,', '32)'], result.stderr
     checkpoint = torch.load(folder / 'last.pth.tar', weights_only=False)
