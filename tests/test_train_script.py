@@ -256,6 +256,7 @@ def files(folder):
     (['--gpd-ratio', '0'], '--gpd-ratio must be a positive integer'),
     (['--gpd-ratio', '1.5'], 'argument --gpd-ratio: invalid int value'),
     (['--gpd-branches', '-1'], '--gpd-branches must be a positive integer'),
+    (['--opt', 'adahessian'], '--opt adahessian needs second derivatives'),
     (['--gpd-loss', 'huber'], 'argument --gpd-loss: invalid choice'),
     (['--model', 'resnet19'], 'Unknown model'),
     (['--num-classes', '0'], 'no classifier'),
