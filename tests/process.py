@@ -31,7 +31,9 @@ def _write_trace_backward(value: bool) -> None:
 
 
 def _environment() -> Dict[str, str]:
-    return {name: value for name, value in os.environ.items() if name != 'PYTEST_CURRENT_TEST'}
+    """All but what pytest says of itself, and what OpenMP's libraries set when they are loaded."""
+    return {name: value for name, value in os.environ.items()
+            if name != 'PYTEST_CURRENT_TEST' and not name.startswith('KMP_')}
 
 
 def _write_environment(environment: Dict[str, str]) -> None:
