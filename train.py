@@ -1,43 +1,54 @@
 #!/usr/bin/env python3
 """Trains a timm model; with ``--gpd`` by Gap Preserving Distillation. ``train.py --help`` lists the arguments."""
+import argparse
 import json
 import logging
 import sys
 
-from timm.optim import create_optimizer_v2, optimizer_kwargs
-from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.task import load_task_ema_checkpoint
 from timm.utils import CheckpointSaver, random_seed, setup_default_logging
 
 from timm_gpd.command_line import run_program
 from timm_gpd.errors import usage_errors
 from timm_gpd.training.args import parse_train_args
-from timm_gpd.training.build import create_student, create_task, resolve_input, resolve_lr
-from timm_gpd.training.data import create_eval_loader, create_train_loader, prepare_dataset
+from timm_gpd.training.compute import Compute, create_compute
+from timm_gpd.training.cpu import tune_process_for
+from timm_gpd.training.data import create_eval_loader, create_train_loader, resolve_data
 from timm_gpd.training.evaluation import Evaluation
-from timm_gpd.training.loop import create_compute, mean_lr, train_one_epoch
+from timm_gpd.training.loop import LoopSettings, train_one_epoch
+from timm_gpd.training.optimizer import create_optimizer
 from timm_gpd.training.resume import resume_run
 from timm_gpd.training.run_folder import RunFolder
+from timm_gpd.training.schedule import create_schedule, mean_lr
+from timm_gpd.training.student import count_classes, create_student, resolve_input, set_input
+from timm_gpd.training.task import create_task
 
 _logger = logging.getLogger('train')
 
 
 def main() -> None:
     args = parse_train_args()
-    compute = create_compute(args)
-    random_seed(args.seed)
+    compute = create_compute(args.device, args.amp, args.amp_dtype, args.channels_last)
+    undo = tune_process_for(compute.device)
+    try:
+        train(args, compute)
+    finally:
+        undo()
 
+
+def train(args: argparse.Namespace, compute: Compute) -> None:
+    random_seed(args.seed)
     student = create_student(args)
-    data_config = resolve_input(args, student)
-    run = RunFolder(args, data_config)
-    prepare_dataset(args)
-    loader_train, mixup_fn = create_train_loader(args, data_config, compute.device)
-    loader_eval = create_eval_loader(args, data_config, compute.device)
-    student.to(compute.device, memory_format=compute.memory_format)
+    input_config = resolve_input(args, student)
+    set_input(student, input_config)
+    run = RunFolder(args, input_config)
+    source, num_classes = resolve_data(args), count_classes(student)
+    loader_train, mixup_fn = create_train_loader(args, source, input_config, num_classes, compute.device)
+    loader_eval = create_eval_loader(args, source, input_config, num_classes, compute.device)
+    compute.place(student)
     task = create_task(args, student, compute.device)
 
-    resolve_lr(args)
-    optimizer = create_optimizer_v2(task.get_trainable_module(), **optimizer_kwargs(cfg=args), **args.opt_kwargs)
+    optimizer = create_optimizer(args, task)
     start_epoch = resume_run(args, task, optimizer, compute.loss_scaler) if args.resume else args.start_epoch or 0
     if args.model_ema:
         task.setup_ema(decay=args.model_ema_decay, use_warmup=args.model_ema_warmup)
@@ -45,24 +56,29 @@ def main() -> None:
             load_task_ema_checkpoint(task, args.resume)
     lower_is_better = args.eval_metric.endswith('loss')
     updates_per_epoch = -(-len(loader_train) // args.grad_accum_steps)
-    lr_scheduler, num_epochs = create_scheduler_v2(
-        optimizer, **scheduler_kwargs(args, decreasing_metric=lower_is_better), updates_per_epoch=updates_per_epoch)
-    if start_epoch > 0:
-        (lr_scheduler.step_update(start_epoch * updates_per_epoch) if args.sched_on_updates
-         else lr_scheduler.step(start_epoch))
+    lr_scheduler, num_epochs = create_schedule(args, optimizer, updates_per_epoch, start_epoch, lower_is_better)
 
     if args.torchcompile:
         with usage_errors('check --torchcompile and --torchcompile-mode', RuntimeError):
             task.compile(backend=args.torchcompile, mode=args.torchcompile_mode)
     run.open()
     saver = CheckpointSaver(
-        task.get_trainable_module(), optimizer, args=args, amp_scaler=compute.loss_scaler, task=task,
-        checkpoint_dir=run.path, recovery_dir=run.path, decreasing=lower_is_better, max_history=args.checkpoint_hist)
+        task.get_trainable_module(),
+        optimizer,
+        args=argparse.Namespace(**vars(args)),  # the class that timm allows in a checkpoint
+        amp_scaler=compute.loss_scaler,
+        task=task,
+        checkpoint_dir=run.path,
+        recovery_dir=run.path,
+        decreasing=lower_is_better,
+        max_history=args.checkpoint_hist,
+    )
+    settings = LoopSettings.from_args(args)
     evaluate = Evaluation(task, loader_eval, compute, args.log_interval)
     best_metric = best_epoch = None
     for epoch in range(start_epoch, num_epochs):
         train_metrics = train_one_epoch(
-            epoch, task, loader_train, optimizer, compute, args, lr_scheduler, saver, mixup_fn)
+            epoch, task, loader_train, optimizer, compute, settings, lr_scheduler, saver, mixup_fn)
         metric = None
         if (epoch + 1) % args.val_interval == 0 or epoch + 1 == num_epochs:
             eval_metrics = evaluate()

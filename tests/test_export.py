@@ -7,7 +7,7 @@ import timm
 import torch
 from huggingface_hub import ModelCard
 
-from timm_gpd.student_folder.folder import card_of_repo, new_folder, read_metrics, save_student
+from timm_gpd.student_folder import card_of_repo, new_folder, read_metrics, save_student
 from timm_gpd.training.args import parse_train_args
 
 METRICS = dict(top1=93.12345, top5=99.5, teacher_top1=94.75, static_top1=96.0, loss=0.5)
@@ -73,6 +73,15 @@ def test_weights_and_arguments_come_back(tiny_student, tmp_path):
     assert config['architecture'] == 'test_resnet' and config['model_args']['stem_width'] == 4
     loaded = timm.create_model(f'local-dir:{tmp_path}/student', pretrained=True)
     assert all(torch.equal(loaded.state_dict()[name], tensor) for name, tensor in tiny_student.state_dict().items())
+
+
+def test_the_student_stays_as_it_is(tiny_student, tmp_path):
+    tiny_student.pretrained_cfg.update(license='mit', tag='in1k')
+    before = dict(tiny_student.pretrained_cfg)
+    text = card(tiny_student, tmp_path / 'student', recipe()).content
+    assert tiny_student.pretrained_cfg == before
+    config = json.loads((tmp_path / 'student' / 'config.json').read_text())['pretrained_cfg']
+    assert config['input_size'] == [1, 32, 32] and not {'license', 'tag'} & config.keys() and 'license: mit' not in text
 
 
 def test_metrics_are_those_of_the_epoch(tmp_path):

@@ -1,5 +1,7 @@
 """Publishing and fetching through huggingface_hub's own client, from a server that speaks the Hub's protocol."""
+import argparse
 import json
+import lzma
 import os
 import subprocess
 import sys
@@ -16,7 +18,7 @@ from authors_format import SMALL, checkpoint
 from hub_server import TOKEN, HubServer
 from timm_gpd import hub
 from timm_gpd.models.releases import convert_checkpoint
-from timm_gpd.student_folder.folder import STUDENT_FILES, save_student
+from timm_gpd.student_folder import STUDENT_FILES, save_student
 from timm_gpd.training.args import parse_train_args
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -74,7 +76,6 @@ def run_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp('runs') / 'digits'
     folder.mkdir()
     args = parse_train_args(ARGS)
-    args.num_classes = 10
     student = _student()
     (folder / 'args.yaml').write_text(yaml.safe_dump(vars(args)))
     (folder / 'summary.csv').write_text(SUMMARY)
@@ -82,10 +83,11 @@ def run_folder(tmp_path_factory):
     save_student(student, str(folder / 'student'), vars(args), dict(top1=93.125, top5=99.5, teacher_top1=94.75),
                  str(folder / 'gap.png'))
     averaged = {name: tensor + 1 for name, tensor in student.state_dict().items()}
-    args.dataset, args.data_dir = '', '/home/someone/data/digits-300-42'  # as train.py prepares the data
-    common = dict(arch='test_resnet', args=args, epoch=0, state_dict=student.state_dict(), task_state={})
-    torch.save(common, folder / 'checkpoint-0.pth.tar')
-    torch.save({**common, 'state_dict_ema': averaged}, folder / 'averaged.pth.tar')
+    common = dict(arch='test_resnet', epoch=0, state_dict=student.state_dict(), task_state={})
+    torch.save({**common, 'args': argparse.Namespace(**vars(args))}, folder / 'checkpoint-0.pth.tar')
+    # Version 0.1.0 noted the arguments after the data was found.
+    resolved = argparse.Namespace(**{**vars(args), 'dataset': '', 'data_dir': '/home/someone/data/digits-300-42'})
+    torch.save({**common, 'args': resolved, 'state_dict_ema': averaged}, folder / 'averaged.pth.tar')
     return folder
 
 
@@ -126,7 +128,7 @@ def test_timm_alone_loads_it(server, cli, run_folder, environment):
             'assert "timm_gpd" not in sys.modules; from safetensors.torch import load_file; expected = load_file(%r); '
             'state = model.state_dict(); assert all(state[name].equal(expected[name]) for name in state); '
             'print(type(model).__name__, model.num_classes, model.pretrained_cfg["architecture"], '
-            'model.pretrained_cfg["input_size"])' % str(run_folder / 'student' / 'model.safetensors'))
+            'tuple(model.pretrained_cfg["input_size"]))' % str(run_folder / 'student' / 'model.safetensors'))
     result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd='/',
                             env={**environment, 'PYTHONPATH': ''})
     assert result.stdout == 'ResNet 10 test_resnet (1, 32, 32)\n', result.stderr
@@ -143,6 +145,25 @@ def test_a_checkpoint_gives_its_own_epoch(server, cli, run_folder, tmp_path, nam
     card = ModelCard.load(tmp_path / 'pulled' / 'README.md')
     assert card.data.eval_results[0].metric_value == 61.25 and card.data.eval_results[0].dataset_name == 'digits'
     assert (tmp_path / 'pulled' / 'gap.png').read_bytes() == (run_folder / 'gap.png').read_bytes()
+
+
+@pytest.mark.parametrize('name', ['gpd', 'full'])
+def test_a_checkpoint_from_before_the_package_had_rooms(tmp_path, name):
+    """Its arguments are those that version 0.1.0 had made of the command."""
+    checkpoint = tmp_path / 'last.pth.tar'
+    with lzma.open(os.path.join(ROOT, 'tests', 'fixtures', 'flat_layout', name, 'last.pth.tar.xz')) as file:
+        checkpoint.write_bytes(file.read())
+    lines = hub.push(str(checkpoint), 'me/old', dry_run=True).splitlines()
+    assert [line.split()[0] for line in lines[1:]] == ['model.safetensors', 'config.json', 'README.md']
+
+
+def test_a_checkpoint_whose_command_left_the_classes_to_the_model(tmp_path):
+    student = timm.create_model('test_resnet')
+    args = argparse.Namespace(**vars(parse_train_args(['--model', 'test_resnet', '--data-dir', 'images'])))
+    assert args.num_classes is None
+    torch.save(dict(args=args, epoch=0, state_dict=student.state_dict()), tmp_path / 'last.pth.tar')
+    lines = hub.push(str(tmp_path / 'last.pth.tar'), 'me/new', dry_run=True).splitlines()
+    assert [line.split()[0] for line in lines[1:]] == ['model.safetensors', 'config.json', 'README.md']
 
 
 def test_dry_run_contacts_nothing(server, cli, run_folder):

@@ -5,11 +5,13 @@ import os
 import pytest
 import timm
 import torch
-from timm.optim import create_optimizer_v2, optimizer_kwargs
 
 from timm_gpd.training.args import parse_train_args
-from timm_gpd.training.build import create_student, create_task, resolve_input
-from timm_gpd.training.loop import Compute, train_one_epoch
+from timm_gpd.training.compute import Compute
+from timm_gpd.training.loop import LoopSettings, train_one_epoch
+from timm_gpd.training.optimizer import create_optimizer
+from timm_gpd.training.student import create_student, resolve_input, set_input
+from timm_gpd.training.task import create_task
 
 FOLDER = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), 'configs', 'imagenet')
 CONFIGS = sorted(os.path.basename(path)[:-len('.yaml')] for path in glob.glob(os.path.join(FOLDER, '*.yaml')))
@@ -68,30 +70,42 @@ def test_there_is_one_of_each():
 
 @pytest.mark.parametrize('config', CONFIGS)
 def test_two_steps(config, weights):
-    args = parse(config, *TINY)
-    for name in (args.model, args.kd_model_name):
+    recipe = parse(config)
+    for name in (recipe.model, recipe.kd_model_name):
         if name and not timm.is_model(name):
             pytest.skip(f'timm_gpd does not register {name} in this version')
-    if args.pretrained:
-        args.pretrained_path = str(weights(args.model))
+    files = []
+    if recipe.pretrained:
+        files += ['--pretrained-path', weights(recipe.model)]
     elif config.endswith('finetune'):
-        args.initial_checkpoint = str(weights(args.model))
-    if args.kd_model_name:
-        args.kd_model_path = str(weights(args.kd_model_name))
+        files += ['--initial-checkpoint', weights(recipe.model)]
+    if recipe.kd_model_name:
+        files += ['--kd-model-path', weights(recipe.kd_model_name)]
+    args = parse(config, *TINY, *files)
     student = create_student(args)
-    resolve_input(args, student)
+    set_input(student, resolve_input(args, student))
     if config.endswith('finetune'):
         started = torch.load(weights(args.model))
         assert all(torch.equal(started[name], tensor) for name, tensor in student.state_dict().items()
                    if not name.startswith(student.pretrained_cfg['classifier']))
     task = create_task(args, student, torch.device('cpu'))
-    optimizer = create_optimizer_v2(task.get_trainable_module(), **optimizer_kwargs(cfg=args), **args.opt_kwargs)
+    optimizer = create_optimizer(args, task)
     batches = [(torch.randn(BATCH, 3, SIZE, SIZE), torch.randint(CLASSES, (BATCH,))) for _ in range(2)]
     name = f'{student.pretrained_cfg["classifier"]}.weight'
     before = student.state_dict()[name].clone()
-    metrics = train_one_epoch(0, task, batches, optimizer, Compute(torch.device('cpu')), args)
-    assert all(value == value and abs(value) < float('inf') for value in metrics.values())
+    losses = [f'{prefix}/{args.kd_distill_type}' for prefix in ('kd', 'teacher_kd')] if args.kd_model_name else []
+
+    def step(index):
+        settings = LoopSettings.from_args(args)
+        metrics = train_one_epoch(index, task, [batches[index]], optimizer, Compute(torch.device('cpu')), settings)
+        assert {name for name in metrics if '/' in name} == set(losses)
+        terms = sum(metrics[name] for name in ['task_loss', 'teacher_task_loss', *losses])
+        assert metrics['loss'] == pytest.approx(terms + 3 * metrics['gpd_loss'], rel=1e-4)
+        return metrics
+
+    first, second = step(0), step(1)
+    # The dynamic teacher starts as the student, and is another model after a step.
+    assert first['teacher_task_loss'] == pytest.approx(first['task_loss'], rel=1e-3)
+    assert second['teacher_task_loss'] != pytest.approx(second['task_loss'], rel=1e-3)
     assert set(optimizer.state) == set(task.get_trainable_module().parameters())  # every parameter had a gradient
     assert not torch.equal(task.get_eval_model().state_dict()[name], before)
-    expected = {f'{prefix}/{args.kd_distill_type}' for prefix in ('kd', 'teacher_kd')} if args.kd_model_name else set()
-    assert {name for name in metrics if '/' in name} == expected

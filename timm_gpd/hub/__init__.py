@@ -1,4 +1,7 @@
 """Students on the Hugging Face Hub: ``python -m timm_gpd.hub push | pull | convert``; ``--help`` explains each."""
-from .commands import convert, main, pull, push
+from .command import main
+from .convert import convert
+from .pull import pull
+from .push import push
 
 __all__ = ['convert', 'main', 'pull', 'push']

@@ -41,7 +41,7 @@ class Release:
     stem: str
     stem_width: int
     classifier: str
-    rename: Callable[[StateDict], StateDict]
+    rename: Callable[[Dict[str, torch.Tensor]], StateDict]
     model_args: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -62,7 +62,7 @@ def _rename_mobilenet(state_dict: StateDict) -> StateDict:
 RELEASES: Dict[str, Release] = {
     'resnet18': Release('conv1', 64, 'fc', rename=dict),
     'mobilenetv1_100': Release('model.0.0', 32, 'fc', _rename_mobilenet, model_args={'act_layer': 'relu'}),
-    'rvt_tiny': Release('patch_embed.proj.0', 32, 'head', lambda state_dict: rename_rvt(state_dict, None)),
+    'rvt_tiny': Release('patch_embed.proj.0', 32, 'head', rename_rvt),
 }
 
 
@@ -139,7 +139,7 @@ def convert_state_dict(checkpoint: Mapping[str, Any]) -> Tuple[str, Dict[str, to
 
 
 def merge_branches(branches: StateDict, groups: int = 1) -> torch.Tensor:
-    """One kernel for six branches: each is a kernel by itself, scaled per output channel by a row of ``vector``.
+    """The merged kernel of six branches: each is a kernel by itself, times its gamma, a row of ``vector``.
 
     Args:
         branches: tensors of a convolution by OREPA's names, its constants among them.
@@ -161,7 +161,7 @@ def merge_branches(branches: StateDict, groups: int = 1) -> torch.Tensor:
     kernels = (
         origin, average, frequency, sequence.reshape(origin.shape), branches['weight_orepa_1x1'],
         separable.reshape(origin.shape))
-    return sum(scale.view(-1, 1, 1, 1) * kernel for scale, kernel in zip(branches['vector'], kernels))
+    return sum(gamma.view(-1, 1, 1, 1) * kernel for gamma, kernel in zip(branches['vector'], kernels))
 
 
 # Tensors of a multi-branch convolution: the axes that are tiled, and whether values are divided by r. Of a depthwise
@@ -190,8 +190,8 @@ def _weights(checkpoint: Mapping[str, Any]) -> StateDict:
     """The state dict inside a checkpoint, or the checkpoint itself if it is one."""
     for key in ('state_dict', 'state_dict_ema'):
         if isinstance(checkpoint.get(key), Mapping):
-            return clean_state_dict(checkpoint[key])
-    return clean_state_dict(checkpoint)
+            return clean_state_dict(dict(checkpoint[key]))
+    return clean_state_dict(dict(checkpoint))
 
 
 def _read_student(release: Release, teacher: StateDict) -> Dict[str, torch.Tensor]:
@@ -201,7 +201,7 @@ def _read_student(release: Release, teacher: StateDict) -> Dict[str, torch.Tenso
         module, _, key = name.rpartition('.')
         modules.setdefault(module, {})[key] = tensor
 
-    student = {}
+    student: Dict[str, torch.Tensor] = {}
     for name, tensors in modules.items():
         try:
             narrow = _read_module(
@@ -247,10 +247,10 @@ def _read_module(tensors: StateDict, in_ratio: int, out_ratio: int) -> Dict[str,
     if weight.dim() == 1:  # LayerNorm
         return {key: _narrow(tensor, {0: out_ratio}).clone() for key, tensor in tensors.items()}
     depthwise = weight.dim() == 4 and weight.shape[1] == 1
-    factor = 1 if depthwise else out_ratio
-    layer = {'weight': _narrow(weight, {0: out_ratio} if depthwise else {0: out_ratio, 1: in_ratio}) * factor}
+    multiplier = 1 if depthwise else out_ratio
+    layer = {'weight': _narrow(weight, {0: out_ratio} if depthwise else {0: out_ratio, 1: in_ratio}) * multiplier}
     if 'bias' in tensors:
-        layer['bias'] = _narrow(tensors['bias'], {0: out_ratio}) * factor
+        layer['bias'] = _narrow(tensors['bias'], {0: out_ratio}) * multiplier
     return layer
 
 

@@ -6,7 +6,7 @@ timm's hierarchical models; :func:`checkpoint_filter_fn` renames those of the au
 """
 import re
 from functools import partial
-from typing import Any, Dict, List, Optional, Sequence, Set, Tuple, Type, Union
+from typing import Any, Dict, Iterable, List, Optional, Sequence, Set, Tuple, Type, Union, cast
 
 import torch
 import torch.nn as nn
@@ -199,7 +199,8 @@ class RobustVisionTransformer(nn.Module):
 
         self.patch_embed = ConvEmbedding(in_chans, dims[0], img_size, **dd)
         self.pos_drop = nn.Dropout(pos_drop_rate)
-        drop_path_rates = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
+        drop_path_rates = cast(
+            List[List[float]], calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True))
         self.feature_info = []
         stages = []
         for i, (dim, depth) in enumerate(zip(dims, depths)):
@@ -247,7 +248,7 @@ class RobustVisionTransformer(nn.Module):
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        for stage in self.stages:
+        for stage in cast(Iterable[Stage], self.stages):
             stage.grad_checkpointing = enable
 
     @torch.jit.ignore
@@ -292,7 +293,7 @@ class RobustVisionTransformer(nn.Module):
         intermediates = []
         x = self.pos_drop(self.patch_embed(x))
         index = 0
-        for stage in self.stages:
+        for stage in cast(Iterable[Stage], self.stages):
             if stop_early and index > max_index:
                 break
             x = stage.downsample(x).permute(0, 2, 3, 1)
@@ -322,7 +323,8 @@ class RobustVisionTransformer(nn.Module):
         info = self.feature_info[max_index]
         _, last_stage, _, last_block = info['module'].split('.')
         self.stages = self.stages[:int(last_stage) + 1]
-        self.stages[-1].blocks = self.stages[-1].blocks[:int(last_block) + 1]
+        stage = cast(Stage, self.stages[-1])
+        stage.blocks = stage.blocks[:int(last_block) + 1]
         self.num_features = info['num_chs']
         if prune_norm:
             self.head.norm = nn.Identity()
@@ -351,7 +353,7 @@ _RENAMES = tuple((re.compile(pattern), replacement) for pattern, replacement in 
 ))
 
 
-def checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[str, torch.Tensor]:
+def checkpoint_filter_fn(state_dict: Dict[str, Any], model: Optional[nn.Module] = None) -> Dict[str, torch.Tensor]:
     """Renames the parameters of the authors' releases; timm's own names stay."""
     state_dict = state_dict.get('model', state_dict)
     renamed = {}

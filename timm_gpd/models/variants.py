@@ -4,15 +4,16 @@ Without ``gpd_ratio`` a variant is the plain architecture, ready for distilled w
 Three variants have published weights, the authors' own (v0.1 of https://github.com/guoyongcs/GPD).
 """
 import dataclasses
-from typing import Any, Callable, Optional
+from typing import Any, Callable, Dict, Optional, cast
 
 import torch.nn as nn
+from timm import create_model
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import (
     PretrainedCfg, generate_default_cfgs, get_pretrained_cfg, list_models, register_model, resolve_pretrained_cfg)
 
+from ..teacher import expand
 from .releases import RELEASES
-from ..teacher.dynamic_teacher import expand
 from .weights import hub_errors, resolve_weights
 
 __all__ = []  # timm's registry adds the name of every entrypoint
@@ -31,7 +32,7 @@ def plain_name(model_name: str) -> str:
 def _cfg(arch: str, file: str, interpolation: str) -> PretrainedCfg:
     """The plain architecture's config with the authors' weights and their evaluation: resize to 256, crop 224."""
     return dataclasses.replace(
-        get_pretrained_cfg(arch),
+        get_pretrained_cfg(arch) or PretrainedCfg(),
         url=f'https://github.com/guoyongcs/GPD/releases/download/v0.1/{file}',
         hf_hub_id=None,
         input_size=(3, 224, 224),
@@ -65,7 +66,6 @@ def _make_entrypoint(arch: str) -> Callable[..., nn.Module]:
             gpd_branches: Optional[int] = None,
             **kwargs: Any,
     ) -> nn.Module:
-        from timm import create_model  # looked up here: the architecture's module may register after this one
         cfg, overlay = kwargs.pop('pretrained_cfg', None), kwargs.pop('pretrained_cfg_overlay', None)
         if not isinstance(cfg, (dict, PretrainedCfg)):
             tag = f'.{cfg}' if cfg else ''
@@ -82,9 +82,10 @@ def _make_entrypoint(arch: str) -> Callable[..., nn.Module]:
             student = create_model(
                 arch, pretrained=pretrained, pretrained_cfg=dataclasses.replace(cfg, **found), **kwargs)
         for key in found:  # the student's config tells where weights come from; it does not carry them
-            student.pretrained_cfg.pop(key)
+            config = cast(Dict[str, Any], student.pretrained_cfg)
+            config.pop(key)
             if getattr(cfg, key) is not None:
-                student.pretrained_cfg[key] = getattr(cfg, key)
+                config[key] = getattr(cfg, key)
         if gpd_ratio is None and gpd_branches is None:
             return student
         return expand(student, 2 if gpd_ratio is None else gpd_ratio, 1 if gpd_branches is None else gpd_branches)

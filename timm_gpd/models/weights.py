@@ -10,8 +10,8 @@ from safetensors import SafetensorError, safe_open
 from timm.models import PretrainedCfg
 from torch.hub import download_url_to_file, get_dir
 
-from .releases import convert_state_dict, is_release, read_checkpoint
 from ..errors import first_line
+from .releases import convert_state_dict, is_release, read_checkpoint
 
 __all__ = ['resolve_weights', 'hub_errors']
 
@@ -32,7 +32,7 @@ def resolve_weights(cfg: PretrainedCfg, cache_dir: Optional[str] = None) -> Dict
     """
     if cfg.source or cfg.state_dict or cfg.custom_load or (cfg.hf_hub_id and not cfg.file):
         return {}
-    path = cfg.file or _download(cfg.url, cache_dir or os.path.join(get_dir(), 'checkpoints'))
+    path = cfg.file or _download(str(cfg.url), cache_dir or os.path.join(get_dir(), 'checkpoints'))
     if not os.path.isfile(path):
         raise RuntimeError(f'there are no weights at {path}')
     if path.endswith('.safetensors'):

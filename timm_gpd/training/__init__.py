@@ -1,1 +1,1 @@
-"""The parts of the training and validation scripts."""
+"""The parts of ``train.py`` and ``validate.py``, one to a file."""

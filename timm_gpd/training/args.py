@@ -1,22 +1,35 @@
 """Command lines of ``train.py`` and ``validate.py``: timm's flag names and defaults, plus ``--gpd``."""
 import argparse
 import os
-from typing import Any, List, Optional
+from typing import Any, List, NoReturn, Optional
 
 import yaml
 from timm.utils import ParseKwargs
 
 from ..command_line import Parser
 from ..distillers import DISTILLERS
-from ..teacher.dynamic_teacher import SCALES
 from ..errors import UsageError
 from ..losses import GPD_LOSSES
 from ..models.variants import plain_name
+from ..teacher.dynamic_teacher import SCALES
 from ..version import __version__
 
-__all__ = ['parse_train_args', 'parse_validate_args']
+__all__ = ['Arguments', 'parse_train_args', 'parse_validate_args']
 
 EXIT_CODES = 'exit codes: 0 done, 2 bad input (one line says what to do; nothing was overwritten), 1 anything else'
+
+
+class Arguments(argparse.Namespace):
+    """A command as it was given. Read-only: what is made of it is a value of its own, beside it."""
+
+    def __init__(self, **values: Any) -> None:
+        self.__dict__.update(values)
+
+    def __setattr__(self, name: str, value: Any) -> NoReturn:
+        raise AttributeError(f'arguments are read-only: {name} stays as it was given')
+
+    def __delattr__(self, name: str) -> NoReturn:
+        raise AttributeError(f'arguments are read-only: {name} stays as it was given')
 
 
 def _add_data(parser: argparse.ArgumentParser) -> None:
@@ -230,8 +243,14 @@ def _validate_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def parse_train_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
+def parse_train_args(argv: Optional[List[str]] = None) -> Arguments:
     """Arguments of ``train.py``: defaults, then the values of ``--config``, then the command line.
+
+    Args:
+        argv: the command line, without the program's name; default that of this process.
+
+    Returns:
+        A value for every argument. ``model`` is the plain architecture, and ``data_dir`` the folder wherever it stood.
 
     Raises:
         UsageError: if something cannot be understood or is out of range.
@@ -240,31 +259,31 @@ def parse_train_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     config = parser.parse_known_args(argv)[0].config
     if config:
         parser.set_defaults(**_read_config(config, parser))
-    args = parser.parse_args(argv)
-    args.model = plain_name(args.model)
-    _use_positional_data_dir(args)
+    values = vars(parser.parse_args(argv))
     for name in ('gpd_ratio', 'gpd_branches', 'batch_size', 'epochs', 'grad_accum_steps', 'val_interval',
                  'checkpoint_hist', 'log_interval'):
-        if getattr(args, name) < 1:
-            raise UsageError(f'--{name.replace("_", "-")} must be a positive integer, but is {getattr(args, name)}')
-    if not args.gpd_noise >= 0:
-        raise UsageError(f'--gpd-noise must be at least 0, but is {args.gpd_noise}')
-    return args
+        if values[name] < 1:
+            raise UsageError(f'--{name.replace("_", "-")} must be a positive integer, but is {values[name]}')
+    if not values['gpd_noise'] >= 0:
+        raise UsageError(f'--gpd-noise must be at least 0, but is {values["gpd_noise"]}')
+    return Arguments(**{
+        **values, 'model': plain_name(values['model']), 'data_dir': values['data_dir'] or values['data']})
 
 
-def parse_validate_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
+def parse_validate_args(argv: Optional[List[str]] = None) -> Arguments:
     """Arguments of ``validate.py``.
+
+    Args:
+        argv: the command line, without the program's name; default that of this process.
+
+    Returns:
+        A value for every argument; ``data_dir`` is the folder wherever it stood.
 
     Raises:
         UsageError: if something cannot be understood.
     """
-    args = _validate_parser().parse_args(argv)
-    _use_positional_data_dir(args)
-    return args
-
-
-def _use_positional_data_dir(args: argparse.Namespace) -> None:
-    args.data_dir = args.data_dir or args.data
+    values = vars(_validate_parser().parse_args(argv))
+    return Arguments(**{**values, 'data_dir': values['data_dir'] or values['data']})
 
 
 def _read_config(path: str, parser: argparse.ArgumentParser) -> Any:

@@ -1,40 +1,67 @@
 """Datasets and loaders of a run, through timm's factories."""
 import argparse
 import os
-from typing import Any, Dict, Tuple
+from dataclasses import dataclass
+from typing import Any, Dict, Optional, Tuple
 
 import torch
 from timm.data import FastCollateMixup, Mixup, create_dataset, create_loader
 
 from ..errors import UsageError, usage_errors
 from .digits import write_digits
+from .student import InputConfig
 
-__all__ = ['create_eval_loader', 'create_train_loader', 'prepare_dataset', 'uses_mixup']
+__all__ = ['DataSource', 'create_eval_loader', 'create_train_loader', 'resolve_data', 'uses_mixup']
 
 
-def prepare_dataset(args: argparse.Namespace) -> None:
-    """Makes sure that there is a dataset: writes the digits, and checks that a folder is one.
+@dataclass(frozen=True)
+class DataSource:
+    """Where images are.
+
+    Attributes:
+        dataset: name for timm's ``create_dataset``; empty for an image folder.
+        folder: root of the dataset, or None where timm chooses it.
+    """
+    dataset: str
+    folder: Optional[str]
+
+
+def resolve_data(args: argparse.Namespace) -> DataSource:
+    """Finds the dataset: writes the digits, and checks that a folder is there.
+
+    Args:
+        args: arguments of ``train.py`` or ``validate.py``.
+
+    Returns:
+        Where the images are.
 
     Raises:
-        UsageError: if the folder does not exist.
+        UsageError: if there is no such folder, or the digits cannot be written.
     """
     if args.dataset == 'digits':
-        args.data_dir = write_digits(args.data_dir or 'data', args.digits_train_size, args.seed)
-        args.dataset = ''
+        return DataSource('', write_digits(args.data_dir or 'data', args.digits_train_size, args.seed))
     if not args.dataset:
         if not args.data_dir:
             raise UsageError('no dataset: give --data-dir, or --dataset digits')
         if not os.path.exists(args.data_dir):
             raise UsageError(f'dataset folder {args.data_dir} does not exist: check --data-dir')
+    return DataSource(args.dataset, args.data_dir)
 
 
-def _create_dataset(args: argparse.Namespace, data_config: Dict[str, Any], split: str, is_training: bool):
-    mode = args.input_img_mode or ('RGB' if data_config['input_size'][0] == 3 else 'L')
+def _create_dataset(
+        args: argparse.Namespace,
+        source: DataSource,
+        input_config: InputConfig,
+        num_classes: int,
+        split: str,
+        is_training: bool,
+) -> Any:
+    mode = args.input_img_mode or ('RGB' if input_config.input_size[0] == 3 else 'L')
     with usage_errors('check --data-dir, --dataset and the names of the splits', RuntimeError, ValueError, OSError,
                       AssertionError, ImportError, IndexError):
         dataset = create_dataset(
-            args.dataset,
-            root=args.data_dir,
+            source.dataset,
+            root=source.folder,
             split=split,
             is_training=is_training,
             class_map=args.class_map,
@@ -44,17 +71,16 @@ def _create_dataset(args: argparse.Namespace, data_config: Dict[str, Any], split
             input_img_mode=mode,
         )
     classes = getattr(dataset.reader, 'class_to_idx', None) if hasattr(dataset, 'reader') else None
-    if classes and len(classes) > args.num_classes:
-        raise UsageError(
-            f'the {split} split has {len(classes)} classes and the model {args.num_classes}: set --num-classes')
+    if classes and len(classes) > num_classes:
+        raise UsageError(f'the {split} split has {len(classes)} classes and the model {num_classes}: set --num-classes')
     return dataset
 
 
-def _common(args: argparse.Namespace, data_config: Dict[str, Any], device: torch.device) -> Dict[str, Any]:
+def _common(args: argparse.Namespace, input_config: InputConfig, device: torch.device) -> Dict[str, Any]:
     return dict(
-        input_size=data_config['input_size'],
-        mean=data_config['mean'],
-        std=data_config['std'],
+        input_size=input_config.input_size,
+        mean=input_config.mean,
+        std=input_config.std,
         num_workers=args.workers,
         pin_memory=args.pin_mem,
         device=device,
@@ -67,8 +93,25 @@ def uses_mixup(args: argparse.Namespace) -> bool:
     return args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
 
 
-def create_train_loader(args: argparse.Namespace, data_config: Dict[str, Any], device: torch.device) -> Tuple[Any, Any]:
-    """Training loader, and the mixup function to apply to its batches (None where the loader does it, or nobody).
+def create_train_loader(
+        args: argparse.Namespace,
+        source: DataSource,
+        input_config: InputConfig,
+        num_classes: int,
+        device: torch.device,
+) -> Tuple[Any, Optional[Mixup]]:
+    """Training loader, and the mixup function to apply to its batches.
+
+    Args:
+        args: arguments of ``train.py``.
+        source: where the images are.
+        input_config: the student's input.
+        num_classes: the student's classes.
+        device: where a prefetching loader puts batches.
+
+    Returns:
+        A loader of images (B, in_chans, H, W), normalised, and of class indices (B,) or, mixed, class probabilities
+        (B, num_classes); and what mixes its batches: None where the loader does it, or nobody.
 
     Raises:
         UsageError: if the dataset cannot be read or has other classes than the model.
@@ -84,13 +127,13 @@ def create_train_loader(args: argparse.Namespace, data_config: Dict[str, Any], d
             switch_prob=args.mixup_switch_prob,
             mode=args.mixup_mode,
             label_smoothing=args.smoothing,
-            num_classes=args.num_classes,
+            num_classes=num_classes,
         )
         mixup_fn, collate_fn = (mixup, None) if args.no_prefetcher else (None, mixup)
     interpolation = args.train_interpolation
     if args.no_aug or not interpolation:
-        interpolation = data_config['interpolation']
-    dataset = _create_dataset(args, data_config, args.train_split, is_training=True)
+        interpolation = input_config.interpolation
+    dataset = _create_dataset(args, source, input_config, num_classes, args.train_split, is_training=True)
     if len(dataset) < args.batch_size:
         raise UsageError(f'{len(dataset)} training images do not fill a batch of {args.batch_size}: lower --batch-size')
     loader = create_loader(
@@ -114,22 +157,38 @@ def create_train_loader(args: argparse.Namespace, data_config: Dict[str, Any], d
         interpolation=interpolation,
         collate_fn=collate_fn,
         worker_seeding=args.worker_seeding,
-        **_common(args, data_config, device),
+        **_common(args, input_config, device),
     )
     return loader, mixup_fn
 
 
-def create_eval_loader(args: argparse.Namespace, data_config: Dict[str, Any], device: torch.device) -> Any:
+def create_eval_loader(
+        args: argparse.Namespace,
+        source: DataSource,
+        input_config: InputConfig,
+        num_classes: int,
+        device: torch.device,
+) -> Any:
     """Validation loader.
+
+    Args:
+        args: arguments of ``train.py`` or ``validate.py``.
+        source: where the images are.
+        input_config: the model's input.
+        num_classes: the model's classes.
+        device: where a prefetching loader puts batches.
+
+    Returns:
+        A loader of images (B, in_chans, H, W), normalised, and class indices (B,).
 
     Raises:
         UsageError: if the dataset cannot be read or has other classes than the model.
     """
     return create_loader(
-        _create_dataset(args, data_config, args.val_split, is_training=False),
+        _create_dataset(args, source, input_config, num_classes, args.val_split, is_training=False),
         batch_size=getattr(args, 'validation_batch_size', None) or args.batch_size,
         is_training=False,
-        interpolation=data_config['interpolation'],
-        crop_pct=data_config['crop_pct'],
-        **_common(args, data_config, device),
+        interpolation=input_config.interpolation,
+        crop_pct=input_config.crop_pct,
+        **_common(args, input_config, device),
     )

@@ -1,66 +1,50 @@
-"""One epoch of training and one pass of validation, for any of timm's tasks."""
+"""One epoch of training, for any of timm's tasks."""
 import argparse
 import logging
 import math
 import time
 from collections import OrderedDict
 from contextlib import nullcontext
-from dataclasses import dataclass, field
-from typing import Any, Callable, Dict, List, Optional
+from dataclasses import dataclass, field, fields
+from typing import Any, Dict, Optional
 
 import torch
-import torch.nn as nn
-import torch.nn.functional as F
+from timm.data import Mixup
 from timm.task import TrainingTask
-from timm.utils import AverageMeter, CheckpointSaver, NativeScaler, accuracy, dispatch_clip_grad
+from timm.utils import AverageMeter, CheckpointSaver, dispatch_clip_grad
 
-from ..errors import UsageError
 from ..losses import check_finite
-from .cpu import tune_cpu
+from .compute import Compute
+from .schedule import mean_lr
 
-__all__ = ['Compute', 'create_compute', 'mean_lr', 'train_one_epoch', 'validate']
+__all__ = ['LoopSettings', 'train_one_epoch']
 
 _logger = logging.getLogger('train')
 
 
-@dataclass
-class Compute:
-    """Where and in which precision a run computes."""
-    device: torch.device
-    autocast: Callable[[], Any] = nullcontext
-    loss_scaler: Optional[NativeScaler] = None
-    memory_format: torch.memory_format = torch.contiguous_format
+@dataclass(frozen=True)
+class LoopSettings:
+    """How an epoch is trained.
 
-    def prepare(self, *tensors: torch.Tensor) -> List[torch.Tensor]:
-        """Moves a batch to the device, images into the memory format."""
-        return [
-            tensor.to(self.device, memory_format=self.memory_format if tensor.dim() == 4 else torch.preserve_format)
-            for tensor in tensors
-        ]
-
-
-def create_compute(args: argparse.Namespace) -> Compute:
-    """Reads ``--device``, ``--amp``, ``--amp-dtype`` and ``--channels-last``. Tunes the process for the CPU.
-
-    Raises:
-        UsageError: if the device is not there.
+    Attributes:
+        grad_accum_steps: batches of an update.
+        clip_grad: limit that gradients are clipped to, None for none.
+        clip_mode: what is limited: ``'norm'``, ``'value'``, or ``'agc'``, the norm relative to the weights'.
+        mixup_off_epoch: epoch from which on batches are not mixed, 0 for never.
+        log_interval: updates between log lines.
+        recovery_interval: updates between recovery checkpoints, 0 for none.
     """
-    try:
-        device = torch.device(args.device)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f'device {args.device} cannot be used: {str(error).splitlines()[0]} (try --device cpu)')
-    if device.type == 'cpu':
-        tune_cpu()
-    compute = Compute(device)
-    if args.channels_last:
-        compute.memory_format = torch.channels_last
-    if args.amp:
-        dtype = getattr(torch, args.amp_dtype)
-        compute.autocast = lambda: torch.autocast(device.type, dtype)
-        if dtype == torch.float16:
-            compute.loss_scaler = NativeScaler(device=device.type)
-    return compute
+    grad_accum_steps: int = 1
+    clip_grad: Optional[float] = None
+    clip_mode: str = 'norm'
+    mixup_off_epoch: int = 0
+    log_interval: int = 50
+    recovery_interval: int = 0
+
+    @classmethod
+    def from_args(cls, args: argparse.Namespace) -> 'LoopSettings':
+        """What the arguments of ``train.py`` say, under the same names."""
+        return cls(**{setting.name: getattr(args, setting.name) for setting in fields(cls)})
 
 
 def train_one_epoch(
@@ -69,10 +53,10 @@ def train_one_epoch(
         loader: Any,
         optimizer: torch.optim.Optimizer,
         compute: Compute,
-        args: argparse.Namespace,
+        settings: LoopSettings = LoopSettings(),
         lr_scheduler: Any = None,
         saver: Optional[CheckpointSaver] = None,
-        mixup_fn: Optional[Callable] = None,
+        mixup_fn: Optional[Mixup] = None,
 ) -> Dict[str, float]:
     """Trains for one epoch.
 
@@ -82,8 +66,7 @@ def train_one_epoch(
         loader: batches of images (B, in_chans, H, W) and targets.
         optimizer: over the task's trainable module.
         compute: device and precision.
-        args: ``grad_accum_steps``, ``clip_grad``, ``clip_mode``, ``mixup_off_epoch``, ``log_interval`` and
-            ``recovery_interval`` are used.
+        settings: accumulation, clipping, logging.
         lr_scheduler: timm scheduler; stepped on every update.
         saver: writes recovery checkpoints.
         mixup_fn: mixes a batch, where the loader does not.
@@ -94,7 +77,7 @@ def train_one_epoch(
     Raises:
         FloatingPointError: if the loss is NaN or infinite; names its terms that are.
     """
-    if args.mixup_off_epoch and epoch >= args.mixup_off_epoch:
+    if settings.mixup_off_epoch and epoch >= settings.mixup_off_epoch:
         if mixup_fn is not None:
             mixup_fn.mixup_enabled = False
         elif getattr(loader, 'mixup_enabled', False):
@@ -103,17 +86,17 @@ def train_one_epoch(
     means = _ScalarMeans()
     loss_meter, update_time, data_time = AverageMeter(), AverageMeter(), AverageMeter()
     batches = len(loader)
-    updates_per_epoch = -(-batches // args.grad_accum_steps)
+    updates_per_epoch = -(-batches // settings.grad_accum_steps)
     num_updates = epoch * updates_per_epoch
     samples = 0
     optimizer.zero_grad()
     data_start = update_start = time.time()
     for index, (images, target) in enumerate(loader):
-        update = index // args.grad_accum_steps
+        update = index // settings.grad_accum_steps
         # The last update of an epoch may have fewer batches than the others.
-        accumulated = min(args.grad_accum_steps, batches - update * args.grad_accum_steps)
+        accumulated = min(settings.grad_accum_steps, batches - update * settings.grad_accum_steps)
         last_batch = index == batches - 1
-        needs_update = last_batch or (index + 1) % args.grad_accum_steps == 0
+        needs_update = last_batch or (index + 1) % settings.grad_accum_steps == 0
         images, target = compute.prepare(images, target)
         if mixup_fn is not None:
             images, target = mixup_fn(images, target)
@@ -122,7 +105,7 @@ def train_one_epoch(
         with nullcontext() if needs_update else task.no_sync():
             with compute.autocast():
                 result = task(images, target)
-            _backward(result['loss'] / accumulated, task, optimizer, compute, args, needs_update)
+            _backward(result['loss'] / accumulated, task, optimizer, compute, settings, needs_update)
         means.update(result, images.shape[0])
         samples += images.shape[0]
         if needs_update:
@@ -135,7 +118,7 @@ def train_one_epoch(
             loss_meter.update(loss, images.shape[0])
             update_time.update(time.time() - update_start)
             update_start = time.time()
-            if update % args.log_interval == 0 or last_batch:
+            if update % settings.log_interval == 0 or last_batch:
                 lr = mean_lr(optimizer)
                 _logger.info(
                     f'Train: {epoch} [{update:>4d}/{updates_per_epoch} '
@@ -145,7 +128,7 @@ def train_one_epoch(
                     f'({update_time.avg:.3f}s, {samples / update_time.avg:>7.2f}/s)  '
                     f'LR: {lr:.3e}  '
                     f'Data: {data_time.val:.3f} ({data_time.avg:.3f})')
-            if saver is not None and args.recovery_interval and (update + 1) % args.recovery_interval == 0:
+            if saver is not None and settings.recovery_interval and (update + 1) % settings.recovery_interval == 0:
                 saver.save_recovery(epoch, batch_idx=update)
             if lr_scheduler is not None:
                 lr_scheduler.step_update(num_updates=num_updates, metric=loss_meter.avg)
@@ -159,26 +142,20 @@ def _backward(
         task: TrainingTask,
         optimizer: torch.optim.Optimizer,
         compute: Compute,
-        args: argparse.Namespace,
+        settings: LoopSettings,
         needs_update: bool,
 ) -> None:
-    clipped = task.get_clip_parameters(exclude_head='agc' in args.clip_mode) if args.clip_grad is not None else None
+    limit, mode = settings.clip_grad, settings.clip_mode
+    clipped = None if limit is None else task.get_clip_parameters(exclude_head='agc' in mode)
     if compute.loss_scaler is not None:
         compute.loss_scaler(
-            loss, optimizer, clip_grad=args.clip_grad, clip_mode=args.clip_mode, parameters=clipped,
-            need_update=needs_update)
+            loss, optimizer, clip_grad=limit, clip_mode=mode, parameters=clipped, need_update=needs_update)
         return
     loss.backward()
     if needs_update:
-        if clipped is not None:
-            dispatch_clip_grad(clipped, value=args.clip_grad, mode=args.clip_mode)
+        if limit is not None:
+            dispatch_clip_grad(clipped, value=limit, mode=mode)
         optimizer.step()
-
-
-def mean_lr(optimizer: torch.optim.Optimizer) -> float:
-    """Mean learning rate of an optimizer's parameter groups."""
-    rates = [group['lr'] for group in optimizer.param_groups]
-    return sum(rates) / len(rates)
 
 
 @dataclass
@@ -199,52 +176,3 @@ class _ScalarMeans:
 
     def compute(self) -> Dict[str, float]:
         return OrderedDict((name, total.item() / self.count) for name, total in self.sums.items())
-
-
-@torch.inference_mode()
-def validate(
-        models: Dict[str, nn.Module],
-        loader: Any,
-        compute: Compute,
-        log_interval: int,
-) -> Dict[str, float]:
-    """Validates several models in one pass over the images.
-
-    Args:
-        models: by the prefix of their metrics; the plain one is ``''``.
-        loader: batches of images (B, in_chans, H, W) and class indices (B,).
-        compute: device and precision.
-        log_interval: batches between log lines.
-
-    Returns:
-        For every prefix ``loss``, and ``top1`` and ``top5`` in percent.
-    """
-    meters = {prefix + name: AverageMeter() for prefix in models for name in ('loss', 'top1', 'top5')}
-    batch_time = AverageMeter()
-    for model in models.values():
-        model.eval()
-    end = time.time()
-    for index, (images, target) in enumerate(loader):
-        images, target = compute.prepare(images, target)
-        for prefix, model in models.items():
-            with compute.autocast():
-                output = model(images)
-                if isinstance(output, (tuple, list)):
-                    output = output[0]
-                loss = F.cross_entropy(output, target)
-            top1, top5 = accuracy(output, target, topk=(1, 5))
-            for name, value in (('loss', loss), ('top1', top1), ('top5', top5)):
-                meters[prefix + name].update(value.item(), images.shape[0])
-        batch_time.update(time.time() - end)
-        end = time.time()
-        if index % log_interval == 0 or index == len(loader) - 1:
-            for prefix in models:
-                name = f'Test ({prefix.rstrip("_")})' if prefix else 'Test'
-                loss, top1, top5 = (meters[prefix + key] for key in ('loss', 'top1', 'top5'))
-                _logger.info(
-                    f'{name}: [{index:>4d}/{len(loader) - 1}]  '
-                    f'Time: {batch_time.val:.3f} ({batch_time.avg:.3f})  '
-                    f'Loss: {loss.val:>7.3f} ({loss.avg:>6.3f})  '
-                    f'Acc@1: {top1.val:>7.3f} ({top1.avg:>7.3f})  '
-                    f'Acc@5: {top5.val:>7.3f} ({top5.avg:>7.3f})')
-    return OrderedDict((name, meter.avg) for name, meter in meters.items())

@@ -20,18 +20,23 @@ def resume_run(
 ) -> int:
     """Restores task, optimizer and loss scaler from ``--resume``.
 
+    Args:
+        args: arguments of ``train.py``; ``--no-resume-opt`` leaves optimizer and loss scaler as they are.
+        task: what is trained; receives student, dynamic teacher and distillers.
+        optimizer: over its trainable module.
+        loss_scaler: of mixed precision, if any.
+
     Returns:
-        The epoch to go on with.
+        The epoch to go on with, from 0.
 
     Raises:
         UsageError: if the file is missing, is no checkpoint, or is one of another architecture or other GPD settings.
     """
     if not os.path.isfile(args.resume):
         raise UsageError(f'checkpoint {args.resume} does not exist: check --resume')
-    if args.no_resume_opt:
-        optimizer = loss_scaler = None
+    state = {} if args.no_resume_opt else dict(optimizer=optimizer, loss_scaler=loss_scaler)
     try:
-        epoch = resume_task_checkpoint(task, args.resume, optimizer=optimizer, loss_scaler=loss_scaler)
+        epoch = resume_task_checkpoint(task, args.resume, **state)
     except (pickle.UnpicklingError, EOFError, OSError) as error:
         raise UsageError(f'{args.resume} cannot be read as a checkpoint: {str(error).splitlines()[0]}')
     except (RuntimeError, ValueError, KeyError, TypeError) as error:

@@ -12,12 +12,13 @@ import torch
 import yaml
 from timm.models import safe_model_name
 from timm.task import TrainingTask
-from timm.utils import unwrap_model, update_summary
+from timm.utils import update_summary
 
-from ..teacher import StudentView
 from ..errors import UsageError
-from ..student_folder.folder import PLOT, read_metrics, save_student
+from ..student_folder import PLOT, read_metrics, save_student
 from ..version import __version__
+from .student import InputConfig
+from .task import get_student
 
 __all__ = ['RunFolder']
 
@@ -28,16 +29,16 @@ class RunFolder:
     """``<output>/<experiment>/`` with ``args.yaml``, ``summary.csv``, checkpoints, ``student/`` and ``gap.png``.
 
     Args:
-        args: arguments of the run; their values now are what is noted.
-        data_config: input of the model, for the default name.
+        args: arguments of the run.
+        input_config: input of the student, for the default name.
 
     Raises:
         UsageError: if the folder cannot be written, or holds another run than the one that is resumed.
     """
 
-    def __init__(self, args: argparse.Namespace, data_config: Dict[str, Any]) -> None:
+    def __init__(self, args: argparse.Namespace, input_config: InputConfig) -> None:
         name = args.experiment or '-'.join([
-            datetime.now().strftime('%Y%m%d-%H%M%S'), safe_model_name(args.model), str(data_config['input_size'][-1])])
+            datetime.now().strftime('%Y%m%d-%H%M%S'), safe_model_name(args.model), str(input_config.input_size[-1])])
         self.path = os.path.join(args.output or os.path.join('output', 'train'), name)
         self.args = dict(vars(args))
         self.results: List[Dict[str, Any]] = []
@@ -56,7 +57,10 @@ class RunFolder:
         return os.path.join(self.path, name)
 
     def open(self) -> None:
-        """Notes every value and the versions; ``train.py --config args.yaml`` repeats the run."""
+        """Notes the command as it was given, with every default, and the versions.
+
+        ``train.py --config args.yaml`` repeats the run.
+        """
         versions = dict(timm_gpd=__version__, timm=timm.__version__, torch=str(torch.__version__))
         with open(self.file('args.yaml'), 'w') as file:
             yaml.safe_dump({**self.args, 'versions': versions}, file, default_flow_style=False)
@@ -73,11 +77,10 @@ class RunFolder:
 
     def finish(self, task: TrainingTask) -> None:
         """Writes the last epoch's student, the averaged one where there is an average, and the plot."""
-        model = unwrap_model(task.get_eval_model(ema=task.has_ema()))
-        student = model.dynamic_teacher.extract_student() if isinstance(model, StudentView) else model
         self.plot_gap()
         save_student(
-            student, self.file('student'), self.args, read_metrics(self.file('summary.csv')), self.file(PLOT))
+            get_student(task, ema=task.has_ema()), self.file('student'), self.args,
+            read_metrics(self.file('summary.csv')), self.file(PLOT))
         _logger.info(f'Student written to {self.file("student")}')
 
     def plot_gap(self) -> None:

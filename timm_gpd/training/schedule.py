@@ -1,0 +1,42 @@
+"""The schedule of a run's learning rate."""
+import argparse
+from typing import Any, Tuple
+
+import torch
+from timm.scheduler import create_scheduler_v2, scheduler_kwargs
+
+__all__ = ['create_schedule', 'mean_lr']
+
+
+def create_schedule(
+        args: argparse.Namespace,
+        optimizer: torch.optim.Optimizer,
+        updates_per_epoch: int,
+        start_epoch: int,
+        lower_is_better: bool,
+) -> Tuple[Any, int]:
+    """timm's scheduler, taken to the epoch that the run starts with.
+
+    Args:
+        args: arguments of ``train.py``.
+        optimizer: whose learning rates it sets.
+        updates_per_epoch: updates of the optimizer in an epoch.
+        start_epoch: index of the first epoch, from 0.
+        lower_is_better: of the metric that the schedule ``plateau`` watches.
+
+    Returns:
+        The scheduler, and the number of epochs at whose end the run ends.
+    """
+    scheduler, num_epochs = create_scheduler_v2(
+        optimizer, **scheduler_kwargs(args, decreasing_metric=lower_is_better), updates_per_epoch=updates_per_epoch)
+    if start_epoch > 0 and args.sched_on_updates:
+        scheduler.step_update(start_epoch * updates_per_epoch)
+    elif start_epoch > 0:
+        scheduler.step(start_epoch)
+    return scheduler, num_epochs
+
+
+def mean_lr(optimizer: torch.optim.Optimizer) -> float:
+    """Mean learning rate of an optimizer's parameter groups."""
+    rates = [group['lr'] for group in optimizer.param_groups]
+    return sum(rates) / len(rates)
