@@ -6,7 +6,6 @@ import pytest
 import timm
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
 from timm_gpd import GapPreservingTask, expand
 from timm_gpd.axes import TensorMap
@@ -98,7 +97,7 @@ SHARED = {
     'in a list of Python': lambda: Net(Selfish()),
 }
 OTHER_MODELS = {  # of timm, that share modules, tie parameters or keep computed tensors, apart from each module's smallest
-    'coat_lite_tiny': partial(timm.create_model, 'coat_lite_tiny', num_classes=5, depths=(1, 1, 1, 1)),
+    'coat_lite_tiny': partial(timm.create_model, 'coat_lite_tiny', num_classes=5, serial_depths=(1, 1, 1, 1)),
 }
 
 
@@ -172,7 +171,7 @@ class Hoarder(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.weight, self.conv = nn.Parameter(torch.randn(8)), conv()
+        self.weight, self.shift, self.conv = nn.Parameter(torch.randn(8)), nn.Parameter(torch.randn(8)), conv()
         self.forget()
         self.last, self.seen = None, {'inputs': []}  # kept, and never used
 
@@ -187,12 +186,19 @@ class Hoarder(nn.Module):
     def forward(self, x):
         self.last = x
         self.seen['inputs'].append((x * 2,))
-        if self.training or self.kept is None:
-            kept, table, listed = self.weight.exp()[:, None, None], self.weight.sin()[:, None, None], self.conv.weight * 2
-            if self.training:
-                return F.conv2d(x * kept + table, listed, padding=1)
-            self.kept, self.table['here'], self.list = kept, table, [[listed], (listed,)]
-        return F.conv2d(x * self.kept + self.table['here'], self.list[1][0], padding=1)
+        if self.training:
+            return self.run(x, *self.compute())
+        if self.kept is None:
+            self.kept, self.table['here'], listed = self.compute()
+            self.list = [[listed], (listed,)]
+        return self.run(x, self.kept, self.table['here'], self.list[1][0])
+
+    def compute(self):
+        weight, shift = self.weight[:, None, None], self.shift[:, None, None]
+        return weight.exp(), weight.sin(), shift.tanh()
+
+    def run(self, x, first, second, third):
+        return self.conv(x * first + second) * third
 
 
 CACHING['artificial'] = lambda: Net(Hoarder())

@@ -7,7 +7,7 @@ import torch
 import torch.nn as nn
 
 from ..expansion import plan_expansion, verify_plan
-from ..expansion.copies import copy_model, parameterless_copy, plain_copy, wide_copy
+from ..expansion.copies import copy_model, forget_computed_tensors_, parameterless_copy, plain_copy, wide_copy
 from ..plan import ExpansionPlan
 from .branches import branch_kinds
 from .branching import branch_convolutions
@@ -258,6 +258,7 @@ class DynamicTeacher(nn.Module):
         Returns:
             What ``load_state_dict`` of a student returns: missing and unexpected keys.
         """
+        _forget_computed_tensors(self)
         plain = self.extract_student()
         result = plain.load_state_dict(state_dict, strict=strict)
         wide = dict(_named_tensors(self.wide))
@@ -314,8 +315,19 @@ class DynamicTeacher(nn.Module):
         self.wide.set_grad_checkpointing(enable)
         self.student.set_grad_checkpointing(enable)
 
+    def __getstate__(self) -> Dict[str, Any]:
+        """What deep copies and pickles are made from."""
+        _forget_computed_tensors(self)
+        return self.__dict__
+
     def extra_repr(self) -> str:
         return f'ratio={self.plan.ratio}, scale={self.scale}, branches={self.branch_kinds}'
+
+
+def _forget_computed_tensors(dynamic_teacher: DynamicTeacher) -> None:
+    """A compiler runs the models themselves, not twins of them, and what their modules keep of such a run stays."""
+    forget_computed_tensors_(dynamic_teacher.wide)
+    forget_computed_tensors_(dynamic_teacher.student)
 
 
 def _check_storage(scale: str, noise: float) -> None:
