@@ -116,7 +116,7 @@ class DynamicTeacher(nn.Module):
         self.wide = wide_copy(student, plan, self._stored)
         self.student = parameterless_copy(student)
         if noise:
-            self._add_noise(noise)
+            _add_noise_(self.wide, plan, noise)
         self.branches, self._branched = branch_convolutions(
             self.wide, plan.tensors, self._layout.is_trained, self.branch_kinds, scale)
         stores_student = scale == 'student'
@@ -293,12 +293,6 @@ class DynamicTeacher(nn.Module):
         teacher = copy_model(self.wide, lambda name, tensor: parameters.get(name, tensor).detach().clone())
         return self._layout.fill_slots(teacher, {name: parameters[name] for name in self._branched})
 
-    @torch.no_grad()
-    def _add_noise(self, noise: float) -> None:
-        for name, parameter in self.wide.named_parameters():
-            if name in self._divisors:
-                parameter += self.plan.tensors[name].noise_like(parameter, noise * parameter.std().item())
-
     # -- what timm's optimizer factory asks a model -----------------------------------------------------------------
 
     def no_weight_decay(self) -> set:
@@ -322,6 +316,13 @@ class DynamicTeacher(nn.Module):
 
     def extra_repr(self) -> str:
         return f'ratio={self.plan.ratio}, scale={self.scale}, branches={self.branch_kinds}'
+
+
+@torch.no_grad()
+def _add_noise_(wide: nn.Module, plan: ExpansionPlan, noise: float) -> None:
+    for name, parameter in wide.named_parameters():
+        if name in plan.tensors and plan.tensors[name].divisor > 1:
+            parameter += plan.tensors[name].noise_like(parameter, noise * parameter.std().item())
 
 
 def _forget_computed_tensors(dynamic_teacher: DynamicTeacher) -> None:
