@@ -5,7 +5,7 @@ import shutil
 import pytest
 import timm
 import torch
-import torch._dynamo.config
+import torch._dynamo
 import torch.nn.functional as F
 
 from timm_gpd import GapPreservingTask, expand
@@ -149,8 +149,6 @@ STUDENTS = {
 
 
 @pytest.mark.usefixtures('may_change_settings')
-@pytest.mark.skipif(not hasattr(torch._dynamo.config, 'trace_autograd_ops'), reason=(
-    f'torch {torch.__version__} traces no backward pass within a forward pass'))
 @pytest.mark.parametrize('name, branches, backend', [
     ('resnet', 6, 'aot_eager'), ('efficientnet', 6, 'eager'), ('vit', 1, 'eager'),
     pytest.param('resnet', 1, 'inductor', marks=pytest.mark.skipif(not shutil.which('g++'), reason='needs a compiler')),

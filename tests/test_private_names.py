@@ -2,6 +2,7 @@
 import ast
 import importlib
 import re
+import shutil
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,6 +15,8 @@ import torch.nn as nn
 
 from test_layout import is_private, private_names
 from timm_gpd import private_timm, private_torch
+from timm_gpd.axes import AxisMap, TensorMap
+from timm_gpd.teacher.shared_tensors import add_to_first_replicas
 
 HOMES = {private_torch: torch, private_timm: timm}
 TRACES = hasattr(torch._dynamo.config, 'trace_autograd_ops')
@@ -122,6 +125,24 @@ def test_a_backward_pass_is_traced():
         assert private_torch.can_trace_backward()
         torch._dynamo.reset()
         assert torch.compile(lambda x: slope(x * 1), backend='eager', fullgraph=True)(x).tolist() == [6, 24]
+
+
+@pytest.mark.usefixtures('may_change_settings')
+@pytest.mark.skipif(not shutil.which('g++'), reason='needs a compiler')
+def test_operators_that_write_into_lists_are_compiled():
+    if not private_torch.compiles_writing_operators():
+        pytest.skip(f'the Inductor of torch {torch.__version__} loses some; they are not used')
+    tensor_map = TensorMap((4, 3), ((0, AxisMap.uniform(4, 2)),))
+
+    def add(wholes, parts):
+        wholes = [whole * 2 for whole in wholes]
+        add_to_first_replicas(wholes, parts, [tensor_map] * 2)
+        return [whole + 1 for whole in wholes]
+
+    wholes, parts = torch.randn(2, 4, 3).unbind(), torch.randn(2, 2, 3).unbind()
+    torch._dynamo.reset()
+    for actual, expected in zip(torch.compile(add, fullgraph=True)(wholes, parts), add(wholes, parts), strict=True):
+        torch.testing.assert_close(actual, expected)
 
 
 @pytest.mark.usefixtures('may_change_settings')

@@ -12,9 +12,9 @@ import torch.nn as nn
 from torch.utils._pytree import tree_map_only
 
 __all__ = [
-    'BatchNorm', 'InstanceNorm', 'add_each_', 'can_trace_backward', 'forget_flat_weights', 'has_active_transforms',
-    'has_forward_mode', 'keeps_compiled_layouts', 'list_flat_weights', 'multiply_each', 'set_keep_compiled_layouts',
-    'trace_backward', 'tree_map_only',
+    'BatchNorm', 'InstanceNorm', 'add_each_', 'can_trace_backward', 'compiles_writing_operators', 'forget_flat_weights',
+    'has_active_transforms', 'has_forward_mode', 'keeps_compiled_layouts', 'list_flat_weights', 'multiply_each',
+    'set_keep_compiled_layouts', 'trace_backward', 'tree_map_only',
 ]
 
 # What all batch norms, and all instance norms, are instances of, whatever their number of dimensions.
@@ -41,6 +41,14 @@ def trace_backward() -> None:
     """Lets ``torch.compile`` trace a backward pass within a forward pass, where this torch can."""
     if hasattr(torch._dynamo.config, 'trace_autograd_ops'):
         torch._dynamo.config.trace_autograd_ops = True
+
+
+def compiles_writing_operators() -> bool:
+    """Whether Inductor compiles custom operators that write into lists of tensors.
+
+    That of torch 2.8 and 2.10 loses some and ends with a KeyError. The setting came later, in torch 2.14.
+    """
+    return hasattr(torch._dynamo.config, 'trace_autograd_ops')
 
 
 def keeps_compiled_layouts() -> bool:

@@ -172,8 +172,8 @@ class DynamicTeacher(nn.Module):
                 shards.
         """
         teacher, student = self.parameters_of_both(memory_format_of(x))
-        run_student = student_tap or partial(call_with_parameters, self.student)
-        run_teacher = teacher_tap or partial(call_with_parameters, self.wide)
+        run_student = partial(call_with_parameters, self.student) if student_tap is None else student_tap
+        run_teacher = partial(call_with_parameters, self.wide) if teacher_tap is None else teacher_tap
         if teacher_loss is None:
             teacher_output = run_teacher(teacher, x)
             return JointOutput(run_student(student, x), teacher_output)

@@ -32,14 +32,15 @@ class EarlyBackward:
     """
 
     def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
-        wanted = {id(tensor): tensor for tensor in tensors if tensor.requires_grad}  # tied tensors have several names
-        self.is_early = torch.is_grad_enabled() and bool(wanted) and _is_possible(next(iter(wanted.values())).device)
+        wanted = [tensor for tensor in tensors if tensor.requires_grad]
+        self.is_early = torch.is_grad_enabled() and len(wanted) > 0 and _is_possible(wanted[0].device)
         self._stand_ins: List[torch.Tensor] = []
         self._sources: List[Any] = []
         self._gradients: List[torch.Tensor] = []
         if self.is_early:
-            self._stand_ins = [_StandIn.apply(tensor) for tensor in wanted.values()]
-            self._sources = [_edge(tensor) for tensor in wanted.values()]
+            wanted = list({id(tensor): tensor for tensor in wanted}.values())  # tied tensors have several names
+            self._stand_ins = [_StandIn.apply(tensor) for tensor in wanted]
+            self._sources = [_edge(tensor) for tensor in wanted]
 
     def run(self, result: Mapping[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
         """Runs the backward pass of a loss.

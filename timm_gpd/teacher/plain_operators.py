@@ -6,14 +6,16 @@ and need more memory.
 """
 import torch
 
-from ..private_torch import has_active_transforms, has_forward_mode
+from ..private_torch import compiles_writing_operators, has_active_transforms, has_forward_mode
 
 __all__ = ['has_second_derivatives', 'needs_plain_operators']
 
 
 def needs_plain_operators() -> bool:
-    """Whether a forward pass runs in forward mode or in a transform of ``torch.func``, such as ``vmap``."""
-    return not torch.compiler.is_compiling() and (has_active_transforms() or has_forward_mode())
+    """Whether a forward pass runs in forward mode, in a transform of ``torch.func`` or under an old compiler."""
+    if torch.compiler.is_compiling():
+        return not compiles_writing_operators()
+    return has_active_transforms() or has_forward_mode()
 
 
 def has_second_derivatives() -> bool:
