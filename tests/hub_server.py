@@ -318,7 +318,10 @@ class _Handler(BaseHTTPRequestHandler):
             if 'Range' not in self.headers:
                 self.answer(200, content[:len(content) // 2], content_length=len(content), **headers)
             return self.drop()
-        self.answer(200, content, **headers)
+        start = int(re.fullmatch(r'bytes=(\d+)-', self.headers.get('Range', 'bytes=0-')).group(1))
+        if start:
+            headers['Content_Range'] = f'bytes {start}-{len(content) - 1}/{len(content)}'
+        self.answer(206 if start else 200, content[start:], **headers)
 
 
 _ID = r'([^/]+/[^/]+?)'

@@ -28,7 +28,9 @@ def make_task(gpd, model='test_vit', **kwargs):
     """Of a student without statistics of the batch, so that an update is a sum over images."""
     torch.manual_seed(0)
     student = timm.create_model(model, num_classes=10, **({'img_size': 64} if 'vit' in model else {}))
-    return GapPreservingTask(student, verbose=False, **kwargs) if gpd else ClassificationTask(student, verbose=False)
+    if gpd:
+        return GapPreservingTask(student, verbose=False, **kwargs)
+    return ClassificationTask(student, torch.nn.CrossEntropyLoss(), verbose=False)
 
 
 def parameters(task):
