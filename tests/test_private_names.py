@@ -139,7 +139,7 @@ def test_operators_that_write_into_lists_are_compiled():
         add_to_first_replicas(wholes, parts, [tensor_map] * 2)
         return [whole + 1 for whole in wholes]
 
-    wholes, parts = torch.randn(2, 4, 3).unbind(), torch.randn(2, 2, 3).unbind()
+    wholes, parts = torch.randn(2, 8, 3).unbind(), torch.randn(2, 4, 3).unbind()
     torch._dynamo.reset()
     for actual, expected in zip(torch.compile(add, fullgraph=True)(wholes, parts), add(wholes, parts), strict=True):
         torch.testing.assert_close(actual, expected)

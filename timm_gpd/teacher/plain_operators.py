@@ -1,8 +1,8 @@
 """When the fast operators of this package give way to plain ones.
 
 :class:`~timm_gpd.teacher.shared_tensors.SharedTensors` and the merge of branches have gradients of their own, written
-for first derivatives in reverse mode. Everything else that autograd can do is left to plain operators, which are slower
-and need more memory.
+for first derivatives in reverse mode, with operators of their own. Everything else that autograd can do, and compilers
+that lose such operators, are left to plain operators, which are slower and need more memory.
 """
 import torch
 
