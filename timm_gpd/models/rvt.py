@@ -262,7 +262,11 @@ class RobustVisionTransformer(nn.Module):
             reset_other: bool = False,
     ) -> None:
         self.num_classes = num_classes
-        self.head.reset(num_classes, global_pool, reset_other=reset_other, in_features=self.num_features)
+        # Before timm 1.0.31 the head's reset has no arguments for these two.
+        if reset_other:
+            self.head.norm = nn.Identity().train(self.training)
+        self.head.in_features = self.head.num_features = self.num_features
+        self.head.reset(num_classes, global_pool)
         self.head_hidden_size = self.head.num_features
 
     def forward_intermediates(
