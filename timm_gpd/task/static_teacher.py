@@ -112,7 +112,7 @@ def _create(
         raise ValueError(f'{path} cannot be read as a checkpoint: {reason}')
     try:
         return create()
-    except RuntimeError as error:
+    except (KeyError, RuntimeError) as error:  # a KeyError from timm before 1.0.31, of other names
         problem = str(error).strip().splitlines()[-1].strip()  # the classifier's bias, where only that does not fit
         for key, tensor in weights.items():
             if problem.startswith(f'size mismatch for {key}:') and problem.endswith(f'[{student.num_classes}]).'):
