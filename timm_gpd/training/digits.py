@@ -1,5 +1,6 @@
 """Real images without a download: scikit-learn's handwritten digits as an image folder."""
 import os
+import random
 import shutil
 import tempfile
 
@@ -31,11 +32,14 @@ def write_digits(data_dir: str, train_size: int, seed: int) -> str:
     folder = os.path.join(data_dir, f'digits-{train_size}-{seed}')
     if os.path.isdir(folder):
         return folder
+    state = random.getstate()
     try:
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
     except ImportError:
         raise UsageError('--dataset digits needs scikit-learn: pip install "timm-gpd[demo]"')
+    finally:
+        random.setstate(state)  # that import may draw: a run that writes the digits is the same as one that finds them
     from PIL import Image
 
     digits = load_digits()
