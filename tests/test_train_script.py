@@ -13,7 +13,8 @@ import yaml
 from PIL import Image
 from programs import ROOT, run, summary
 
-from timm_gpd.private_torch import keeps_compiled_layouts
+from timm_gpd.private_torch import compiles_writing_operators, keeps_compiled_layouts
+from timm_gpd.teacher import merge, shared_tensors
 from timm_gpd.training.args import parse_train_args
 from timm_gpd.training.digits import write_digits
 
@@ -106,9 +107,12 @@ def test_gpd_name_and_flag_mean_the_same(tmp_path):
 
 @pytest.mark.parametrize('config, branches, losses', [
     ('digits', 1, None), ('digits_gpd', 1, None), ('digits_gpd', 3, 'dkd')])
-def test_a_compiled_run_trains_the_same_student(trained, tmp_path, config, branches, losses):
+def test_a_compiled_run_trains_the_same_student(trained, tmp_path, config, branches, losses, monkeypatch):
     """To 1e-4; a learning rate that is higher by 0.1 % makes a difference of 0.1 and more."""
     folder, _ = trained
+    if not compiles_writing_operators():  # both on the same operators: four updates make rounding 1e-2
+        monkeypatch.setattr(merge, 'needs_plain_operators', lambda: True)
+        monkeypatch.setattr(shared_tensors, 'needs_plain_operators', lambda: True)
     arguments = ['--gpd-branches', branches]
     if losses:
         arguments += ['--kd-model-name', f'local-dir:{folder}/student', '--kd-distill-type', losses]
