@@ -66,6 +66,10 @@ def _make_entrypoint(arch: str) -> Callable[..., nn.Module]:
             gpd_branches: Optional[int] = None,
             **kwargs: Any,
     ) -> nn.Module:
+        is_teacher = gpd_ratio is not None or gpd_branches is not None
+        if is_teacher and kwargs.get('features_only'):
+            raise ValueError(f'features_only would leave {arch} no logits to distil: create {variant} without it; the '
+                             "dynamic teacher's forward_intermediates gives its features")
         cfg, overlay = kwargs.pop('pretrained_cfg', None), kwargs.pop('pretrained_cfg_overlay', None)
         if not isinstance(cfg, (dict, PretrainedCfg)):
             tag = f'.{cfg}' if cfg else ''
@@ -86,7 +90,7 @@ def _make_entrypoint(arch: str) -> Callable[..., nn.Module]:
             config.pop(key)
             if getattr(cfg, key) is not None:
                 config[key] = getattr(cfg, key)
-        if gpd_ratio is None and gpd_branches is None:
+        if not is_teacher:
             return student
         return expand(student, 2 if gpd_ratio is None else gpd_ratio, 1 if gpd_branches is None else gpd_branches)
 
