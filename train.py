@@ -4,10 +4,7 @@ import argparse
 import json
 import logging
 import sys
-from typing import cast
 
-import torch.nn as nn
-from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.task import load_task_ema_checkpoint
 from timm.utils import CheckpointSaver, random_seed, setup_default_logging
 
@@ -19,9 +16,10 @@ from timm_gpd.training.cpu import tune_process_for
 from timm_gpd.training.data import create_eval_loader, create_train_loader, resolve_data
 from timm_gpd.training.evaluation import Evaluation
 from timm_gpd.training.loop import LoopSettings, train_one_epoch
+from timm_gpd.training.optimizer import create_optimizer
 from timm_gpd.training.resume import resume_run
 from timm_gpd.training.run_folder import RunFolder
-from timm_gpd.training.schedule import create_schedule, mean_lr, resolve_lr
+from timm_gpd.training.schedule import create_schedule, mean_lr
 from timm_gpd.training.student import count_classes, create_student, resolve_input, set_input
 from timm_gpd.training.task import create_task
 
@@ -50,11 +48,7 @@ def train(args: argparse.Namespace, compute: Compute) -> None:
     compute.place(student)
     task = create_task(args, student, compute.device)
 
-    optimizer = create_optimizer_v2(
-        cast(nn.Module, task.get_trainable_module()),
-        **{**optimizer_kwargs(cfg=args), 'lr': resolve_lr(args)},
-        **args.opt_kwargs,
-    )
+    optimizer = create_optimizer(args, task)
     start_epoch = resume_run(args, task, optimizer, compute.loss_scaler) if args.resume else args.start_epoch or 0
     if args.model_ema:
         task.setup_ema(decay=args.model_ema_decay, use_warmup=args.model_ema_warmup)

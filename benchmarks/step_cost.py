@@ -257,7 +257,7 @@ def measure_rest(name: str, size: int, branches: List[int], repeats: int) -> Dic
         rest[f'extract_student, M = {count}'] = median(teacher.extract_student)
 
         def read_and_back() -> None:
-            wide, narrow = teacher._parameters_of_both()
+            wide, narrow = teacher.parameters_of_both()
             outputs = [tensor for tensor in (*wide.values(), *narrow.values()) if tensor.grad_fn is not None]
             torch.autograd.backward(outputs, [torch.ones_like(tensor) for tensor in outputs])
             teacher.zero_grad()
@@ -283,12 +283,14 @@ def format_ratio(cell: Dict[str, Any], key: str, branches: str) -> str:
 
 
 def rows(results: Dict[str, Any], device: str) -> Iterator[str]:
+    """A row for every cell of a device that was measured."""
     for batch, size in SETTINGS[device]:
         for name in MODELS:
             for mode in MODES:
-                cell = results['cells'].get(f'{device}/{name}/{mode}/{batch}/{size}', {})
-                seconds = cell.get('seconds', {})
-                floor = f'{seconds["floor"]:.3f} s' if seconds else NOT_MEASURED
+                cell = results['cells'].get(f'{device}/{name}/{mode}/{batch}/{size}')
+                if cell is None:
+                    continue
+                floor = f'{cell["seconds"]["floor"]:.3f} s'
                 figures = [format_ratio(cell, kind, count) for kind in ('ratio', 'memory_ratio') for count in '16']
                 if name.startswith('vit'):
                     figures[1] = figures[3] = 'no such kernel'
@@ -313,13 +315,16 @@ def write_report(results: Dict[str, Any], folder: str) -> None:
         'over an eager one, in the same turns, for each M. On the CPU, freed memory is kept and denormal numbers are '
         'flushed, as in `train.py`, for every step alike.', '',
     ]
+    measured = [row for device in DEVICES for row in rows(results, device)]
     lines += [
         f'A row is what was measured last, on the processor and with the torch that it names; timm {timm.__version__}.',
         '',
         '| device | model | mode | batch | floor | time, M = 1 | time, M = 6 | memory, M = 1 | memory, M = 6 '
         '| over eager | processor | torch |',
         '|---|---|---|---|---|---|---|---|---|---|---|---|',
-        *(row for device in DEVICES for row in rows(results, device)), '',
+        *measured, '',
+        *(f'Not measured: {device}. `python benchmarks/step_cost.py --devices {device}` does it.\n'
+          for device in DEVICES if not list(rows(results, device))),
         '## Around the step', '',
         'On the CPU, in seconds. `expand` plans, verifies itself in float64, and builds. "Sharing in a step" is what '
         'both models\' parameters cost a step: merging branches, rescaling, slicing, and their gradients.', '',

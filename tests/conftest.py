@@ -1,12 +1,16 @@
 """Shared by the tests: small models, randomised weights, the definition of exactness."""
 import os
+import random
 
+import numpy as np
 import pytest
 import timm
 import torch
 import torch.nn as nn
 
 import timm_gpd  # noqa: F401  registers the variants
+from process import kept_settings, read_settings, restore_settings
+from timm_gpd.rules.rule import _RULES
 
 torch.set_num_threads(1)
 os.environ['OMP_NUM_THREADS'] = '1'
@@ -15,8 +19,40 @@ os.environ['HF_HUB_OFFLINE'] = '1'
 TINY_RESNET = dict(channels=(8, 16, 32, 64), stem_width=4, num_classes=10, in_chans=1)
 
 
+def pytest_configure(config):
+    """pytest-randomly shuffles the tests; their random numbers do not depend on its seed."""
+    if hasattr(config.option, 'randomly_reset_seed'):
+        config.option.randomly_reset_seed = False
+
+
+@pytest.fixture(scope='session', autouse=True)
+def settings_at_start():
+    return read_settings()
+
+
+@pytest.fixture(autouse=True)
+def process_is_left_as_it_was(settings_at_start):
+    """Rules that a test registers go with it; any other change that it leaves behind fails it."""
+    rules = dict(_RULES)
+    yield
+    _RULES.clear()
+    _RULES.update(rules)
+    changed = restore_settings(settings_at_start)
+    if changed:
+        pytest.fail('changed and not restored:\n' + '\n'.join(f'{name}: {how}' for name, how in changed.items()))
+
+
+@pytest.fixture
+def may_change_settings():
+    """For tests of what sets switches of the process: they are set back."""
+    with kept_settings():
+        yield
+
+
 @pytest.fixture(autouse=True)
 def seed():
+    random.seed(0)
+    np.random.seed(0)
     torch.manual_seed(0)
 
 

@@ -2,32 +2,26 @@
 import contextlib
 import csv
 import io
-import logging
 import os
 import runpy
 import sys
 from types import SimpleNamespace
+
+from process import kept_settings
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 def run(script, *arguments, code=0):
     """Runs a script in this process, as ``python script arguments``: starting Python and torch anew takes seconds."""
-    root = logging.getLogger()
-    handlers, level = root.handlers, root.level
-    root.handlers = []
-    stdout, stderr, argv = io.StringIO(), io.StringIO(), sys.argv
-    sys.argv = [script, *map(str, arguments)]
+    stdout, stderr = io.StringIO(), io.StringIO()
     exit_code = 0
-    try:
-        with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
+    with kept_settings(), contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
+        sys.argv = [script, *map(str, arguments)]
+        try:
             runpy.run_path(os.path.join(ROOT, script), run_name='__main__')
-    except SystemExit as exit:
-        exit_code = exit.code
-    finally:
-        sys.argv = argv
-        root.handlers = handlers
-        root.setLevel(level)
+        except SystemExit as exit:
+            exit_code = exit.code
     assert exit_code == code, stderr.getvalue()[-3000:]
     return SimpleNamespace(stdout=stdout.getvalue(), stderr=stderr.getvalue())
 

@@ -128,7 +128,7 @@ def test_timm_alone_loads_it(server, cli, run_folder, environment):
             'assert "timm_gpd" not in sys.modules; from safetensors.torch import load_file; expected = load_file(%r); '
             'state = model.state_dict(); assert all(state[name].equal(expected[name]) for name in state); '
             'print(type(model).__name__, model.num_classes, model.pretrained_cfg["architecture"], '
-            'model.pretrained_cfg["input_size"])' % str(run_folder / 'student' / 'model.safetensors'))
+            'tuple(model.pretrained_cfg["input_size"]))' % str(run_folder / 'student' / 'model.safetensors'))
     result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd='/',
                             env={**environment, 'PYTHONPATH': ''})
     assert result.stdout == 'ResNet 10 test_resnet (1, 32, 32)\n', result.stderr

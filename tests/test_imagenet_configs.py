@@ -5,12 +5,11 @@ import os
 import pytest
 import timm
 import torch
-from timm.optim import create_optimizer_v2, optimizer_kwargs
 
 from timm_gpd.training.args import parse_train_args
 from timm_gpd.training.compute import Compute
 from timm_gpd.training.loop import LoopSettings, train_one_epoch
-from timm_gpd.training.schedule import resolve_lr
+from timm_gpd.training.optimizer import create_optimizer
 from timm_gpd.training.student import create_student, resolve_input, set_input
 from timm_gpd.training.task import create_task
 
@@ -90,8 +89,7 @@ def test_two_steps(config, weights):
         assert all(torch.equal(started[name], tensor) for name, tensor in student.state_dict().items()
                    if not name.startswith(student.pretrained_cfg['classifier']))
     task = create_task(args, student, torch.device('cpu'))
-    optimizer = create_optimizer_v2(
-        task.get_trainable_module(), **{**optimizer_kwargs(cfg=args), 'lr': resolve_lr(args)}, **args.opt_kwargs)
+    optimizer = create_optimizer(args, task)
     batches = [(torch.randn(BATCH, 3, SIZE, SIZE), torch.randint(CLASSES, (BATCH,))) for _ in range(2)]
     name = f'{student.pretrained_cfg["classifier"]}.weight'
     before = student.state_dict()[name].clone()

@@ -194,11 +194,19 @@ class TestProperties:
             beta = 1 - t.softmax(-1)[c].item()
             close(dkd_loss(s[None], t[None], c[None], alpha=1.0, beta=beta), kd_loss(s[None], t[None], 1.0))
 
-    def test_dkd_of_a_saturated_student_is_finite(self):
+    def test_dkd_of_a_saturated_student(self):
+        """Its probability of the target rounds to 1, so that of the rest to 0: by hand, log 1 and log exp(-200)."""
         student = torch.tensor([[200.0, -200.0, 0.0]], requires_grad=True)
         loss = dkd_loss(student, torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([0]))
+        p = softmax([1.0, 2.0, 3.0])
+        binary = p[0] * math.log(p[0]) + (1 - p[0]) * (math.log(1 - p[0]) + 200)
+        second, third = softmax([2.0, 3.0])  # the student's are exp(-200) and 1
+        others = second * (math.log(second) + 200) + third * math.log(third)
+        close(loss, binary + 0.5 * others, rtol=1e-6)
         loss.backward()
-        assert loss.isfinite() and student.grad.isfinite().all() and student.grad.norm() > 0
+        # d binary: 1 - p[0] moves from the target to the rest, all of which is the third class; d others likewise.
+        expected = torch.tensor([[1 - p[0], -0.5 * second, -(1 - p[0]) + 0.5 * second]])
+        torch.testing.assert_close(student.grad, expected)
 
     def test_gradients(self, logits, target, embeddings):
         assert torch.autograd.gradcheck(lambda s: dkd_loss(s, logits[1], target), logits[0].clone().requires_grad_())

@@ -77,7 +77,7 @@ def test_plain_timm_loads_the_student(trained):
     folder, _ = trained
     code = ('import sys, timm; student = timm.create_model("local-dir:%s/student", pretrained=True); '
             'assert "timm_gpd" not in sys.modules; print(type(student).__name__, student.num_classes, '
-            'student.pretrained_cfg["input_size"])' % folder)
+            'tuple(student.pretrained_cfg["input_size"]))' % folder)
     result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd='/')
     assert result.stdout.split() == ['ResNet', '10', '(1,', '32,', '32)'], result.stderr
     checkpoint = torch.load(folder / 'last.pth.tar', weights_only=False)
@@ -256,6 +256,7 @@ def files(folder):
     (['--gpd-ratio', '0'], '--gpd-ratio must be a positive integer'),
     (['--gpd-ratio', '1.5'], 'argument --gpd-ratio: invalid int value'),
     (['--gpd-branches', '-1'], '--gpd-branches must be a positive integer'),
+    (['--opt', 'adahessian'], '--opt adahessian needs second derivatives'),
     (['--gpd-loss', 'huber'], 'argument --gpd-loss: invalid choice'),
     (['--model', 'resnet19'], 'Unknown model'),
     (['--num-classes', '0'], 'no classifier'),

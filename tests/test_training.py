@@ -12,7 +12,8 @@ from timm_gpd.training.args import parse_train_args, parse_validate_args
 from timm_gpd.training.compute import create_compute
 from timm_gpd.training.data import create_train_loader, resolve_data
 from timm_gpd.training.loop import LoopSettings, train_one_epoch
-from timm_gpd.training.schedule import create_schedule, resolve_lr
+from timm_gpd.training.optimizer import resolve_lr
+from timm_gpd.training.schedule import create_schedule
 from timm_gpd.training.student import InputConfig, create_student, resolve_input
 from timm_gpd.training.task import create_task, get_student, get_validation_models
 

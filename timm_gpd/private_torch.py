@@ -9,11 +9,12 @@ import torch
 import torch._dynamo.config
 import torch._inductor.config
 import torch.nn as nn
+from torch.utils._pytree import tree_map_only
 
 __all__ = [
     'BatchNorm', 'InstanceNorm', 'add_each_', 'can_trace_backward', 'forget_flat_weights', 'has_active_transforms',
-    'has_forward_mode', 'keeps_compiled_layouts', 'list_flat_weights', 'multiply_each',
-    'set_keep_compiled_layouts', 'trace_backward',
+    'has_forward_mode', 'keeps_compiled_layouts', 'list_flat_weights', 'multiply_each', 'set_keep_compiled_layouts',
+    'trace_backward', 'tree_map_only',
 ]
 
 # What all batch norms, and all instance norms, are instances of, whatever their number of dimensions.

@@ -5,8 +5,6 @@ from typing import Any, Callable, Iterator, List, Mapping, NamedTuple, Optional,
 import torch
 import torch.nn as nn
 
-from ..teacher.functional import call_with_parameters
-
 __all__ = ['ModelOutput', 'Tap', 'example_output', 'model_name', 'stage_indices']
 
 MAX_STAGES = 4
@@ -86,15 +84,6 @@ class Tap(nn.Module):
         embeddings = [x.flatten(1) for x in inputs]
         return ModelOutput(
             logits, tuple(stages), torch.stack(embeddings).mean(0) if len(embeddings) > 1 else embeddings[0])
-
-    def run(self, parameters: Mapping[str, torch.Tensor], x: torch.Tensor) -> ModelOutput:
-        """Output of the model with other tensors in the place of its parameters.
-
-        Args:
-            parameters: tensors by the model's names of its parameters.
-            x: images, shape (B, in_chans, H, W).
-        """
-        return call_with_parameters(self, {f'model.{name}': tensor for name, tensor in parameters.items()}, x)
 
     @torch.no_grad()
     def verify(self, x: torch.Tensor) -> None:

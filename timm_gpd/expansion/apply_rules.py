@@ -2,7 +2,7 @@
 from typing import Any, Callable, Sequence
 
 import torch
-from torch.utils._pytree import tree_map_only
+from ..private_torch import tree_map_only
 
 from ..rules import Rule, RuleContext, find_rule
 from ..rules.context import find_axes, find_children, join

@@ -4,7 +4,7 @@ from typing import Any, Callable, Tuple
 import torch
 import torch.nn as nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map_only
+from ..private_torch import tree_map_only
 
 from ..errors import UnsupportedModelError
 from .functions import find_handler, find_stand_in, handle_module

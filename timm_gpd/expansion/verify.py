@@ -6,7 +6,7 @@ from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Se
 import torch
 import torch.nn as nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map_only
+from ..private_torch import tree_map_only
 
 from ..errors import UnsupportedModelError
 from ..plan import ExpansionPlan

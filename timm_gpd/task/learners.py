@@ -1,5 +1,6 @@
 """What is trained in one forward pass: a model, the learners in it, and the loss of each."""
-from typing import Callable, Dict, Mapping, Optional, Set, Tuple
+from functools import partial
+from typing import Callable, Dict, List, Mapping, Optional, Set, Tuple
 
 import torch
 import torch.nn as nn
@@ -7,6 +8,8 @@ from timm.models import group_parameters
 
 from ..distillers import Distillers, DistillSettings, ModelOutput, Tap, example_output, tap_learner
 from ..teacher import DynamicTeacher, JointOutput
+from ..teacher.dynamic_teacher import Run
+from ..teacher.functional import call_with_parameters
 from .static_teacher import StaticTeacher
 from .step_loss import StepLoss
 
@@ -94,7 +97,7 @@ class JointLearners(Learners):
         super().__init__(dynamic_teacher, taps, step_loss)
 
     def run(self, x: torch.Tensor) -> Dict[str, ModelOutput]:
-        student, teacher = self.model.joint(x, self.taps['student'].run, self.taps['dynamic_teacher'].run)
+        student, teacher = self.model.joint(x, *self._runs())
         return {'student': student, 'dynamic_teacher': teacher}
 
     def forward(
@@ -116,9 +119,16 @@ class JointLearners(Learners):
             return self.step_loss('dynamic_teacher', output, target, static_output)
 
         output, teacher = self.model.joint(
-            x, self.taps['student'].run, self.taps['dynamic_teacher'].run,
-            teacher_loss, self.step_loss.parameters_of('dynamic_teacher'))
+            x, *self._runs(), teacher_loss, self.step_loss.parameters_of('dynamic_teacher'))
         return JointOutput(self.step_loss('student', output, target, static_output), teacher)
+
+    def _runs(self) -> List[Run]:
+        """Student and dynamic teacher through their taps, as functions of parameters."""
+        return [partial(_run_tapped, self.taps[learner]) for learner in ('student', 'dynamic_teacher')]
+
+
+def _run_tapped(tap: Tap, parameters: Mapping[str, torch.Tensor], x: torch.Tensor) -> ModelOutput:
+    return call_with_parameters(tap, {f'model.{name}': tensor for name, tensor in parameters.items()}, x)
 
 
 def example_batch(

@@ -1,34 +1,11 @@
-"""The learning rate of a run, and its schedule."""
+"""The schedule of a run's learning rate."""
 import argparse
-import logging
 from typing import Any, Tuple
 
 import torch
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 
-__all__ = ['create_schedule', 'mean_lr', 'resolve_lr']
-
-_logger = logging.getLogger('train')
-
-
-def resolve_lr(args: argparse.Namespace) -> float:
-    """``--lr``, or where it was not given what ``--lr-base`` and the batch size make of it, as in timm.
-
-    Args:
-        args: arguments of ``train.py``.
-
-    Returns:
-        The learning rate that the schedule starts from.
-    """
-    if args.lr:
-        return args.lr
-    batch_size = args.batch_size * args.grad_accum_steps
-    growth = args.lr_base_scale or ('sqrt' if any(name in args.opt.lower() for name in ('ada', 'lamb')) else 'linear')
-    share = batch_size / args.lr_base_size
-    lr = args.lr_base * (share ** 0.5 if growth == 'sqrt' else share)
-    _logger.info(f'Learning rate ({lr}) calculated from base learning rate ({args.lr_base}) and effective '
-                 f'global batch size ({batch_size:g}) with {growth} scaling.')
-    return lr
+__all__ = ['create_schedule', 'mean_lr']
 
 
 def create_schedule(

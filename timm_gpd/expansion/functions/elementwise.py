@@ -2,7 +2,7 @@
 from typing import Callable, List, Sequence
 
 import torch
-from torch.utils._pytree import tree_map_only
+from ...private_torch import tree_map_only
 
 from ..traced import from_parameters, tensors_in
 from ..widening import Widening

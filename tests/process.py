@@ -1,0 +1,115 @@
+"""What everything in a process shares, and how a test leaves it as it was.
+
+Three things are left out. glibc's allocator, which `train.py` tunes, cannot be asked for its settings. pytest itself
+restores the filters of warnings. Random numbers are seeded before every test.
+"""
+import logging
+import os
+import sys
+from contextlib import contextmanager
+from typing import Any, Callable, Dict, Iterator, NamedTuple
+
+import torch
+import torch._dynamo.config
+import torch._inductor.config
+import torch.distributed as dist
+
+from timm_gpd.private_torch import can_trace_backward, keeps_compiled_layouts, set_keep_compiled_layouts
+
+
+class Setting(NamedTuple):
+    read: Callable[[], Any]
+    write: Callable[[Any], None]
+
+
+def _denormals_are_zero() -> bool:
+    return (torch.full((1,), 1e-20) * 1e-20).count_nonzero().item() == 0
+
+
+def _write_trace_backward(value: bool) -> None:
+    torch._dynamo.config.trace_autograd_ops = value
+
+
+def _environment() -> Dict[str, str]:
+    """All but what pytest says of itself, and what OpenMP's libraries set when they are loaded."""
+    return {name: value for name, value in os.environ.items()
+            if name != 'PYTEST_CURRENT_TEST' and not name.startswith('KMP_')}
+
+
+def _write_environment(environment: Dict[str, str]) -> None:
+    for name in _environment().keys() - environment.keys():
+        del os.environ[name]
+    os.environ.update(environment)
+
+
+def _write_distributed(initialized: bool) -> None:
+    if dist.is_initialized() and not initialized:
+        dist.destroy_process_group()
+
+
+def _logger(name: str) -> Setting:
+    """Level and handlers of a logger, but for those through which pytest listens."""
+    logger = logging.getLogger(name)
+
+    def read():
+        handlers = [handler for handler in logger.handlers if not type(handler).__module__.startswith('_pytest')]
+        return logger.level, handlers
+
+    def write(value):
+        level, handlers = value
+        logger.setLevel(level)
+        for handler in read()[1]:
+            logger.removeHandler(handler)
+        for handler in handlers:
+            logger.addHandler(handler)
+
+    return Setting(read, write)
+
+
+SETTINGS = {
+    'denormal numbers are 0': Setting(_denormals_are_zero, torch.set_flush_denormal),
+    'Inductor keeps layouts': Setting(keeps_compiled_layouts, set_keep_compiled_layouts),
+    'Dynamo traces backward passes': Setting(can_trace_backward, _write_trace_backward),
+    'default dtype': Setting(torch.get_default_dtype, torch.set_default_dtype),
+    'number of threads': Setting(torch.get_num_threads, torch.set_num_threads),
+    'gradients are recorded': Setting(torch.is_grad_enabled, torch.set_grad_enabled),
+    'a process group is there': Setting(dist.is_initialized, _write_distributed),
+    'environment': Setting(_environment, _write_environment),
+    'working directory': Setting(os.getcwd, os.chdir),
+    'command line': Setting(lambda: list(sys.argv), lambda argv: setattr(sys, 'argv', argv)),
+    'import path': Setting(lambda: list(sys.path), lambda path: setattr(sys, 'path', path)),
+    **{f'logger {name or "root"}': _logger(name) for name in ('', 'train', 'validate', 'timm', 'timm_gpd')},
+}
+
+
+def read_settings() -> Dict[str, Any]:
+    """Values of all settings, by name."""
+    return {name: setting.read() for name, setting in SETTINGS.items()}
+
+
+def restore_settings(before: Dict[str, Any]) -> Dict[str, str]:
+    """Sets what differs back to what it was; returns what differed and how, by name."""
+    changed = {}
+    for name, value in read_settings().items():
+        if value != before[name]:
+            changed[name] = _describe(before[name], value)
+            SETTINGS[name].write(before[name])
+    return changed
+
+
+def _describe(before: Any, after: Any) -> str:
+    if isinstance(before, dict):
+        return ', '.join(
+            f'{key}: {before.get(key)!r} became {after.get(key)!r}'
+            for key in sorted(before.keys() | after.keys()) if before.get(key) != after.get(key))
+    return f'{before!r} became {after!r}'
+
+
+@contextmanager
+def kept_settings() -> Iterator[None]:
+    """Lets a program that sets switches of its process run in this one."""
+    before = read_settings()
+    try:
+        yield
+    finally:
+        restore_settings(before)

@@ -1,0 +1,118 @@
+"""Two processes with half a batch each train as one does with all of it."""
+import copy
+
+import pytest
+import timm
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from timm.task import TrainingTask
+
+from conftest import TINY_RESNET
+from timm_gpd import DistillationTask, GapPreservingTask
+
+STEPS = 2
+# Neither batch norm nor relations between images: all losses are means over images.
+TASKS = {
+    'gpd': lambda: GapPreservingTask(make_student(), num_branches=3, noise=0.1, verbose=False),
+    'gpd and static': lambda: GapPreservingTask(
+        make_student(), make_static_teacher(), distill_type='kd,dkd', num_branches=3, noise=0.1, verbose=False),
+    'static': lambda: DistillationTask(make_student(), make_static_teacher(), distill_type='kd,dkd', verbose=False),
+}
+# Batch norm and centres of classes: each process has a batch of its own, and gradients are still shared.
+WITH_STATE = 'with state'
+
+
+def make_student():
+    student = timm.create_model('test_convnext', num_classes=10, in_chans=1)
+    student.pretrained_cfg.update(input_size=(1, 32, 32), mean=(0.5,), std=(0.5,))
+    return student
+
+
+def make_static_teacher():
+    teacher = timm.create_model('test_vit', num_classes=10, in_chans=1, img_size=32)
+    teacher.pretrained_cfg.update(mean=(0.3,), std=(0.2,))
+    return teacher
+
+
+def make_task(name):
+    torch.manual_seed(0)
+    if name != WITH_STATE:
+        return TASKS[name]().double().train()
+    student = timm.create_model('test_resnet', **TINY_RESNET)
+    student.pretrained_cfg.update(input_size=(1, 32, 32), mean=(0.5,), std=(0.5,))
+    return GapPreservingTask(
+        student, make_static_teacher(), distill_type='reviewkd,ofa,nd', verbose=False).double().train()
+
+
+def train(task: TrainingTask, part: slice):
+    """Gradients of every step, by parameter name."""
+    model = task.get_trainable_module()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    generator = torch.Generator().manual_seed(1)
+    gradients = []
+    for _ in range(STEPS):
+        x = torch.randn(8, 1, 32, 32, generator=generator, dtype=torch.float64)
+        target = torch.randint(10, (8,), generator=generator)
+        optimizer.zero_grad()
+        task(x[part], target[part])['loss'].backward()
+        gradients.append({
+            name.removeprefix('module.'): parameter.grad.clone() for name, parameter in model.named_parameters()})
+        optimizer.step()
+    return gradients
+
+
+def train_half(rank, names, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group('gloo', init_method=f'file://{folder}/store', rank=rank, world_size=2)
+    for name in names:
+        task = make_task(name)
+        task.prepare_distributed()
+        torch.save(train(task, slice(4 * rank, 4 * rank + 4)), f'{folder}/{name} {rank}.pt')
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope='module')
+def halves(tmp_path_factory):
+    """Folder of what two processes found for every task: starting them takes longer than they run."""
+    folder = tmp_path_factory.mktemp('distributed')
+    mp.spawn(train_half, args=([*TASKS, WITH_STATE], str(folder)), nprocs=2)
+    return folder
+
+
+@pytest.mark.parametrize('name', TASKS)
+def test_two_processes_train_as_one(halves, name):
+    task = make_task(name)
+    expected = train(task, slice(None))
+    ranks = [torch.load(halves / f'{name} {rank}.pt') for rank in range(2)]
+    for step, gradients in enumerate(expected):
+        for parameter, gradient in gradients.items():
+            for rank in ranks:
+                torch.testing.assert_close(
+                    rank[step][parameter], gradient, rtol=1e-8, atol=1e-12, msg=f'{parameter} in step {step}')
+        assert any(gradient.any() for gradient in gradients.values())
+    alone = train(make_task(name), slice(4))[0]
+    assert not all(torch.allclose(alone[key], expected[0][key], rtol=1e-3) for key in alone), 'half a batch is no whole'
+
+
+def test_every_parameter_gets_one_gradient_for_both_processes(halves):
+    """The reducer refuses a second step if a parameter had no gradient in the first."""
+    first, second = (torch.load(halves / f'{WITH_STATE} {rank}.pt') for rank in range(2))
+    alone = train(make_task(WITH_STATE), slice(4))
+    assert len(first) == STEPS and first[0].keys() == alone[0].keys()
+    for step in range(STEPS):
+        assert all(torch.equal(second[step][name], gradient) for name, gradient in first[step].items())
+        assert not torch.allclose(first[step]['model.wide.conv1.0.weight'], alone[step]['model.wide.conv1.0.weight'])
+
+
+def test_the_models_are_found_behind_the_wrapper(tmp_path):
+    """One process is enough for that."""
+    plain = make_task('gpd and static')
+    task = copy.deepcopy(plain)
+    dist.init_process_group('gloo', init_method=f'file://{tmp_path}/store', rank=0, world_size=1)
+    try:
+        task.prepare_distributed()
+        assert task.get_dynamic_teacher() is task.get_trainable_module().module.model
+        assert task.get_task_state()['distillers'].keys() == plain.get_task_state()['distillers'].keys()
+    finally:
+        dist.destroy_process_group()
