@@ -13,7 +13,7 @@ from typing import Optional, Sequence, Set, Tuple, Union
 
 import torch.nn as nn
 
-from ..errors import UnsupportedModelError
+from ..errors import InputError, UnsupportedModelError
 from ..plan import ExpansionPlan
 from .apply_rules import apply_rules, follow_children
 from .dry_run import dry_run
@@ -48,7 +48,7 @@ def plan_expansion(
         UnsupportedModelError: if a module cannot be widened.
     """
     if not isinstance(ratio, int) or isinstance(ratio, bool) or ratio < 1:
-        raise ValueError(f'ratio must be a positive integer, but is {ratio!r}')
+        raise InputError(f'ratio must be a positive integer, but is {ratio!r}')
     student = unwrap_student(student)
     classifiers = classifier_names(student, classifier)
     shape = input_shape(student)

@@ -1,6 +1,5 @@
 """What a timm model records of its own widths, for whoever builds on it. Its forward uses none of these."""
-from torch.utils._pytree import tree_map_only
-
+from ..private_torch import tree_map_only
 from .widening import Widening
 
 __all__ = ['widen_records']

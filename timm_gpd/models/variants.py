@@ -12,6 +12,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import (
     PretrainedCfg, generate_default_cfgs, get_pretrained_cfg, list_models, register_model, resolve_pretrained_cfg)
 
+from ..errors import InputError, WeightsError
 from ..teacher import expand
 from .releases import RELEASES
 from .weights import hub_errors, resolve_weights
@@ -68,7 +69,7 @@ def _make_entrypoint(arch: str) -> Callable[..., nn.Module]:
     ) -> nn.Module:
         is_teacher = gpd_ratio is not None or gpd_branches is not None
         if is_teacher and kwargs.get('features_only'):
-            raise ValueError(f'features_only would leave {arch} no logits to distil: create {variant} without it; the '
+            raise InputError(f'features_only would leave {arch} no logits to distil: create {variant} without it; the '
                              "dynamic teacher's forward_intermediates gives its features")
         cfg, overlay = kwargs.pop('pretrained_cfg', None), kwargs.pop('pretrained_cfg_overlay', None)
         if not isinstance(cfg, (dict, PretrainedCfg)):
@@ -76,7 +77,7 @@ def _make_entrypoint(arch: str) -> Callable[..., nn.Module]:
             cfg = get_pretrained_cfg(variant + tag) or _without_weights(get_pretrained_cfg(arch + tag))
         cfg = dataclasses.replace(resolve_pretrained_cfg(arch, cfg, overlay), architecture=arch)
         if pretrained and not (cfg.has_weights or cfg.state_dict):
-            raise RuntimeError(
+            raise WeightsError(
                 f'{variant} has no published weights ({", ".join(default_cfgs)} have): name a file or a Hub repo, as '
                 "in pretrained_cfg_overlay=dict(file='student/model.safetensors') or dict(hf_hub_id='me/my-student')")
         found = resolve_weights(cfg, kwargs.get('cache_dir')) if pretrained else {}

@@ -6,6 +6,7 @@ from typing import Any, Callable, Dict, Iterable, List, Mapping, NamedTuple, Opt
 import torch
 import torch.nn as nn
 
+from ..errors import InputError
 from ..expansion import plan_expansion, verify_plan
 from ..expansion.copies import copy_model, parameterless_copy, wide_copy
 from ..expansion.student import unwrap_student
@@ -313,9 +314,9 @@ class DynamicTeacher(TimmModel):
 
 def _check_storage(scale: str, noise: float) -> None:
     if scale not in SCALES:
-        raise ValueError(f'scale must be one of {", ".join(SCALES)}, but is {scale!r}')
+        raise InputError(f'scale must be one of {", ".join(SCALES)}, but is {scale!r}')
     if not noise >= 0:
-        raise ValueError(f'noise must be a number of at least 0, but is {noise!r}')
+        raise InputError(f'noise must be a number of at least 0, but is {noise!r}')
 
 
 def _named_tensors(model: nn.Module) -> List[Tuple[str, torch.Tensor]]:

@@ -1,4 +1,4 @@
-"""Rules of modules that keep sizes as numbers for the layer that they are fused into after training."""
+"""Rules of modules that keep sizes as numbers for a layer to come: what they are fused into, or a new classifier."""
 from .rule import Rule, register_rule
 
 _KERNEL = 'conv_kxk.0.conv'  # a block without kernels has an identity branch alone, which is depthwise
@@ -20,3 +20,12 @@ register_rule('timm.models.fastvit.RepConditionalPosEnc', Rule(follow={
     'dim': 'pos_enc.in_channels', 'dim_out': 'pos_enc.out_channels', 'groups': 'pos_enc.groups'}))
 register_rule('timm.models.ghostnet.GhostModuleV3', Rule(multiply=('out_chs',), follow={
     'in_channels': 'cheap_rpr_conv.0.conv.in_channels', 'groups': 'cheap_rpr_conv.0.conv.groups'}))
+
+# Heads of timm, which size a new classifier by these.
+register_rule('timm.layers.classifier.ClassifierHead', Rule(follow={'in_features': 'fc.in_features'}))
+for name in ('NormMlpClassifierHead', 'ClNormMlpClassifierHead'):
+    register_rule(f'timm.layers.classifier.{name}', Rule(follow={
+        'in_features': ('pre_logits.fc.in_features', 'fc.in_features'),
+        'hidden_size': 'pre_logits.fc.out_features',
+        'num_features': 'fc.in_features',
+    }))
