@@ -140,14 +140,14 @@ OF_FOUR = dict(mean=(0.1, 0.2, 0.3, 0.4), std=(0.2, 0.3, 0.4, 0.5))
 @pytest.mark.parametrize('channels', [1, 3, 4])
 @pytest.mark.parametrize('statistics', [IMAGENET, dict(mean=(0.4,), std=(0.3,))], ids=['three', 'one'])
 def test_normalisation_follows_the_number_of_channels(channels, statistics):
-    """The student's loader normalises all of its channels by the mean of what its config says, where that is for others."""
+    """Where the config is of other channels, the loader takes the mean of its statistics for all."""
     student, teacher = grey_and_rgb(channels, **statistics), grey_and_rgb(channels, **statistics, seed=4)
     teacher.pretrained_cfg.update(mean=(0.5,), std=(0.5,))
     static = StaticTeacher(resolve_static_teacher(teacher, student), student, {'kd': {}})
     x = torch.randn(2, channels, 32, 32)
     mean, std = (
-        torch.tensor(statistics[key] if len(statistics[key]) == channels else [sum(statistics[key]) / len(statistics[key])])
-        for key in ('mean', 'std'))
+        torch.tensor(values if len(values) == channels else [sum(values) / len(values)])
+        for values in (statistics['mean'], statistics['std']))
     pixels = x * std.view(-1, 1, 1) + mean.view(-1, 1, 1)
     torch.testing.assert_close(static(x).logits, teacher((pixels - 0.5) / 0.5))
 

@@ -24,7 +24,9 @@ VARIANTS = [(name, ratio) for name in SIZES for ratio in (None, 2)]
 
 def create(name, ratio=None, **kwargs):
     settings = {**SMALL.get(name, {}), **kwargs}
-    return timm.create_model(f'{name}_gpd', num_classes=7, **settings, **({} if ratio is None else {'gpd_ratio': ratio}))
+    if ratio is not None:
+        settings['gpd_ratio'] = ratio
+    return timm.create_model(f'{name}_gpd', num_classes=7, **settings)
 
 
 def images(name, batch=2):
@@ -48,8 +50,8 @@ def test_forward_features_and_head(variant):
     features = model.forward_features(x)
     torch.testing.assert_close(model.forward_head(features), logits)
     assert model.forward_head(model.forward_features(x), pre_logits=True).shape == (2, model.head_hidden_size)
-    widths = [size for tensor in (features if isinstance(features, (list, tuple)) else [features]) for size in tensor.shape]
-    assert model.num_features in widths
+    features = features if isinstance(features, (list, tuple)) else [features]
+    assert model.num_features in [size for tensor in features for size in tensor.shape]
 
 
 def test_every_parameter_gets_a_gradient(variant):

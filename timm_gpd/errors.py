@@ -34,7 +34,7 @@ class UsageError(NamedError, ValueError):
 
 
 @contextmanager
-def usage_errors(advice: str, *kinds: Type[BaseException]) -> Iterator[None]:
+def usage_errors(advice: str, *kinds: Type[Exception]) -> Iterator[None]:
     """Turns errors about what the user typed into a UsageError. A bug of this package passes as it is.
 
     Args:
@@ -47,8 +47,8 @@ def usage_errors(advice: str, *kinds: Type[BaseException]) -> Iterator[None]:
         yield
     except UsageError:
         raise
-    except (NamedError, *kinds) as error:
-        if is_bug(error):
+    except Exception as error:
+        if not isinstance(error, (NamedError, *kinds)) or is_bug(error):
             raise
         line = first_line(error)
         raise UsageError(f'{line} ({advice})' if advice else line) from error
@@ -59,7 +59,7 @@ def is_bug(error: BaseException) -> bool:
     if isinstance(error, NamedError):
         return False
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    return frames[-1].f_globals.get('__name__', '').startswith(__package__ + '.')
+    return str(frames[-1].f_globals.get('__name__')).startswith(f'{__package__}.')
 
 
 def first_line(error: BaseException) -> str:

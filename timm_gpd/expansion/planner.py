@@ -9,7 +9,7 @@ What shapes cannot tell (head counts, split sizes) comes from :mod:`timm_gpd.rul
 
 The run itself is in ``dry_run``, what happens to a function in ``functions``, what has become wider in ``widening``.
 """
-from typing import Optional, Sequence, Set, Tuple, Union
+from typing import Sequence, Set, Tuple, Union
 
 import torch.nn as nn
 

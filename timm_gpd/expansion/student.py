@@ -42,7 +42,8 @@ def classifier_names(model: nn.Module, classifier: Union[str, Sequence[str], Non
         modules = dict(model.named_modules(remove_duplicate=False))
         missing = [name for name in names if name not in modules]
         if missing:
-            raise NoClassifierError(f'{type(model).__name__} has no module {missing[0]!r}: check classifier={classifier!r}')
+            raise NoClassifierError(
+                f'{type(model).__name__} has no module {missing[0]!r}: check classifier={classifier!r}')
         if not names:
             return set()
         found = [modules[name] for name in names]

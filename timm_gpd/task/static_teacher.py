@@ -22,8 +22,8 @@ IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 class StaticTeacher(nn.Module):
     """A frozen teacher that looks at the student's images, tapped for what the losses need of it.
 
-    Always in evaluation mode, and without gradients. It gets the student's images as it was trained on images: normalised
-    its own way, and a grey image three times for an RGB teacher, or the mean of three channels for a grey one.
+    Always in evaluation mode, and without gradients. The student's images become what the teacher was trained on:
+    normalised its own way, a grey image three times for an RGB teacher, the mean of three channels for a grey one.
 
     Args:
         teacher: from :func:`resolve_static_teacher`.
@@ -73,7 +73,7 @@ class StaticTeacher(nn.Module):
 
 
 def _per_channel(values: torch.Tensor, channels: int) -> torch.Tensor:
-    """Statistics of an image's channels, shape (1, channels, 1, 1), from those of some; their mean, as in timm's loader."""
+    """Statistics of channels, shape (1, channels, 1, 1); the mean of those given where they are of other channels."""
     values = values.flatten()
     return (values if len(values) == channels else values.mean().expand(channels)).view(1, -1, 1, 1)
 
@@ -128,7 +128,9 @@ def _create(
         try:
             teacher = create()
         except (RuntimeError, OSError, ValueError, AssertionError) as error:  # timm's, of a name or of its weights
-            raise error if is_bug(error) else InputError(first_line(error)) from error
+            if is_bug(error):
+                raise
+            raise InputError(first_line(error)) from error
         _check_adapted(name, unwrap_model(teacher.model), channels)
         return teacher
     if not os.path.isfile(path):

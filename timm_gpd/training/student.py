@@ -92,7 +92,7 @@ def resolve_input(args: argparse.Namespace, model: nn.Module) -> InputConfig:
     """
     with usage_errors('check --input-size, --mean and --std', AssertionError):
         config = resolve_data_config(vars(args), model=model)
-    for key in ('mean', 'std'):  # of a config with three channels where the model takes other ones: as timm's loader does
+    for key in ('mean', 'std'):  # as timm's loader does where the config is of other channels than the model
         if len(config[key]) != config['input_size'][0]:
             config[key] = (sum(config[key]) / len(config[key]),) * config['input_size'][0]
     return InputConfig(**{field.name: config[field.name] for field in dataclasses.fields(InputConfig)})
