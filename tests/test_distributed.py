@@ -7,6 +7,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from timm.task import TrainingTask
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from conftest import TINY_RESNET
 from timm_gpd import DistillationTask, GapPreservingTask
@@ -21,6 +24,8 @@ TASKS = {
 }
 # Batch norm and centres of classes: each process has a batch of its own, and gradients are still shared.
 WITH_STATE = 'with state'
+# The first of them, each parameter in two shards: fully_shard of all that is trained.
+SHARDED = 'sharded'
 
 
 def make_student():
@@ -57,9 +62,14 @@ def train(task: TrainingTask, part: slice):
         optimizer.zero_grad()
         task(x[part], target[part])['loss'].backward()
         gradients.append({
-            name.removeprefix('module.'): parameter.grad.clone() for name, parameter in model.named_parameters()})
+            name.removeprefix('module.'): whole(parameter.grad).clone() for name, parameter in model.named_parameters()})
         optimizer.step()
     return gradients
+
+
+def whole(tensor):
+    """All of a tensor, of which each process may hold a shard."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def train_half(rank, names, folder):
@@ -69,6 +79,9 @@ def train_half(rank, names, folder):
         task = make_task(name)
         task.prepare_distributed()
         torch.save(train(task, slice(4 * rank, 4 * rank + 4)), f'{folder}/{name} {rank}.pt')
+    task = make_task('gpd')
+    fully_shard(task.get_trainable_module(), mesh=init_device_mesh('cpu', (2,)))
+    torch.save(train(task, slice(4 * rank, 4 * rank + 4)), f'{folder}/{SHARDED} {rank}.pt')
     dist.destroy_process_group()
 
 
@@ -80,10 +93,10 @@ def halves(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize('name', TASKS)
+@pytest.mark.parametrize('name', [*TASKS, SHARDED])
 def test_two_processes_train_as_one(halves, name):
-    task = make_task(name)
-    expected = train(task, slice(None))
+    task = 'gpd' if name == SHARDED else name
+    expected = train(make_task(task), slice(None))
     ranks = [torch.load(halves / f'{name} {rank}.pt') for rank in range(2)]
     for step, gradients in enumerate(expected):
         for parameter, gradient in gradients.items():
@@ -91,7 +104,7 @@ def test_two_processes_train_as_one(halves, name):
                 torch.testing.assert_close(
                     rank[step][parameter], gradient, rtol=1e-8, atol=1e-12, msg=f'{parameter} in step {step}')
         assert any(gradient.any() for gradient in gradients.values())
-    alone = train(make_task(name), slice(4))[0]
+    alone = train(make_task(task), slice(4))[0]
     assert not all(torch.allclose(alone[key], expected[0][key], rtol=1e-3) for key in alone), 'half a batch is no whole'
 
 

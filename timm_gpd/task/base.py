@@ -85,7 +85,10 @@ class BaseTask(TrainingTask):
         return [*(parameters[:-2] if exclude_head else parameters), *learners.step_loss.parameters()]
 
     def compile(self, backend: str = 'inductor', mode: Optional[str] = None, **compile_kwargs: Any) -> nn.Module:
-        """Compiles the training forward pass, in place, and the static teacher's. Validation runs uncompiled."""
+        """Compiles the training forward pass, in place, and the static teacher's. Validation runs uncompiled.
+
+        It lets ``torch.compile`` trace backward passes, in the whole process and for good.
+        """
         trace_backward()
         self.get_trainable_module().compile(backend=backend, mode=mode, **compile_kwargs)
         if self.static_teacher is not None:

@@ -104,8 +104,8 @@ def _refuse_shards(stored: Mapping[str, torch.Tensor]) -> None:
     for name, tensor in stored.items():
         if hasattr(tensor, 'full_tensor'):
             raise RuntimeError(
-                f'{name} is a DTensor, and the student is a slice of whole tensors: train with DistributedDataParallel '
-                '(task.prepare_distributed()) instead of fully_shard or tensor parallelism')
+                f'{name} is a DTensor, and the student is a slice of whole tensors: fully_shard all that is trained at '
+                'once, not parts of it, or train with DistributedDataParallel (task.prepare_distributed())')
 
 
 def _teachers_plainly(bucket: _Bucket, *stored: torch.Tensor) -> List[torch.Tensor]:
