@@ -59,7 +59,7 @@ def make_student() -> nn.Module:
 
 def test_plans_and_teachers() -> None:
     student = make_student()
-    plan: ExpansionPlan = plan_expansion(student, ratio=2)
+    plan: ExpansionPlan = plan_expansion(student, ratio=2, classifier='fc')
     ratio: int = plan.ratio
     wide: Dict[str, torch.Tensor] = plan.expand(student.state_dict())
     narrow: Dict[str, torch.Tensor] = plan.extract(wide)
@@ -73,6 +73,9 @@ def test_plans_and_teachers() -> None:
     assert both[0].shape == both[1].shape == (2, 10)
     assert parameters.keys() == dict(extracted.named_parameters()).keys()
     assert issubclass(UnsupportedModelError, ValueError)
+    teacher.reset_classifier(3)
+    features: Any = teacher.forward_features(x)
+    assert teacher.num_classes == 3 and teacher.forward_head(features).shape == (2, 3)
 
 
 def test_tasks() -> None:

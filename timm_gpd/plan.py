@@ -111,6 +111,7 @@ class ExpansionPlan:
             )
         for module, changes in self.attributes.items():
             lines.append(f'  {module or "(root)"}: ' + ', '.join(
-                f'{attribute} {before} -> {after}' for attribute, (before, after) in changes.items()))
+                f'{attribute} {before} -> {after}' for attribute, (before, after) in changes.items()
+                if attribute != 'feature_info'))  # a table as long as the model
         lines += [f'  {module}: input divided by {ratio}' for module, ratio in self.divided_inputs.items()]
         return '\n'.join(lines + [f'  note: {note}' for note in self.notes])

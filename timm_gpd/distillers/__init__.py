@@ -15,6 +15,7 @@ from typing import Any, Dict, List, Mapping, Optional, Type
 import torch
 import torch.nn as nn
 
+from ..errors import InputError
 from .base import Distiller
 from .embedding import ND, Feature
 from .ofa import OFA
@@ -63,7 +64,7 @@ class Distillers(nn.ModuleDict):
     def __init__(self, settings: DistillSettings, learner: ModelOutput, teacher: ModelOutput) -> None:
         counts = learner.logits.shape[-1], teacher.logits.shape[-1]
         if counts[0] != counts[1]:
-            raise ValueError(f'the static teacher has {counts[1]} classes and the student {counts[0]}: '
+            raise InputError(f'the static teacher has {counts[1]} classes and the student {counts[0]}: '
                              'give one that was trained on the same classes')
         super().__init__({
             name: DISTILLERS[name](learner, teacher, **{k: v for k, v in arguments.items() if k != 'weight'})
@@ -102,9 +103,9 @@ def distill_settings(
     names = [name.strip() for name in types.split(',')]
     for name in names:
         if name not in DISTILLERS:
-            raise ValueError(f'{name!r} is not a distillation loss: choose of {", ".join(DISTILLERS)}')
+            raise InputError(f'{name!r} is not a distillation loss: choose of {", ".join(DISTILLERS)}')
     if len({DISTILLERS[name] for name in names}) < len(names):
-        raise ValueError(f'{types!r} names a distillation loss twice: name it once')
+        raise InputError(f'{types!r} names a distillation loss twice: name it once')
     settings: DistillSettings = {name: {} for name in names}
     for key, value in (loss_args or {}).items():
         prefix, _, argument = key.rpartition('.')
@@ -112,7 +113,7 @@ def distill_settings(
         if len(owners) != 1:
             problem = f'could be of {" or ".join(owners)}' if owners else 'is none'
             known = ', '.join(f'{name}.{argument}' for name in names for argument in _defaults(name))
-            raise ValueError(f'loss argument {key!r} {problem}: choose of {known}')
+            raise InputError(f'loss argument {key!r} {problem}: choose of {known}')
         settings[owners[0]][argument] = _checked(f'{owners[0]}.{argument}', value, _defaults(owners[0])[argument])
     for name in names:
         if DISTILLERS[name] is KD and temperature is not None:
@@ -145,9 +146,9 @@ def _defaults(name: str) -> Dict[str, Any]:
 def _checked(name: str, value: Any, default: Any) -> Any:
     if isinstance(default, int):
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f'{name} must be an integer of at least 1, but is {value!r}')
+            raise InputError(f'{name} must be an integer of at least 1, but is {value!r}')
     elif not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
-        raise ValueError(f'{name} must be a number, but is {value!r}')
+        raise InputError(f'{name} must be a number, but is {value!r}')
     elif name.endswith('temperature') and value <= 0:
-        raise ValueError(f'{name} must be more than 0, but is {value!r}')
+        raise InputError(f'{name} must be more than 0, but is {value!r}')
     return value

@@ -5,6 +5,8 @@ from typing import Any, Callable, Iterator, List, Mapping, NamedTuple, Optional,
 import torch
 import torch.nn as nn
 
+from ..errors import InputError
+
 __all__ = ['ModelOutput', 'Tap', 'example_output', 'model_name', 'stage_indices']
 
 MAX_STAGES = 4
@@ -125,7 +127,7 @@ class Tap(nn.Module):
             self._fail(f'no {attribute}', losses)
 
     def _fail(self, what: str, losses: str) -> None:
-        raise ValueError(f'{model_name(self.model)} has {what}, which {losses} would need: '
+        raise InputError(f'{model_name(self.model)} has {what}, which {losses} would need: '
                          'choose another model or another loss')
 
 

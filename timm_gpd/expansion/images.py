@@ -16,18 +16,24 @@ def input_shape(model: nn.Module) -> Tuple[int, int, int]:
     """What images a timm model was made for, by its own records.
 
     Args:
-        model: a model of any kind; without records 3 channels and 224 x 224 pixels are taken for granted.
+        model: a model of any kind; without records the channels of its first convolution, or 3, and 224 x 224 pixels
+            are taken for granted.
 
     Returns:
         ``(channels, height, width)`` in pixels.
     """
-    channels, height, width = (getattr(model, 'pretrained_cfg', None) or {}).get('input_size', (3, 224, 224))
+    config = getattr(model, 'pretrained_cfg', None) or {}
+    channels, height, width = config.get('input_size') or (_first_channels(model), 224, 224)
     for module in model.modules():
         img_size = getattr(module, 'img_size', None)
         if img_size is not None:  # what the instance was made for; its config only knows the default
             height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
             break
     return getattr(model, 'in_chans', None) or channels, height, width
+
+
+def _first_channels(model: nn.Module) -> int:
+    return next((module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d)), 3)
 
 
 def blank_images(model: nn.Module, shape: Tuple[int, int, int], device: str = 'meta') -> torch.Tensor:

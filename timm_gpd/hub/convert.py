@@ -1,6 +1,5 @@
 """Turns a checkpoint of the paper's authors into a student's folder."""
 import os
-import pickle
 
 import timm
 
@@ -25,8 +24,7 @@ def convert(path: str, folder: str) -> None:
     if not os.path.isfile(path):
         raise UsageError(f'checkpoint {path} does not exist')
     check_free(folder)
-    with usage_errors('give a checkpoint of the authors\' repository, guoyongcs/GPD', ValueError, RuntimeError, OSError,
-                      KeyError, pickle.UnpicklingError, EOFError):
+    with usage_errors('give a checkpoint of the authors\' repository, guoyongcs/GPD'):
         arch, state_dict = convert_checkpoint(path)
         # The variant's config tells how the authors evaluate, and the release which activation they use.
         model_args = dict(RELEASES[arch].model_args)

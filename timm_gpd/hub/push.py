@@ -104,9 +104,14 @@ def _save_student_of_checkpoint(path: str, folder: str) -> None:
     # Its own weights follow: what the run started from is neither needed nor always there.
     args = Arguments(**{
         **vars(checkpoint['args']), 'pretrained': False, 'pretrained_path': None, 'initial_checkpoint': ''})
-    with usage_errors('give a checkpoint of train.py', RuntimeError, AttributeError):
+    try:
         student = create_student(args)
         set_input(student, resolve_input(args, student))
+    except AttributeError as error:
+        if error.obj is not args:
+            raise
+        raise UsageError(f'{path} is no checkpoint of train.py: its arguments lack {error.name}') from error
+    with usage_errors('give a checkpoint of train.py', RuntimeError):
         student.load_state_dict(checkpoint.get('state_dict_ema') or checkpoint['state_dict'])
     run = os.path.dirname(os.path.abspath(path))
     recipe = _recipe_of_run(run) or dict(vars(checkpoint['args']))

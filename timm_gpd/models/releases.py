@@ -16,7 +16,7 @@ import timm
 import torch
 from timm.models import clean_state_dict
 
-from ..errors import first_line
+from ..errors import InputError, first_line
 from .rvt import checkpoint_filter_fn as rename_rvt
 
 __all__ = [
@@ -80,7 +80,7 @@ def convert_checkpoint(path: str) -> Tuple[str, Dict[str, torch.Tensor]]:
     """
     checkpoint = read_checkpoint(path)
     if not is_release(checkpoint):
-        raise ValueError(f"{path} is not a checkpoint of the authors' dynamic teachers: it needs no conversion, or "
+        raise InputError(f"{path} is not a checkpoint of the authors' dynamic teachers: it needs no conversion, or "
                          f'is of another model than {", ".join(RELEASES)}')
     return convert_state_dict(checkpoint)
 
@@ -96,15 +96,15 @@ def read_checkpoint(path: str) -> Dict[str, Any]:
             # Mapped, a file's optimizer state and averaged weights cost no memory.
             checkpoint = torch.load(path, map_location='cpu', weights_only=True, mmap=zipfile.is_zipfile(path))
     except FileNotFoundError:
-        raise ValueError(f'there is no checkpoint at {path}')
+        raise InputError(f'there is no checkpoint at {path}')
     except pickle.UnpicklingError as error:
         if 'GLOBAL' in str(error):  # the pickle asks for a function or class
-            raise ValueError(f'{path} holds more than weights, which could run code when loaded: refused')
-        raise ValueError(f'{path} is not a checkpoint, or is truncated or corrupted')
+            raise InputError(f'{path} holds more than weights, which could run code when loaded: refused')
+        raise InputError(f'{path} is not a checkpoint, or is truncated or corrupted')
     except (RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
-        raise ValueError(f'{path} is not a checkpoint, or is truncated or corrupted: {first_line(error)}')
+        raise InputError(f'{path} is not a checkpoint, or is truncated or corrupted: {first_line(error)}')
     if not isinstance(checkpoint, dict) or not all(isinstance(key, str) for key in checkpoint):
-        raise ValueError(f'{path} holds a {type(checkpoint).__name__}, not a checkpoint')
+        raise InputError(f'{path} holds a {type(checkpoint).__name__}, not a checkpoint')
     return checkpoint
 
 
@@ -125,7 +125,7 @@ def convert_state_dict(checkpoint: Mapping[str, Any]) -> Tuple[str, Dict[str, to
     """
     branches = getattr(checkpoint.get('args'), 'num_branches_orepa', 6)
     if branches != 6:
-        raise ValueError(f'the checkpoint was trained with num_branches_orepa {branches}, but only 6 can be merged')
+        raise InputError(f'the checkpoint was trained with num_branches_orepa {branches}, but only 6 can be merged')
     teacher = _weights(checkpoint)
     for architecture, release in RELEASES.items():
         if f'{release.stem}.weight' in teacher and f'{release.classifier}.weight' in teacher:
@@ -135,7 +135,7 @@ def convert_state_dict(checkpoint: Mapping[str, Any]) -> Tuple[str, Dict[str, to
                     architecture, num_classes=len(teacher[f'{release.classifier}.weight']), **release.model_args)
             _check_fits(architecture, student, expected.state_dict())
             return architecture, student
-    raise ValueError(f"the checkpoint is of none of the authors' released models, {', '.join(RELEASES)}")
+    raise InputError(f"the checkpoint is of none of the authors' released models, {', '.join(RELEASES)}")
 
 
 def merge_branches(branches: StateDict, groups: int = 1) -> torch.Tensor:
@@ -210,7 +210,7 @@ def _read_student(release: Release, teacher: StateDict) -> Dict[str, torch.Tenso
                 out_ratio=1 if name == release.classifier else ratio,
             )
         except (KeyError, IndexError, RuntimeError) as error:
-            raise ValueError(f"{name} of the checkpoint is not laid out as the authors' are: {first_line(error)}")
+            raise InputError(f"{name} of the checkpoint is not laid out as the authors' are: {first_line(error)}")
         student.update((f'{name}.{key}', tensor) for key, tensor in narrow.items())
     student = dict(release.rename(student))
 
@@ -266,4 +266,4 @@ def _check_fits(architecture: str, student: StateDict, expected: StateDict) -> N
     wrong = [name for name in expected if name not in student or student[name].shape != expected[name].shape]
     wrong += [name for name in student if name not in expected]
     if wrong:
-        raise ValueError(f'the checkpoint is not of a {architecture}: {wrong[0]} does not fit ({len(wrong)} such)')
+        raise InputError(f'the checkpoint is not of a {architecture}: {wrong[0]} does not fit ({len(wrong)} such)')

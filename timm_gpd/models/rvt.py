@@ -14,6 +14,7 @@ from timm.layers import (
     Attention, DropPath, LayerNorm2d, Mlp, NormMlpClassifierHead, calculate_drop_path_rates, to_2tuple)
 from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
 
+from ..errors import InputError
 from ..private_timm import checkpoint, feature_take_indices
 
 __all__ = ['RobustVisionTransformer']  # timm's registry adds the name of every entrypoint
@@ -192,7 +193,7 @@ class RobustVisionTransformer(nn.Module):
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
         if min(to_2tuple(img_size)) < 15:
-            raise ValueError(f'RVT needs images of at least 15 x 15 pixels, but img_size is {img_size}')
+            raise InputError(f'RVT needs images of at least 15 x 15 pixels, but img_size is {img_size}')
         self.num_classes = num_classes
         self.in_chans = in_chans
         dims = [head_dim * heads for head_dim, heads in zip(head_dims, num_heads)]

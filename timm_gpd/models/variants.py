@@ -12,6 +12,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import (
     PretrainedCfg, generate_default_cfgs, get_pretrained_cfg, list_models, register_model, resolve_pretrained_cfg)
 
+from ..errors import InputError, WeightsError
 from ..teacher import expand
 from .releases import RELEASES
 from .weights import hub_errors, resolve_weights
@@ -66,13 +67,17 @@ def _make_entrypoint(arch: str) -> Callable[..., nn.Module]:
             gpd_branches: Optional[int] = None,
             **kwargs: Any,
     ) -> nn.Module:
+        is_teacher = gpd_ratio is not None or gpd_branches is not None
+        if is_teacher and kwargs.get('features_only'):
+            raise InputError(f'features_only would leave {arch} no logits to distil: create {variant} without it; the '
+                             "dynamic teacher's forward_intermediates gives its features")
         cfg, overlay = kwargs.pop('pretrained_cfg', None), kwargs.pop('pretrained_cfg_overlay', None)
         if not isinstance(cfg, (dict, PretrainedCfg)):
             tag = f'.{cfg}' if cfg else ''
             cfg = get_pretrained_cfg(variant + tag) or _without_weights(get_pretrained_cfg(arch + tag))
         cfg = dataclasses.replace(resolve_pretrained_cfg(arch, cfg, overlay), architecture=arch)
         if pretrained and not (cfg.has_weights or cfg.state_dict):
-            raise RuntimeError(
+            raise WeightsError(
                 f'{variant} has no published weights ({", ".join(default_cfgs)} have): name a file or a Hub repo, as '
                 "in pretrained_cfg_overlay=dict(file='student/model.safetensors') or dict(hf_hub_id='me/my-student')")
         found = resolve_weights(cfg, kwargs.get('cache_dir')) if pretrained else {}
@@ -86,7 +91,7 @@ def _make_entrypoint(arch: str) -> Callable[..., nn.Module]:
             config.pop(key)
             if getattr(cfg, key) is not None:
                 config[key] = getattr(cfg, key)
-        if gpd_ratio is None and gpd_branches is None:
+        if not is_teacher:
             return student
         return expand(student, 2 if gpd_ratio is None else gpd_ratio, 1 if gpd_branches is None else gpd_branches)
 

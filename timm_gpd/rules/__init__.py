@@ -1,6 +1,7 @@
 """What a module's forward does not say by itself, one file for each kind of reason."""
 from . import attention_heads
 from . import channels
+from . import later_layers
 from . import substitutes
 from . import tokens
 from . import weights

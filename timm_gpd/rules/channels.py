@@ -12,7 +12,6 @@ for name, attributes in {
     'timm.models.fasternet.Partial_conv3': ('dim_conv3', 'dim_untouched'),
     'timm.models.ghostnet.GhostModule': ('out_chs',),
     'timm.models.ghostnet.GhostModuleV2': ('out_chs',),
-    'timm.models.ghostnet.GhostModuleV3': ('out_chs',),
     'timm.models.inception_next.InceptionDWConv2d': ('split_indexes',),
     'timm.models.mambaout.GatedConvBlock': ('split_indices',),
     'timm.models.res2net.Bottle2neck': ('width',),

@@ -31,6 +31,8 @@ class Rule:
             that is no layer itself it holds for the layers inside, wherever it divides their axis.
         params: own parameter or buffer -> its channel axis, or a tuple of them.
         keep: children that keep their width, such as those that mix tokens.
+        follow: own attribute -> a child's, dotted, that it repeats, or several of which the first that is there counts.
+            For sizes that are kept as numbers and that forward does not use, such as those of a fused layer to come.
         code: for what data cannot say: a function of a :class:`RuleContext`, called after the rest of the rule and
             before the dry run.
     """
@@ -39,6 +41,7 @@ class Rule:
     blocks: Mapping[str, Block] = field(default_factory=dict)
     params: Mapping[str, Union[int, Tuple[int, ...]]] = field(default_factory=dict)
     keep: Tuple[str, ...] = ()
+    follow: Mapping[str, Union[str, Tuple[str, ...]]] = field(default_factory=dict)
     code: Optional[Callable[[RuleContext], None]] = None
 
 

@@ -6,6 +6,7 @@ import torch.nn as nn
 from timm.task import TrainingTask
 from timm.utils import unwrap_model
 
+from ..errors import InputError
 from ..private_torch import trace_backward
 from .learners import Learners
 from .static_teacher import StaticTeacher
@@ -65,14 +66,16 @@ class BaseTask(TrainingTask):
         """Restores the modules. Without a state they stay as they are.
 
         Raises:
-            ValueError: if the state was made with other settings.
+            InputError: if the state was made with other settings, or lacks a module.
         """
         if not state:
             return
         if state['settings'] != self.settings:
-            raise ValueError(f'the checkpoint was made with {state["settings"]}, and this run has {self.settings}: '
+            raise InputError(f'the checkpoint was made with {state["settings"]}, and this run has {self.settings}: '
                              'resume with the settings of the checkpoint')
         for name, module in self.get_state_modules(ema).items():
+            if name not in state:
+                raise InputError(f'the checkpoint holds no {name}, which this run has')
             module.load_state_dict(state[name], strict=strict)
 
     def get_clip_parameters(self, exclude_head: bool = False) -> List[nn.Parameter]:

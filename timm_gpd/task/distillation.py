@@ -8,6 +8,7 @@ from timm.utils import unwrap_model
 
 from ..distillers import distill_settings
 from ..expansion.images import accepted_input_shape, input_shape
+from ..expansion.student import unwrap_student
 from .base import BaseTask
 from .learners import Learners, StudentLearner, example_batch
 from .static_teacher import StaticTeacher, resolve_static_teacher
@@ -25,7 +26,8 @@ class DistillationTask(BaseTask):
     ``state_dict`` is the plain student's, and its ``task_state`` the distillers, which train with it.
 
     Args:
-        student: timm model with a classifier.
+        student: timm model with a classifier, without the wrappers of ``torch.compile`` and DDP, which are for the
+            task.
         static_teacher: timm model name (created with pretrained weights), timm DistillationTeacher or module. A module
             is used as it is, not copied: it is moved to ``device`` and frozen.
         criterion: task loss of logits and targets (default: cross-entropy).
@@ -58,6 +60,7 @@ class DistillationTask(BaseTask):
             verbose: bool = True,
     ) -> None:
         super().__init__(device=device, dtype=dtype, verbose=verbose)
+        student = unwrap_student(student)
         settings = distill_settings(distill_type, distill_args, temperature)
         self.settings = dict(distillers=settings)
         self.task_loss_weight, self.distill_loss_weight = loss_weights(task_loss_weight, distill_loss_weight)

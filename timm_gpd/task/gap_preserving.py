@@ -6,6 +6,8 @@ import torch
 import torch.nn as nn
 
 from ..distillers import distill_settings
+from ..errors import InputError
+from ..expansion.student import unwrap_student
 from ..losses import GPD_LOSSES
 from ..teacher import DynamicTeacher, StudentView, expand
 from ..teacher.branches import branch_kinds
@@ -32,7 +34,9 @@ class GapPreservingTask(BaseTask):
     ``task_state`` is the dynamic teacher, and with a static teacher the distillers of both.
 
     Args:
-        student: timm model with a classifier. Not modified; its weights are where the dynamic teacher starts.
+        student: timm model with a classifier, or any model whose ``classifier`` is named; without the wrappers of
+            ``torch.compile`` and DDP, which are for the task. Not modified; its weights are where the dynamic teacher
+            starts.
         static_teacher: timm model name (created with pretrained weights), timm DistillationTeacher, module, or None. A
             module is used as it is, not copied: it is moved to ``device`` and frozen.
         criterion: task loss of logits and targets (default: cross-entropy).
@@ -52,6 +56,7 @@ class GapPreservingTask(BaseTask):
         dtype: dtype of the task.
         verbose: log what was built.
         branches: names the kinds of branch instead of their number, see :func:`timm_gpd.expand`.
+        classifier: names the modules that give logits, see :func:`timm_gpd.expand`.
 
     Raises:
         ValueError: if an argument is out of range, or the static teacher has other classes than the student or not the
@@ -79,10 +84,12 @@ class GapPreservingTask(BaseTask):
             dtype: Optional[torch.dtype] = None,
             verbose: bool = True,
             branches: Optional[Sequence[str]] = None,
+            classifier: Union[str, Sequence[str], None] = None,
     ) -> None:
         super().__init__(device=device, dtype=dtype, verbose=verbose)
+        student = unwrap_student(student)
         if gpd_loss not in GPD_LOSSES:
-            raise ValueError(f'gpd_loss must be one of {", ".join(GPD_LOSSES)}, but is {gpd_loss!r}')
+            raise InputError(f'gpd_loss must be one of {", ".join(GPD_LOSSES)}, but is {gpd_loss!r}')
         self.gpd_loss = GPD_LOSSES[gpd_loss]
         self.gpd_weight = gpd_weight
         self.task_loss_weight, self.distill_loss_weight = loss_weights(task_loss_weight, distill_loss_weight)
@@ -92,7 +99,7 @@ class GapPreservingTask(BaseTask):
 
         self.static_teacher = None if static_teacher is None else StaticTeacher(
             resolve_static_teacher(static_teacher, student, self.device, self.dtype), student, distillers)
-        dynamic_teacher = expand(student, ratio, num_branches, noise, scale, branches)
+        dynamic_teacher = expand(student, ratio, num_branches, noise, scale, branches, classifier)
         step_loss = StepLoss(self.criterion, self.task_loss_weight, self.distill_loss_weight)
         if self.static_teacher is None:
             self.trainable_module = JointLearners(dynamic_teacher, {}, step_loss)

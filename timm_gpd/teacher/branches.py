@@ -11,6 +11,7 @@ import torch
 import torch.nn as nn
 
 from ..axes import TensorMap
+from ..errors import InputError
 from .merge import inputs_last, merge_branches, mix_inputs
 
 __all__ = ['BRANCH_KINDS', 'BranchedKernel', 'branch_kinds', 'cosine_prior', 'is_branchable']
@@ -32,15 +33,15 @@ def branch_kinds(num_branches: int, branches: Optional[Sequence[str]] = None) ->
     """
     most = len(BRANCH_KINDS)
     if not isinstance(num_branches, int) or isinstance(num_branches, bool) or not 1 <= num_branches <= most:
-        raise ValueError(f'num_branches must be a positive integer of at most {most}, but is {num_branches!r}')
+        raise InputError(f'num_branches must be a positive integer of at most {most}, but is {num_branches!r}')
     if branches is None:
         return BRANCH_KINDS[:num_branches]
     kinds = (branches,) if isinstance(branches, str) else tuple(branches)
     if kinds[:1] != BRANCH_KINDS[:1] or len(set(kinds)) < len(kinds) or not set(kinds) <= set(BRANCH_KINDS):
-        raise ValueError(
+        raise InputError(
             f'branches must be kxk followed by different ones of {", ".join(BRANCH_KINDS[1:])}, but is {branches!r}')
     if num_branches not in (1, len(kinds)):
-        raise ValueError(f'num_branches is {num_branches} and branches names {len(kinds)}: give one of them')
+        raise InputError(f'num_branches is {num_branches} and branches names {len(kinds)}: give one of them')
     return kinds
 
 

@@ -1,14 +1,15 @@
 """The dynamic teacher: one set of parameters that runs as a wide teacher and as the student inside it."""
 import copy
-import re
 from functools import partial
 from typing import Any, Callable, Dict, Iterable, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn as nn
 
+from ..errors import InputError
 from ..expansion import plan_expansion, verify_plan
 from ..expansion.copies import copy_model, parameterless_copy, wide_copy
+from ..expansion.student import unwrap_student
 from ..plan import ExpansionPlan
 from .branches import branch_kinds
 from .branching import branch_convolutions
@@ -16,6 +17,7 @@ from .early_backward import EarlyBackward
 from .functional import call_with_parameters, memory_format_of
 from .parameter_layout import ParameterLayout
 from .shared_tensors import SharedTensors
+from .timm_model import TimmModel
 
 __all__ = ['DynamicTeacher', 'JointOutput', 'expand', 'SCALES']
 
@@ -38,6 +40,7 @@ def expand(
         noise: float = 0.0,
         scale: str = 'student',
         branches: Optional[Sequence[str]] = None,
+        classifier: Union[str, Sequence[str], None] = None,
 ) -> 'DynamicTeacher':
     """Builds the dynamic teacher of a student by inverse reparameterization (Sec. 3.2 of arXiv 2410.04140).
 
@@ -46,7 +49,8 @@ def expand(
     each of the student's parameters, besides activations of four small images.
 
     Args:
-        student: a timm model with a classifier. It is not modified.
+        student: a timm model with a classifier, or any model whose ``classifier`` is named; wrappers are looked
+            through. It is not modified.
         ratio: expansion ratio r of the channels.
         num_branches: branches per convolution, 1 to 6 (the paper's); 1 is a plain convolution.
         noise: standard deviation, relative to each weight's own, of noise that tells replicas apart without changing
@@ -55,6 +59,8 @@ def expand(
             rate and weight decay mean what they mean in plain training. ``'teacher'`` (the authors') stores the
             teacher's weights, and the student's are r times a slice of them.
         branches: names the kinds of branch instead of their number, see ``timm_gpd.teacher.branches.BRANCH_KINDS``.
+        classifier: dotted names of the modules that give logits, where the model has no ``get_classifier()``, see
+            :func:`timm_gpd.plan_expansion`.
 
     Returns:
         The dynamic teacher, on the student's device, in its dtype and mode.
@@ -65,12 +71,13 @@ def expand(
     """
     kinds = branch_kinds(num_branches, branches)
     _check_storage(scale, noise)
-    plan = plan_expansion(student, ratio)
+    student = unwrap_student(student)
+    plan = plan_expansion(student, ratio, classifier)
     verify_plan(student, plan)
     return DynamicTeacher(student, plan, noise=noise, scale=scale, branches=kinds)
 
 
-class DynamicTeacher(nn.Module):
+class DynamicTeacher(TimmModel):
     """A student's wide, multi-branch copy, with the student inside it.
 
     The only parameters are those of ``wide`` and ``branches``; the student's are computed from them whenever it runs.
@@ -108,6 +115,7 @@ class DynamicTeacher(nn.Module):
     ) -> None:
         super().__init__()
         _check_storage(scale, noise)
+        student = unwrap_student(student)
         self.plan = plan
         self.scale = scale
         self.branch_kinds = branch_kinds(1, branches)
@@ -127,6 +135,7 @@ class DynamicTeacher(nn.Module):
             {name: plan.tensors[name] for name in self._layout.names if name in plan.tensors and name not in self._branched},
             self._teacher_multipliers,
             {} if stores_student else self._divisors)
+        self._record_config()
         self.train(student.training)
 
     # -- the two models ---------------------------------------------------------------------------------------------
@@ -299,38 +308,15 @@ class DynamicTeacher(nn.Module):
             if name in self._divisors:
                 parameter += self.plan.tensors[name].noise_like(parameter, noise * parameter.std().item())
 
-    # -- what timm's optimizer factory asks a model -----------------------------------------------------------------
-
-    def no_weight_decay(self) -> set:
-        """Names of parameters that the student's class exempts from weight decay."""
-        exempt = self.wide.no_weight_decay() if hasattr(self.wide, 'no_weight_decay') else set()
-        return {f'wide.{name}' for name in exempt}
-
-    def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
-        """The student's layer groups, for layer-wise learning rate decay."""
-        return {group: _inside(pattern) for group, pattern in self.wide.group_matcher(coarse=coarse).items()}
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recomputes activations in the backward pass, in both models."""
-        self.wide.set_grad_checkpointing(enable)
-        self.student.set_grad_checkpointing(enable)
-
     def extra_repr(self) -> str:
         return f'ratio={self.plan.ratio}, scale={self.scale}, branches={self.branch_kinds}'
 
 
 def _check_storage(scale: str, noise: float) -> None:
     if scale not in SCALES:
-        raise ValueError(f'scale must be one of {", ".join(SCALES)}, but is {scale!r}')
+        raise InputError(f'scale must be one of {", ".join(SCALES)}, but is {scale!r}')
     if not noise >= 0:
-        raise ValueError(f'noise must be a number of at least 0, but is {noise!r}')
-
-
-def _inside(pattern: Any) -> Any:
-    """A pattern of a group matcher for the same names inside a dynamic teacher."""
-    if isinstance(pattern, str):  # matched from the start of a name, every alternative of it
-        return r'^(?:wide|branches)\.(?:' + re.sub(r'(^|[|(])\^', r'\1', pattern) + ')'
-    return [(_inside(p[0]), *p[1:]) if isinstance(p, tuple) else _inside(p) for p in pattern]
+        raise InputError(f'noise must be a number of at least 0, but is {noise!r}')
 
 
 def _named_tensors(model: nn.Module) -> List[Tuple[str, torch.Tensor]]:

@@ -7,7 +7,7 @@ from typing import Any, Optional
 import torch
 from timm.task import TrainingTask, resume_task_checkpoint
 
-from ..errors import UsageError
+from ..errors import UsageError, is_bug
 
 __all__ = ['resume_run']
 
@@ -39,7 +39,9 @@ def resume_run(
         epoch = resume_task_checkpoint(task, args.resume, **state)
     except (pickle.UnpicklingError, EOFError, OSError) as error:
         raise UsageError(f'{args.resume} cannot be read as a checkpoint: {str(error).splitlines()[0]}')
-    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+    except (RuntimeError, ValueError, KeyError) as error:
+        if is_bug(error):
+            raise
         reason = str(error).strip().splitlines()
         raise UsageError(
             f'{args.resume} does not fit --model {args.model} and its options: {reason[-1].strip() if reason else ""} '

@@ -90,8 +90,11 @@ def resolve_input(args: argparse.Namespace, model: nn.Module) -> InputConfig:
     Raises:
         UsageError: if a value does not fit the number of channels.
     """
-    with usage_errors('check --input-size, --mean and --std'):
+    with usage_errors('check --input-size, --mean and --std', AssertionError):
         config = resolve_data_config(vars(args), model=model)
+    for key in ('mean', 'std'):  # as timm's loader does where the config is of other channels than the model
+        if len(config[key]) != config['input_size'][0]:
+            config[key] = (sum(config[key]) / len(config[key]),) * config['input_size'][0]
     return InputConfig(**{field.name: config[field.name] for field in dataclasses.fields(InputConfig)})
 
 
