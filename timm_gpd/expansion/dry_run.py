@@ -1,5 +1,5 @@
 """The dry run: the student's forward, where nothing is computed and every torch function is seen on the way in."""
-from typing import Any, Callable, Tuple
+from typing import Any, Callable, Dict, Tuple
 
 import torch
 import torch.nn as nn
@@ -7,6 +7,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
 from ..errors import UnsupportedModelError
+from .copies import first_input
 from .functions import find_handler, find_stand_in, handle_module
 from .images import blank_images
 from .traced import note_origin
@@ -26,7 +27,7 @@ def dry_run(widening: Widening, shape: Tuple[int, int, int]) -> None:
         UnsupportedModelError: if the forward fails once parts of it are wider.
     """
     for name, module in widening.modules.items():
-        module.register_forward_pre_hook(_enter(widening, name))
+        module.register_forward_pre_hook(_enter(widening, name), with_kwargs=True)
         module.register_forward_hook(_leave(widening))
     _forward(widening, shape, training=False)
     if widening.unmet_parameters():
@@ -53,9 +54,9 @@ def _forward(widening: Widening, shape: Tuple[int, int, int], training: bool) ->
 
 
 def _enter(widening: Widening, name: str) -> Callable:
-    def pre_hook(module: nn.Module, inputs: Tuple[Any, ...]) -> None:
+    def pre_hook(module: nn.Module, args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> None:
         widening.running.append(name)
-        handle_module(widening, name, module, inputs[0])
+        handle_module(widening, name, module, first_input(args, kwargs))
     return pre_hook
 
 
@@ -74,11 +75,11 @@ class _Watch(TorchFunctionMode):
 
     def __torch_function__(self, func: Callable, types: Any, args: Tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         args, kwargs = tree_map_only(torch.Tensor, self._to_device, (args, kwargs or {}))
-        handler = find_handler(func)
+        handler = find_handler(func, args, kwargs)
         if handler is not None:
             args, kwargs = handler(self.widening, args, kwargs)
         output = find_stand_in(func)(*args, **kwargs)
-        note_origin((args, kwargs), output)
+        note_origin(func, args, kwargs, output)
         return output
 
     def _to_device(self, tensor: torch.Tensor) -> torch.Tensor:

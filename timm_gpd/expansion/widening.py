@@ -1,4 +1,5 @@
 """A student as it widens: which of its tensors have become wider, and what the plan will say of them."""
+import math
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Set, Tuple, Union
 
 import torch
@@ -8,7 +9,7 @@ from ..axes import AxisMap, TensorMap
 from ..errors import UnsupportedModelError
 from ..rules.context import join
 from .copies import blank, blank_copy
-from .traced import from_parameters, is_own, mark_derived, mark_own, sources
+from .traced import from_parameters, is_own, mark_derived, mark_own, mark_wide, sources, view_axes
 
 __all__ = ['Widening']
 
@@ -199,6 +200,7 @@ class Widening:
         if isinstance(tensor, nn.Parameter):
             wide = nn.Parameter(wide, requires_grad=tensor.requires_grad)
         mark_own(wide, first)
+        mark_wide(wide)
         for name in self._names[first]:
             owner, _, key = name.rpartition('.')
             module = self.modules[owner]
@@ -228,27 +230,65 @@ class Widening:
                 axis: self.axis(tensor, '', tensor.shape[axis], ratio) for axis, ratio in ratios.items()})
         return self._widen_derived(tensor, ratios)
 
+    def widen_view(
+            self,
+            tensor: torch.Tensor,
+            axes: Mapping[int, AxisMap],
+            sum_axis: Optional[int] = None,
+    ) -> torch.Tensor:
+        """:meth:`widen` of an own tensor, or of one whose axes are in another order, by the axes that it has."""
+        first, = sources(tensor)
+        order = view_axes(tensor)
+        wide = self.widen(
+            self.tensor(first), {order[axis]: axis_map for axis, axis_map in axes.items()},
+            None if sum_axis is None else order[sum_axis])
+        if is_own(tensor):
+            return wide
+        return self.derived([
+            size if axis is None else wide.shape[axis] for axis, size in zip(order, tensor.shape)], tensor)
+
+    def check_divisor(self, name: str, summed: Sequence[int]) -> None:
+        """Checks that a tensor which was met before is divided by what a sum over some of its axes needs.
+
+        Raises:
+            UnsupportedModelError: if it is not.
+        """
+        if name in self.tensors:
+            axes = dict(self.tensors[name].axes)
+            needed = math.prod(axes[axis].ratio for axis in summed if axis in axes)
+            if needed != self.tensors[name].divisor:
+                raise self.unsupported(
+                    f'{name} has to be divided by {needed} here, and by {self.tensors[name].divisor} where it was met '
+                    'before')
+
     def _widen_derived(self, tensor: torch.Tensor, ratios: Mapping[int, int]) -> torch.Tensor:
         """Widens the parameters that a tensor was computed from, and the tensor along with them.
 
-        Which axis of a parameter an axis of the result came from is told by its size, which must be unique there.
+        Which axis of a parameter an axis of the result came from is told by the order of axes, if nothing else was
+        done, or by its size, which must be unique there. Parameters of one entry are for all channels.
         """
-        shape = list(tensor.shape)
+        shape, order = list(tensor.shape), view_axes(tensor)
         for axis, ratio in ratios.items():
             size = shape[axis]
             for source in sources(tensor):
                 parameter = self.tensor(source)
+                if parameter.numel() == 1 and tensor.numel() > 1:
+                    continue
                 student_shape = self.tensors[source].shape if source in self.tensors else tuple(parameter.shape)
-                if student_shape.count(size) != 1:
+                if order is None and student_shape.count(size) != 1:
                     raise self.unsupported(
                         f'an axis of {size} entries, computed from {", ".join(sources(tensor))}, met one of '
                         f'{size * ratio}, and its origin is not clear')
-                self.widen(parameter, {student_shape.index(size): self.axis(parameter, '', size, ratio)})
+                own_axis = student_shape.index(size) if order is None else order[axis]
+                if own_axis not in dict(self.tensors[source].axes if source in self.tensors else {own_axis: None}):
+                    raise self.unsupported(f'{source} was met before, where other axes were wider')
+                self.widen(parameter, {own_axis: self.axis(parameter, '', size, ratio)})
             shape[axis] = size * ratio
         return self.derived(shape, tensor)
 
     def derived(self, shape: Sequence[int], tensor: torch.Tensor) -> torch.Tensor:
         """A blank tensor of another shape, computed from the same parameters as a derived one."""
         wide = blank(shape, tensor.dtype, self.device)
-        mark_derived(wide, sources(tensor))
+        mark_derived(wide, sources(tensor), view_axes(tensor))
+        mark_wide(wide)
         return wide

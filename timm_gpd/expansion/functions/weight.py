@@ -1,14 +1,14 @@
 """Weights of layers, some of which are computed from a parameter (weight standardisation) before a layer uses them."""
-from typing import Mapping, Optional
+from typing import Mapping, Optional, Sequence
 
 import torch
 
 from ...axes import AxisMap
-from ..traced import from_parameters, is_own, sources
+from ..traced import from_parameters, is_own, sources, view_axes
 from ..widening import Widening
 from .registry import Call
 
-__all__ = ['new_weight', 'widen_bias_of_tied_weight', 'widen_weight']
+__all__ = ['new_weight', 'widen_bias', 'widen_bias_of_tied_weight', 'widen_weight']
 
 
 def new_weight(widening: Widening, call: Call) -> Optional[torch.Tensor]:
@@ -16,8 +16,8 @@ def new_weight(widening: Widening, call: Call) -> Optional[torch.Tensor]:
     weight = call['weight']
     if not from_parameters(weight):
         return None
-    if is_own(weight):
-        return weight if widening.is_new(weight) else None
+    if view_axes(weight) is not None:
+        return weight if sources(weight)[0] not in widening.met else None
     return next((
         widening.tensor(source) for source in sources(weight)
         if source not in widening.tensors and widening.tensor(source).shape == weight.shape), None)
@@ -47,7 +47,7 @@ def widen_weight(
     """
     weight = call['weight']
     if parameter is weight:
-        call['weight'] = widening.widen(parameter, axes, sum_axis)
+        call['weight'] = widening.widen_view(parameter, axes, sum_axis)
         return
     name = widening.owner(parameter)
     if name != widening.running[-1]:
@@ -64,9 +64,31 @@ def widen_weight(
     call['weight'] = widening.derived(wide.shape, weight)
 
 
-def widen_bias_of_tied_weight(widening: Widening, call: Call) -> None:
-    """A weight that another layer has widened already leaves this layer's bias to be widened like its outputs."""
+def widen_bias(widening: Widening, call: Call, out_map: AxisMap) -> None:
+    """Widens a layer's bias like its outputs."""
+    bias = call.get('bias')
+    if is_own(bias):
+        call['bias'] = widening.widen(bias, {0: out_map})
+    elif from_parameters(bias):
+        call['bias'] = widening.widen_to_meet(bias, [(out_map.teacher_size,)])
+
+
+def widen_bias_of_tied_weight(widening: Widening, call: Call, summed: Sequence[int]) -> None:
+    """A weight that another layer has widened already leaves this layer's bias to be widened like its outputs.
+
+    Args:
+        widening: the student in the dry run.
+        call: arguments of the layer's function.
+        summed: the weight's axes that the layer sums over.
+
+    Raises:
+        UnsupportedModelError: if this layer needs another divisor than the first one did.
+    """
     weight, bias = call['weight'], call.get('bias')
-    if is_own(weight) and is_own(bias) and widening.is_new(bias) and sources(weight)[0] in widening.tensors:
+    order = view_axes(weight) if from_parameters(weight) else None
+    if order is None:
+        return
+    widening.check_divisor(sources(weight)[0], [order[axis] for axis in summed])
+    if is_own(bias) and widening.is_new(bias) and sources(weight)[0] in widening.tensors:
         axes = dict(widening.tensors[sources(weight)[0]].axes)
-        call['bias'] = widening.widen(bias, {0: axes[0]} if 0 in axes else {})
+        call['bias'] = widening.widen(bias, {0: axes[order[0]]} if order[0] in axes else {})
