@@ -3,6 +3,7 @@ from typing import Any, Callable, Dict, Tuple
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
@@ -10,10 +11,16 @@ from ..errors import UnsupportedModelError
 from .copies import first_input
 from .functions import find_handler, find_stand_in, handle_module
 from .images import blank_images
-from .traced import note_origin
+from .traced import mark_channels, note_origin
 from .widening import Widening
 
 __all__ = ['dry_run']
+
+
+# Layers and the axis of their outputs, from the end, that holds channels.
+CHANNEL_AXES = {
+    F.linear: -1, F.conv1d: -2, F.conv2d: -3, F.conv3d: -4,
+    F.conv_transpose1d: -2, F.conv_transpose2d: -3, F.conv_transpose3d: -4}
 
 
 def dry_run(widening: Widening, shape: Tuple[int, int, int]) -> None:
@@ -74,13 +81,18 @@ class _Watch(TorchFunctionMode):
         self.widening = widening
 
     def __torch_function__(self, func: Callable, types: Any, args: Tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        args, kwargs = tree_map_only(torch.Tensor, self._to_device, (args, kwargs or {}))
+        args, kwargs = tree_map_only(torch.Tensor, self._present, (args, kwargs or {}))
         handler = find_handler(func, args, kwargs)
         if handler is not None:
             args, kwargs = handler(self.widening, args, kwargs)
         output = find_stand_in(func)(*args, **kwargs)
         note_origin(func, args, kwargs, output)
+        if func in CHANNEL_AXES:
+            mark_channels(output, CHANNEL_AXES[func])
         return output
 
-    def _to_device(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor if tensor.device.type == self.widening.device else tensor.to(self.widening.device)
+    def _present(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor where the others are, and as wide as it is by now: a forward may have read it before it widened."""
+        if tensor.device.type != self.widening.device:
+            return tensor.to(self.widening.device)
+        return self.widening.current(tensor)

@@ -3,26 +3,34 @@
 A parameter or buffer is an *own* tensor; one that was computed from some of them and from nothing else is *derived*.
 Both carry channels that may have to widen. All other tensors are activations, which are as wide as what they met.
 """
-from typing import Any, Callable, Dict, Iterator, NamedTuple, Optional, Tuple, TypeGuard
+import math
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple, TypeGuard
 
 import torch
 from torch.utils._pytree import tree_map_only
 
 __all__ = [
-    'Axes', 'from_parameters', 'is_own', 'is_wide', 'mark_derived', 'mark_own', 'mark_wide', 'note_origin', 'sources',
-    'tensors_in', 'view_axes',
+    'Axes', 'channel_block', 'from_parameters', 'is_own', 'is_wide', 'mark_channels', 'mark_derived', 'mark_own',
+    'mark_wide', 'note_origin', 'sources', 'tensors_in', 'view_axes',
 ]
 
 _ORIGIN = 'gpd_origin'
 _WIDE = 'gpd_wide'
+_CHANNELS = 'gpd_channels'
 
-Axes = Tuple[Optional[int], ...]  # of a view: which axis of the parameter each axis is; None of one entry that is none
+# Of a view: which axis of the parameter each axis is; None where it is one of one entry, or of equal ones.
+Axes = Tuple[Optional[int], ...]
 
 
 class _Origin(NamedTuple):
     sources: Tuple[str, ...]
     is_own: bool
     axes: Optional[Axes]
+
+
+class _Channels(NamedTuple):
+    axis: int
+    block: int
 
 
 def mark_own(tensor: torch.Tensor, name: str) -> None:
@@ -67,6 +75,30 @@ def sources(tensor: torch.Tensor) -> Tuple[str, ...]:
     return origin.sources if origin is not None else ()
 
 
+def mark_channels(tensor: torch.Tensor, axis: int) -> None:
+    """Notes which axis of a layer's output, counted from the end, holds channels."""
+    setattr(tensor, _CHANNELS, _Channels(axis, 1))
+
+
+def channel_block(tensor: torch.Tensor) -> int:
+    """How many entries of every channel lie side by side on the last axis; more than 1 where maps were flattened."""
+    channels = getattr(tensor, _CHANNELS, None)
+    return channels.block if channels is not None else 1
+
+
+def _note_channels(inputs: List[torch.Tensor], output: torch.Tensor) -> None:
+    """Follows the channel axis through functions that leave it where it is, and through ``x.flatten(1)``."""
+    for tensor in inputs:
+        channels = getattr(tensor, _CHANNELS, None)
+        if channels is None or output is tensor or tensor.dim() < -channels.axis:
+            continue
+        if output.dim() == 2 < tensor.dim() and output.numel() == tensor.numel() and output.shape[:1] == tensor.shape[:1]:
+            block = math.prod(tensor.shape[tensor.dim() + channels.axis + 1:])
+            setattr(output, _CHANNELS, _Channels(-1, channels.block * block))
+        elif output.dim() == tensor.dim() and (not output._is_view() or output.stride() == tensor.stride()):
+            setattr(output, _CHANNELS, channels)  # views in other strides may have axes in another order
+
+
 def view_axes(tensor: torch.Tensor) -> Optional[Axes]:
     """Which axis of a parameter each axis of an own tensor, or of a transposed one, is; None of any other tensor."""
     origin = _origin(tensor)
@@ -84,6 +116,8 @@ def note_origin(function: Callable, args: Tuple[Any, ...], kwargs: Dict[str, Any
         output: what it returned, nested in the same way.
     """
     inputs, outputs = list(tensors_in((args, kwargs))), list(tensors_in(output))
+    for tensor in outputs:
+        _note_channels(inputs, tensor)
     if any(map(is_wide, inputs)):
         for tensor in outputs:
             mark_wide(tensor)
@@ -107,7 +141,7 @@ def _axes_of_view(
         kwargs: Dict[str, Any],
         tensor: torch.Tensor,
 ) -> Optional[Axes]:
-    """Which axes of a parameter the output's are, if the function only orders, adds and drops axes.
+    """Which axes of a parameter the output's are, if the function only orders, adds, drops and repeats axes.
 
     It is called once more on a tensor without values whose axes are told by their strides.
     """
@@ -125,10 +159,9 @@ def _axes_of_view(
     places = {
         (size, stride): axis for axis, (size, stride) in enumerate(zip(stand_in.shape, stand_in.stride())) if size > 1}
     axes = tuple(
-        known[places[size, stride]] if (size, stride) in places else None if size == 1 else -1
+        known[places[size, stride]] if (size, stride) in places else None if size == 1 or stride == 0 else -1
         for size, stride in zip(output.shape, output.stride()))
-    found = [axis for axis in axes if axis is not None]
-    return axes if -1 not in axes and len(found) == len(places) and output.numel() == tensor.numel() else None
+    return axes if -1 not in axes and len(axes) - axes.count(None) == len(places) else None
 
 
 def tensors_in(tree: Any) -> Iterator[torch.Tensor]:

@@ -77,6 +77,17 @@ class Widening:
         owner, _, key = name.rpartition('.')
         return getattr(self.modules[owner], key)
 
+    def current(self, tensor: torch.Tensor) -> torch.Tensor:
+        """What an own tensor, or one whose axes are in another order, has become since it was read."""
+        order = view_axes(tensor)
+        if order is None or sources(tensor)[0] not in self.tensors:
+            return tensor
+        now = self.tensor(sources(tensor)[0])
+        if is_own(tensor):
+            return now
+        shape = [size if axis is None else now.shape[axis] for axis, size in zip(order, tensor.shape)]
+        return tensor if shape == list(tensor.shape) else self.derived(shape, tensor)
+
     def owner(self, tensor: torch.Tensor) -> str:
         """Name of the module that owns a parameter or buffer."""
         return sources(tensor)[0].rpartition('.')[0]
@@ -141,13 +152,24 @@ class Widening:
             raise self.unsupported(f'{sources(tensor)[0]} has {size} entries, not a multiple of {described}')
         return AxisMap.uniform(size, ratio, described)
 
-    def axis_like(self, tensor: torch.Tensor, side: str, size: int, actual: int, what: str) -> AxisMap:
+    def axis_like(
+            self, tensor: torch.Tensor, side: str, size: int, actual: int, what: str, block: int = 1) -> AxisMap:
         """:meth:`axis` of an axis that meets ``actual`` channels, which ``what``, for the message, expects.
+
+        Args:
+            tensor: a parameter or buffer.
+            side: ``'in'``, ``'out'``, or ''.
+            size: the axis's entries in the student.
+            actual: the entries that arrive.
+            what: who expects them.
+            block: the run of entries that arrives as a whole, where no rule says so.
 
         Raises:
             UnsupportedModelError: if no replication of it has that size.
         """
         axis_map = self.axis(tensor, side, size, max(actual // size, 1))
+        if len(axis_map) == 1 and axis_map[0].block == 1 and axis_map.ratio > 1 and size % block == 0:
+            axis_map = AxisMap.uniform(size, axis_map.ratio, block)
         if axis_map.teacher_size != actual:
             raise self.unsupported(f'{what} expects {size} channels and got {actual}')
         return axis_map
@@ -239,6 +261,8 @@ class Widening:
         """:meth:`widen` of an own tensor, or of one whose axes are in another order, by the axes that it has."""
         first, = sources(tensor)
         order = view_axes(tensor)
+        if any(order[axis] is None and axis_map.ratio > 1 for axis, axis_map in axes.items()):
+            raise self.unsupported(f'{first} is repeated along an axis that is wider')
         wide = self.widen(
             self.tensor(first), {order[axis]: axis_map for axis, axis_map in axes.items()},
             None if sum_axis is None else order[sum_axis])
@@ -246,6 +270,15 @@ class Widening:
             return wide
         return self.derived([
             size if axis is None else wide.shape[axis] for axis, size in zip(order, tensor.shape)], tensor)
+
+    def check_kept(self, name: str, axis: int, why: str) -> None:
+        """Checks that an axis of a tensor which was met before was not wider.
+
+        Raises:
+            UnsupportedModelError: if it was, with the reason why it may not be.
+        """
+        if name in self.tensors and axis in dict(self.tensors[name].axes):
+            raise self.unsupported(f'axis {axis} of {name} was wider where it was met before, but {why}')
 
     def check_divisor(self, name: str, summed: Sequence[int]) -> None:
         """Checks that a tensor which was met before is divided by what a sum over some of its axes needs.
@@ -280,6 +313,8 @@ class Widening:
                         f'an axis of {size} entries, computed from {", ".join(sources(tensor))}, met one of '
                         f'{size * ratio}, and its origin is not clear')
                 own_axis = student_shape.index(size) if order is None else order[axis]
+                if own_axis is None:
+                    raise self.unsupported(f'{source} is repeated along an axis that is wider')
                 if own_axis not in dict(self.tensors[source].axes if source in self.tensors else {own_axis: None}):
                     raise self.unsupported(f'{source} was met before, where other axes were wider')
                 self.widen(parameter, {own_axis: self.axis(parameter, '', size, ratio)})

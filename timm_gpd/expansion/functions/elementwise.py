@@ -103,14 +103,15 @@ def expansion(widening: Widening, args: Positional, kwargs: Named) -> Arguments:
     """A parameter that is repeated to a shape which is given in numbers; -1 leaves an axis as it is."""
     if args and from_parameters(args[0]):
         sizes = [size for size in tree_leaves((args[1:], kwargs)) if type(size) is int]
-        args = (widening.widen_to_meet(args[0], [sizes]), *args[1:])
+        if widening.mismatch(args[0].shape, sizes):
+            args = (widening.widen_to_meet(args[0], [sizes]), *args[1:])
     return args, kwargs
 
 
 @watch(*forms('expand_as'), names=('input', 'other'))
 def expansion_as(widening: Widening, call: Call) -> None:
     """A parameter that is repeated to the shape of something wider."""
-    if from_parameters(call['input']):
+    if from_parameters(call['input']) and widening.mismatch(call['input'].shape, call['other'].shape):
         call['input'] = widening.widen_to_meet(call['input'], [call['other'].shape])
 
 

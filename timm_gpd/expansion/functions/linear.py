@@ -1,6 +1,7 @@
 """Linear layers and embeddings."""
 import torch.nn.functional as F
 
+from ..traced import channel_block, is_own, sources
 from ..widening import Widening
 from .registry import Call, watch
 from .weight import new_weight, widen_bias, widen_bias_of_tied_weight, widen_weight
@@ -15,7 +16,7 @@ def linear(widening: Widening, call: Call) -> None:
         return
     outputs, inputs = weight.shape
     actual = call['input'].shape[-1]
-    in_map = widening.axis_like(weight, 'in', inputs, actual, 'a linear layer')
+    in_map = widening.axis_like(weight, 'in', inputs, actual, 'a linear layer', channel_block(call['input']))
     out_map = widening.out_axis(weight, outputs)
     widening.set_sizes(widening.owner(weight), in_features=actual, out_features=out_map.teacher_size)
     widen_weight(widening, call, weight, {0: out_map, 1: in_map}, 1)
@@ -30,3 +31,6 @@ def embedding(widening: Widening, call: Call) -> None:
         axis_map = widening.out_axis(weight, weight.shape[1])
         widening.set_sizes(widening.owner(weight), embedding_dim=axis_map.teacher_size)
         call['weight'] = widening.widen(weight, {1: axis_map})
+    elif is_own(weight):
+        widening.check_kept(sources(weight)[0], 0, 'its rows are looked up by number')
+        widening.check_divisor(sources(weight)[0], [])
