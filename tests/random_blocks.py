@@ -306,7 +306,8 @@ def _(width: int, rng: random.Random) -> nn.Module:
 
 @block('token broadcast by stored width', 'tokens')
 def _(width: int, rng: random.Random) -> nn.Module:
-    return Apply(lambda self, x: torch.cat([self.p.expand(x.shape[0], 1, width), x], 1)[:, 1:], p=parameter(1, 1, width))
+    return Apply(
+        lambda self, x: torch.cat([self.p.expand(x.shape[0], 1, width), x], 1)[:, 1:], p=parameter(1, 1, width))
 
 
 MATRICES = {
@@ -366,7 +367,8 @@ def _(width: int, rng: random.Random) -> nn.Module:
 
 @block('linear by keyword', 'tokens')
 def _(width: int, rng: random.Random) -> nn.Module:
-    return Apply(lambda self, x: self.norm(input=self.fc(input=x)), fc=nn.Linear(width, width), norm=nn.LayerNorm(width))
+    return Apply(
+        lambda self, x: self.norm(input=self.fc(input=x)), fc=nn.Linear(width, width), norm=nn.LayerNorm(width))
 
 
 @block('token mixing', 'tokens')

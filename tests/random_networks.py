@@ -49,6 +49,20 @@ class Residual(nn.Module):
         return x + (y if self.scale is None else y * self.scale)
 
 
+class MatrixStem(nn.Module):
+    """Patches times a matrix, to (B, width, 4, 4)."""
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        self.weight = parameter(4 * channels, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (F.unfold(x, 2, stride=2).mT @ self.weight).mT.unflatten(2, (4, 4))
+
+
+STEMS = {'conv': lambda channels, width: nn.Conv2d(channels, width, 2, stride=2), 'matrix': MatrixStem}
+
+
 class RandomNetwork(nn.Module):
     """Images (B, channels, 8, 8) to logits (B, 5)."""
 
@@ -56,7 +70,7 @@ class RandomNetwork(nn.Module):
         super().__init__()
         self.in_chans, width = description['channels'], description['width']
         self.pretrained_cfg = {'input_size': (self.in_chans, IMAGE, IMAGE)}
-        self.stem = nn.Conv2d(self.in_chans, width, 2, stride=2)
+        self.stem = STEMS[description['stem']](self.in_chans, width)
         self.maps = self._stack('map', width, description['maps'])
         self.tokens = self._stack('tokens', width, description['tokens'])
         self.reduce = description['reduce']
@@ -93,9 +107,10 @@ class RandomNetwork(nn.Module):
 
 
 def describe(seed: int) -> Description:
-    """A network as data: its width, its images' channels, its ratio, and its blocks, each with a seed of its own."""
+    """A network as data: sizes, ratio, first and last layers, and its blocks, each with a seed of its own."""
     rng = random.Random(seed)
-    kinds = {rank: sorted(kind for kind, (own, _) in BLOCKS.items() if own in (rank, 'any')) for rank in ('map', 'tokens')}
+    kinds = {
+        rank: sorted(kind for kind, (own, _) in BLOCKS.items() if own in (rank, 'any')) for rank in ('map', 'tokens')}
 
     def blocks(rank: str) -> List[Block]:
         return [(rng.choice(kinds[rank]), rng.randrange(10 ** 6)) for _ in range(rng.randint(0, 3))]
@@ -103,6 +118,7 @@ def describe(seed: int) -> Description:
     reduce = rng.choice(7 * ['mean'] + 2 * ['flatten tokens'] + ['flatten maps'])
     return {
         'seed': seed, 'ratio': rng.choice((2, 2, 3)), 'width': rng.choice(WIDTHS), 'channels': rng.choice((1, 3)),
+        'stem': rng.choice(5 * ['conv'] + ['matrix']),
         'reduce': reduce, 'maps': blocks('map'), 'tokens': [] if reduce == 'flatten maps' else blocks('tokens')}
 
 
@@ -169,7 +185,7 @@ def culprit(description: Description, verdict: Verdict) -> str:
     """The kind of block that has the same outcome when it is alone; 'a combination' if there is none."""
     empty = {**description, 'maps': [], 'tokens': []}
     if judge(empty).outcome == verdict.outcome:
-        return f'head: {description["reduce"]}'
+        return f'{description["stem"]} stem, {description["reduce"]}'
     for stack in ('maps', 'tokens'):
         for block in description[stack]:
             alone = {**empty, 'reduce': 'mean', stack: [block]}
@@ -182,7 +198,8 @@ def show(description: Description) -> str:
     """A network, block by block, and as the module that it is."""
     numbered = enumerate([*description['maps'], *description['tokens']])
     rest = {key: value for key, value in description.items() if key not in ('maps', 'tokens')}
-    return '\n'.join([str(rest), *(f'  block {number}: {block}' for number, block in numbered), str(build(description))])
+    blocks = [f'  block {number}: {block}' for number, block in numbered]
+    return '\n'.join([str(rest), *blocks, str(build(description))])
 
 
 def without(description: Description, numbers: List[int]) -> Description:
@@ -219,8 +236,8 @@ def report(results: List[Tuple[int, Verdict, str]], command: str, seconds: float
         f'in {seconds / 60:.0f} minutes of one core.',
         '',
         f'{len(results)} networks were drawn by seed from {len(BLOCKS)} kinds of block. Each has to have a dynamic '
-        'teacher that is exact (in float64, with randomised weights, in evaluation and training mode, by itself, jointly '
-        'with its student, and extracted), or to be refused with an `UnsupportedModelError`.',
+        'teacher that is exact (in float64, with randomised weights, in evaluation and training mode, by itself, '
+        'jointly with its student, and extracted), or to be refused with an `UnsupportedModelError`.',
         '',
         '| outcome | networks |',
         '|---|---:|',

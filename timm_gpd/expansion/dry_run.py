@@ -4,18 +4,20 @@ from typing import Any, Callable, Dict, Tuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._pytree import tree_map_only
 
-from ..errors import UnsupportedModelError
+from ..errors import UnsupportedModelError, first_line
 from .copies import first_input
 from .functions import find_handler, find_stand_in, handle_module
 from .images import blank_images
-from .traced import mark_channels, note_origin
+from .traced import mark_channels, mark_images, note_origin
 from .widening import Widening
 
 __all__ = ['dry_run']
 
+
+_FUNCTION = 'gpd_function'  # attribute of an error: the torch function that raised it
 
 # Layers and the axis of their outputs, from the end, that holds channels.
 CHANNEL_AXES = {
@@ -50,14 +52,16 @@ def _forward(widening: Widening, shape: Tuple[int, int, int], training: bool) ->
     widening.model.train(training)
     widening.running = ['']
     x = blank_images(widening.model, shape, widening.device)
+    mark_images(x)
     try:
         with torch.no_grad(), _Watch(widening):
             widening.model(x)
     except UnsupportedModelError:
         raise
     except Exception as error:
-        message = str(error).splitlines()[0] if str(error) else ''
-        raise widening.unsupported(f'{type(error).__name__}: {message}')
+        function = getattr(error, _FUNCTION, None)
+        raise widening.unsupported(
+            (f'{function}: ' if function else '') + f'{type(error).__name__}: {first_line(error)}')
 
 
 def _enter(widening: Widening, name: str) -> Callable:
@@ -85,7 +89,11 @@ class _Watch(TorchFunctionMode):
         handler = find_handler(func, args, kwargs)
         if handler is not None:
             args, kwargs = handler(self.widening, args, kwargs)
-        output = find_stand_in(func)(*args, **kwargs)
+        try:
+            output = find_stand_in(func)(*args, **kwargs)
+        except Exception as error:
+            setattr(error, _FUNCTION, resolve_name(func) or getattr(func, '__name__', repr(func)))
+            raise
         note_origin(func, args, kwargs, output)
         if func in CHANNEL_AXES:
             mark_channels(output, CHANNEL_AXES[func])

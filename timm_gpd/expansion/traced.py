@@ -10,8 +10,8 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 __all__ = [
-    'Axes', 'channel_block', 'from_parameters', 'is_own', 'is_wide', 'mark_channels', 'mark_derived', 'mark_own',
-    'mark_wide', 'note_origin', 'sources', 'tensors_in', 'view_axes',
+    'Axes', 'channel_block', 'from_parameters', 'is_own', 'mark_channels', 'mark_derived', 'mark_images', 'mark_own',
+    'mark_wide', 'note_origin', 'shows_narrow_images', 'sources', 'tensors_in', 'view_axes',
 ]
 
 _ORIGIN = 'gpd_origin'
@@ -49,14 +49,19 @@ def mark_derived(tensor: torch.Tensor, names: Tuple[str, ...], axes: Optional[Ax
     setattr(tensor, _ORIGIN, _Origin(names, False, axes))
 
 
+def mark_images(tensor: torch.Tensor) -> None:
+    """Notes that a tensor is what the student is given. They are not wider than they were."""
+    setattr(tensor, _WIDE, False)
+
+
 def mark_wide(tensor: torch.Tensor) -> None:
     """Notes that a tensor is wider than the student's, or was computed from one that is."""
     setattr(tensor, _WIDE, True)
 
 
-def is_wide(tensor: torch.Tensor) -> bool:
-    """Whether anything that a tensor was computed from is wider than the student's."""
-    return getattr(tensor, _WIDE, False)
+def shows_narrow_images(tensor: torch.Tensor) -> bool:
+    """Whether a tensor was computed from the images, and from nothing that is wider than the student's."""
+    return getattr(tensor, _WIDE, None) is False
 
 
 def from_parameters(tensor: Any) -> TypeGuard[torch.Tensor]:
@@ -92,7 +97,8 @@ def _note_channels(inputs: List[torch.Tensor], output: torch.Tensor) -> None:
         channels = getattr(tensor, _CHANNELS, None)
         if channels is None or output is tensor or tensor.dim() < -channels.axis:
             continue
-        if output.dim() == 2 < tensor.dim() and output.numel() == tensor.numel() and output.shape[:1] == tensor.shape[:1]:
+        flattened = (tensor.shape[0], tensor.shape[1:].numel()) if tensor.dim() > 2 else None
+        if flattened == output.shape:
             block = math.prod(tensor.shape[tensor.dim() + channels.axis + 1:])
             setattr(output, _CHANNELS, _Channels(-1, channels.block * block))
         elif output.dim() == tensor.dim() and (not output._is_view() or output.stride() == tensor.stride()):
@@ -118,9 +124,10 @@ def note_origin(function: Callable, args: Tuple[Any, ...], kwargs: Dict[str, Any
     inputs, outputs = list(tensors_in((args, kwargs))), list(tensors_in(output))
     for tensor in outputs:
         _note_channels(inputs, tensor)
-    if any(map(is_wide, inputs)):
+    known = [getattr(tensor, _WIDE) for tensor in inputs if hasattr(tensor, _WIDE)]
+    if known:
         for tensor in outputs:
-            mark_wide(tensor)
+            setattr(tensor, _WIDE, any(known))
     names: Dict[str, None] = {}  # a set that keeps its order
     for tensor in inputs:
         if from_parameters(tensor):

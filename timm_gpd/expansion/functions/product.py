@@ -6,10 +6,11 @@ how wide the parameter's axis is; one that the output lacks is summed over, so t
 from typing import Any, Dict, Hashable, List, Sequence, Tuple
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 
 from ...axes import AxisMap
-from ..traced import from_parameters, is_wide, sources, view_axes
+from ..traced import from_parameters, shows_narrow_images, sources, view_axes
 from ..widening import Widening
 from .registry import Arguments, Call, Named, Positional, forms, watch, watch_call
 
@@ -152,7 +153,7 @@ def _widen_operands(
                 widening, tensor, labels[position], output,
                 _sizes([operands[i] for i in others], [labels[i] for i in others]),
                 {label for i, names in enumerate(labels) if i != position for label in names},
-                any(is_wide(operands[i]) for i in others))
+                any(shows_narrow_images(operands[i]) for i in others))
     return operands
 
 
@@ -163,7 +164,7 @@ def _widen_operand(
         output: Labels,
         met: Dict[Hashable, int],
         others: Any,
-        meets_wide: bool,
+        meets_images: bool,
 ) -> torch.Tensor:
     """Widens one parameter, given the sizes that activations have and all labels of other factors."""
     axes = view_axes(tensor)
@@ -171,7 +172,9 @@ def _widen_operand(
         axis for axis, (label, size) in enumerate(zip(labels, tensor.shape))
         if met.get(label, 1) > 1 and size > 1 and met[label] != size]
     if len(set(labels)) < len(labels):
-        raise widening.unsupported(f'a diagonal of {sources(tensor)[0]} is multiplied')
+        if wider:
+            raise widening.unsupported(f'a diagonal of {sources(tensor)[0]} is multiplied')
+        return tensor
     if axes is None:
         if wider and all(labels[axis] in output for axis in wider):
             return widening.widen_to_meet(tensor, [[met.get(label, 1) for label in labels]])
@@ -191,7 +194,8 @@ def _widen_operand(
     divided = [axis for axis in wider if axis in summed]
     if len(divided) > 1:
         raise widening.unsupported(f'{sources(tensor)[0]} is summed over {len(divided)} axes that are wider')
-    if divided or not meets_wide:
+    is_stem = meets_images and isinstance(parameter, nn.Parameter) and any(tensor.shape[axis] > 1 for axis in summed)
+    if divided or is_stem:
         # Outputs widen as a linear layer's. Of several axes the first: heads stand before their entries.
         free = [labels.index(label) for label in output if label in labels and label not in others]
         free = [axis for axis in free if axes[axis] is not None]
