@@ -1,5 +1,4 @@
 """A student as it widens: which of its tensors have become wider, and what the plan will say of them."""
-import math
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Set, Tuple, Union
 
 import torch
@@ -156,13 +155,7 @@ class Widening:
             self, tensor: torch.Tensor, side: str, size: int, actual: int, what: str, block: int = 1) -> AxisMap:
         """:meth:`axis` of an axis that meets ``actual`` channels, which ``what``, for the message, expects.
 
-        Args:
-            tensor: a parameter or buffer.
-            side: ``'in'``, ``'out'``, or ''.
-            size: the axis's entries in the student.
-            actual: the entries that arrive.
-            what: who expects them.
-            block: the run of entries that arrives as a whole, where no rule says so.
+        Entries that arrive in blocks are replicated in blocks, where no rule says more.
 
         Raises:
             UnsupportedModelError: if no replication of it has that size.
@@ -252,72 +245,16 @@ class Widening:
                 axis: self.axis(tensor, '', tensor.shape[axis], ratio) for axis, ratio in ratios.items()})
         return self._widen_derived(tensor, ratios)
 
-    def widen_view(
-            self,
-            tensor: torch.Tensor,
-            axes: Mapping[int, AxisMap],
-            sum_axis: Optional[int] = None,
-    ) -> torch.Tensor:
-        """:meth:`widen` of an own tensor, or of one whose axes are in another order, by the axes that it has."""
-        first, = sources(tensor)
-        order = view_axes(tensor)
-        if any(order[axis] is None and axis_map.ratio > 1 for axis, axis_map in axes.items()):
-            raise self.unsupported(f'{first} is repeated along an axis that is wider')
-        wide = self.widen(
-            self.tensor(first), {order[axis]: axis_map for axis, axis_map in axes.items()},
-            None if sum_axis is None else order[sum_axis])
-        if is_own(tensor):
-            return wide
-        return self.derived([
-            size if axis is None else wide.shape[axis] for axis, size in zip(order, tensor.shape)], tensor)
-
-    def check_kept(self, name: str, axis: int, why: str) -> None:
-        """Checks that an axis of a tensor which was met before was not wider.
-
-        Raises:
-            UnsupportedModelError: if it was, with the reason why it may not be.
-        """
-        if name in self.tensors and axis in dict(self.tensors[name].axes):
-            raise self.unsupported(f'axis {axis} of {name} was wider where it was met before, but {why}')
-
-    def check_divisor(self, name: str, summed: Sequence[int]) -> None:
-        """Checks that a tensor which was met before is divided by what a sum over some of its axes needs.
-
-        Raises:
-            UnsupportedModelError: if it is not.
-        """
-        if name in self.tensors:
-            axes = dict(self.tensors[name].axes)
-            needed = math.prod(axes[axis].ratio for axis in summed if axis in axes)
-            if needed != self.tensors[name].divisor:
-                raise self.unsupported(
-                    f'{name} has to be divided by {needed} here, and by {self.tensors[name].divisor} where it was met '
-                    'before')
-
     def _widen_derived(self, tensor: torch.Tensor, ratios: Mapping[int, int]) -> torch.Tensor:
-        """Widens the parameters that a tensor was computed from, and the tensor along with them.
-
-        Which axis of a parameter an axis of the result came from is told by the order of axes, if nothing else was
-        done, or by its size, which must be unique there. Parameters of one entry are for all channels.
-        """
-        shape, order = list(tensor.shape), view_axes(tensor)
+        """Widens the parameters that a tensor was computed from, and the tensor along with them."""
+        shape = list(tensor.shape)
         for axis, ratio in ratios.items():
             size = shape[axis]
             for source in sources(tensor):
                 parameter = self.tensor(source)
-                if parameter.numel() == 1 and tensor.numel() > 1:
-                    continue
-                student_shape = self.tensors[source].shape if source in self.tensors else tuple(parameter.shape)
-                if order is None and student_shape.count(size) != 1:
-                    raise self.unsupported(
-                        f'an axis of {size} entries, computed from {", ".join(sources(tensor))}, met one of '
-                        f'{size * ratio}, and its origin is not clear')
-                own_axis = student_shape.index(size) if order is None else order[axis]
-                if own_axis is None:
-                    raise self.unsupported(f'{source} is repeated along an axis that is wider')
-                if own_axis not in dict(self.tensors[source].axes if source in self.tensors else {own_axis: None}):
-                    raise self.unsupported(f'{source} was met before, where other axes were wider')
-                self.widen(parameter, {own_axis: self.axis(parameter, '', size, ratio)})
+                if parameter.numel() > 1 or tensor.numel() == 1:  # one entry is for all channels
+                    own_axis = _axis_in_source(self, tensor, axis, source, size * ratio)
+                    self.widen(parameter, {own_axis: self.axis(parameter, '', size, ratio)})
             shape[axis] = size * ratio
         return self.derived(shape, tensor)
 
@@ -327,3 +264,22 @@ class Widening:
         mark_derived(wide, sources(tensor), view_axes(tensor))
         mark_wide(wide)
         return wide
+
+
+def _axis_in_source(widening: Widening, tensor: torch.Tensor, axis: int, source: str, actual: int) -> int:
+    """Which axis of a parameter an axis of a derived tensor came from.
+
+    That is told by the order of axes, if nothing else was done, or by its size, which must be unique there.
+    """
+    size, order, widened = tensor.shape[axis], view_axes(tensor), widening.tensors.get(source)
+    student_shape = tuple(widening.tensor(source).shape) if widened is None else widened.shape
+    if order is None and student_shape.count(size) != 1:
+        raise widening.unsupported(
+            f'an axis of {size} entries, computed from {", ".join(sources(tensor))}, met one of '
+            f'{actual}, and its origin is not clear')
+    own_axis = student_shape.index(size) if order is None else order[axis]
+    if own_axis is None:
+        raise widening.unsupported(f'{source} is repeated along an axis that is wider')
+    if widened is not None and own_axis not in dict(widened.axes):
+        raise widening.unsupported(f'{source} was met before, where other axes were wider')
+    return own_axis

@@ -4,7 +4,9 @@ import torch.nn.functional as F
 from ..traced import channel_block, is_own, sources
 from ..widening import Widening
 from .registry import Call, watch
-from .weight import new_weight, widen_bias, widen_bias_of_tied_weight, widen_weight
+from .weight import (
+    check_divisor, check_kept, new_weight, widen_bias, widen_bias_of_tied_weight, widen_weight,
+)
 
 
 @watch(F.linear, names=('input', 'weight', 'bias'))
@@ -32,5 +34,5 @@ def embedding(widening: Widening, call: Call) -> None:
         widening.set_sizes(widening.owner(weight), embedding_dim=axis_map.teacher_size)
         call['weight'] = widening.widen(weight, {1: axis_map})
     elif is_own(weight):
-        widening.check_kept(sources(weight)[0], 0, 'its rows are looked up by number')
-        widening.check_divisor(sources(weight)[0], [])
+        check_kept(widening, sources(weight)[0], 0, 'its rows are looked up by number')
+        check_divisor(widening, sources(weight)[0], [])

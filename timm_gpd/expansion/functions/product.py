@@ -13,6 +13,7 @@ from ...axes import AxisMap
 from ..traced import from_parameters, shows_narrow_images, sources, view_axes
 from ..widening import Widening
 from .registry import Arguments, Call, Named, Positional, forms, watch, watch_call
+from .weight import check_divisor, widen_view
 
 Labels = List[Hashable]
 
@@ -201,7 +202,7 @@ def _widen_operand(
         free = [axis for axis in free if axes[axis] is not None]
         if free:
             maps[free[0]] = widening.out_axis(parameter, tensor.shape[free[0]])
-    return widening.widen_view(tensor, maps, divided[0] if divided else None)
+    return widen_view(widening, tensor, maps, divided[0] if divided else None)
 
 
 def _check_again(widening: Widening, tensor: torch.Tensor, wider: Sequence[int], summed: Sequence[int]) -> None:
@@ -209,4 +210,4 @@ def _check_again(widening: Widening, tensor: torch.Tensor, wider: Sequence[int],
     name = sources(tensor)[0]
     if wider:
         raise widening.unsupported(f'{name} was met before, where its channels were others')
-    widening.check_divisor(name, summed)
+    check_divisor(widening, name, summed)
