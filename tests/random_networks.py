@@ -278,7 +278,7 @@ def main() -> int:
         results.append(result)
         if result[1].outcome in FAILURES:
             print(result, flush=True)
-        if options.output and (len(results) % 500 == 0 or result[0] + 1 == options.seeds[1]):
+        if options.output and (len(results) % 100 == 0 or result[0] + 1 == options.seeds[1]):
             command = f'python tests/random_networks.py --seeds {options.seeds[0]} {result[0] + 1}'
             options.output.write_text(report(results, command, time.process_time() - start))
     print(Counter(verdict.outcome for _, verdict, _ in results))
