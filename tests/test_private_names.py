@@ -223,3 +223,20 @@ def test_a_checkpoint_computes_again():
         assert len(calls) == 1
         result.backward()
         assert len(calls) == 2 and x.grad == 12
+
+
+def test_operators_are_seen_and_leaves_are_found():
+    seen = []
+
+    class Look(private_torch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    with relies_on(private_torch, 'torch.utils._python_dispatch.TorchDispatchMode'):
+        with Look():
+            torch.ones(2).mul(2)
+        assert all(isinstance(func, private_torch.OpOverload) for func in seen)
+        assert torch.ops.aten.mul.Tensor in seen
+    with relies_on(private_torch, 'torch.utils._pytree.tree_leaves'):
+        assert private_torch.tree_leaves([1, {'a': (2, 3)}]) == [1, 2, 3]

@@ -5,10 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
 from exactness import expansion_errors
 from timm_gpd import Rule, UnsupportedModelError, plan_expansion, register_rule
 from timm_gpd.axes import AxisMap, Segment
+from timm_gpd.expansion.functions import watched
+from timm_gpd.expansion.functions.elementwise import is_elementwise
+from timm_gpd.expansion.traced import mark_own
 
 DOCUMENT = Path(__file__).parents[1] / 'docs' / 'rules.md'
 
@@ -21,6 +25,35 @@ def test_documented_example(capsys):
     for block in blocks:
         exec(compile(block, str(DOCUMENT), 'exec'), namespace)
     assert "module 'mixer' of class documented_example.PartialAttention" in capsys.readouterr().out
+
+
+def test_documented_functions():
+    """The table lists what has a handler, and nothing else."""
+    table = DOCUMENT.read_text().partition('| functions | a parameter |')[2].partition('\n\n')[0]
+    documented = [name for row in table.splitlines()[2:] for name in re.findall(r'`(\w+)`', row.split('|')[1])]
+    assert len(set(documented)) == len(documented)
+    assert set(documented) == {function.__name__.strip('_') for function in watched()}
+
+
+@pytest.mark.parametrize('function', [
+    torch.mul, torch.multiply, torch.Tensor.__mul__, torch.Tensor.mul_, torch.Tensor.__imul__, torch.Tensor.__rmul__,
+    torch.sub, torch.subtract, torch.rsub, torch.Tensor.__rsub__, torch.div, torch.divide, torch.true_divide,
+    torch.Tensor.__rtruediv__, torch.floor_divide, torch.pow, torch.float_power, torch.Tensor.__rpow__, torch.max,
+    torch.maximum, torch.fmin, torch.hypot, torch.atan2, torch.eq, torch.gt, torch.xlogy, torch.Tensor.copy_])
+def test_elementwise_functions_are_known_by_what_they_do(function):
+    pair = torch.ones(8), torch.ones(3, 8)
+    assert not is_elementwise(function, pair, {})  # no parameter
+    mark_own(pair[0], 'weight')
+    assert is_elementwise(function, pair, {})
+
+
+@pytest.mark.parametrize('function', [
+    torch.matmul, torch.cdist, torch.dot, torch.outer, torch.dist, torch.kron, F.cosine_similarity,
+    torch.Tensor.type_as, torch.Tensor.to, torch.Tensor.expand_as])
+def test_other_functions_are_not_elementwise(function):
+    pair = torch.ones(8), torch.ones(3, 8)
+    mark_own(pair[0], 'weight')
+    assert not is_elementwise(function, pair, {})
 
 
 class Splitter(nn.Module):

@@ -9,12 +9,14 @@ import torch
 import torch._dynamo.config
 import torch._inductor.config
 import torch.nn as nn
-from torch.utils._pytree import tree_map_only
+from torch._ops import OpOverload
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 __all__ = [
-    'BatchNorm', 'InstanceNorm', 'add_each_', 'can_trace_backward', 'compiles_writing_operators', 'forget_flat_weights',
+    'BatchNorm', 'InstanceNorm', 'OpOverload', 'TorchDispatchMode', 'add_each_', 'can_trace_backward', 'compiles_writing_operators', 'forget_flat_weights',
     'has_active_transforms', 'has_forward_mode', 'keeps_compiled_layouts', 'list_flat_weights', 'multiply_each',
-    'set_keep_compiled_layouts', 'trace_backward', 'tree_map_only',
+    'set_keep_compiled_layouts', 'trace_backward', 'tree_leaves', 'tree_map_only',
 ]
 
 # What all batch norms, and all instance norms, are instances of, whatever their number of dimensions.

@@ -8,7 +8,7 @@ import torch.nn as nn
 from ..plan import ExpansionPlan
 from ..private_torch import forget_flat_weights, list_flat_weights
 
-__all__ = ['blank', 'blank_copy', 'copy_model', 'parameterless_copy', 'wide_copy']
+__all__ = ['blank', 'blank_copy', 'copy_model', 'first_input', 'parameterless_copy', 'wide_copy']
 
 
 def copy_model(model: nn.Module, substitute: Callable[[str, torch.Tensor], torch.Tensor]) -> nn.Module:
@@ -79,8 +79,13 @@ def wide_copy(
         for attribute, (_, value) in changes.items():
             setattr(modules[name], attribute, value)
     for name, ratio in plan.divided_inputs.items():
-        modules[name].register_forward_pre_hook(_InputDivision(ratio))
+        modules[name].register_forward_pre_hook(_InputDivision(ratio), with_kwargs=True)
     return wide
+
+
+def first_input(args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> Any:
+    """The first of the arguments that a module is called with, by position or by name; None if there is none."""
+    return args[0] if args else next(iter(kwargs.values()), None)
 
 
 class _InputDivision:
@@ -89,8 +94,16 @@ class _InputDivision:
     def __init__(self, ratio: int) -> None:
         self.ratio = ratio
 
-    def __call__(self, module: nn.Module, inputs: Tuple[torch.Tensor, ...]) -> Tuple[torch.Tensor, ...]:
-        return (inputs[0] / self.ratio, *inputs[1:])
+    def __call__(
+            self,
+            module: nn.Module,
+            args: Tuple[Any, ...],
+            kwargs: Dict[str, Any],
+    ) -> Tuple[Tuple[Any, ...], Dict[str, Any]]:
+        if args:
+            return (args[0] / self.ratio, *args[1:]), kwargs
+        name = next(iter(kwargs))
+        return args, {**kwargs, name: kwargs[name] / self.ratio}
 
 
 @torch.no_grad()

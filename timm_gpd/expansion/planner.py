@@ -13,11 +13,13 @@ from typing import Sequence, Set, Tuple, Union
 
 import torch.nn as nn
 
-from ..errors import InputError, UnsupportedModelError
+from ..errors import InputError, UnsupportedModelError, first_line
 from ..plan import ExpansionPlan
 from .apply_rules import apply_rules, follow_children
+from .copies import blank_copy
 from .dry_run import dry_run
-from .images import accepted_input_shape, input_shape
+from .images import accepted_input_shape, error_with, has_record, input_shape
+from .parametrizations import refuse_parametrizations
 from .student import classifier_names, unwrap_student
 from .timm_records import widen_records
 from .widening import Widening
@@ -51,17 +53,28 @@ def plan_expansion(
         raise InputError(f'ratio must be a positive integer, but is {ratio!r}')
     student = unwrap_student(student)
     classifiers = classifier_names(student, classifier)
+    refuse_parametrizations(student)
     shape = input_shape(student)
-    try:
-        return _plan(student, ratio, classifiers, shape)
-    except UnsupportedModelError:
+    if has_record(student):
+        try:
+            return _plan(student, ratio, classifiers, shape)
+        except UnsupportedModelError:
+            accepted = accepted_input_shape(student)
+            if accepted == shape:
+                raise
+    else:
         accepted = accepted_input_shape(student)
-        if accepted == shape:
-            raise
     if accepted is not None:
         return _plan(student, ratio, classifiers, accepted)
+    accepted = accepted_input_shape(student, device='cpu')
+    if accepted is None:
+        error = error_with(blank_copy(student, 'cpu').eval(), shape, 'cpu')
+        raise UnsupportedModelError(
+            f'{type(student).__name__} runs on no images that were tried (with {shape}: {type(error).__name__}: '
+            f'{first_line(error)}): say which it takes, as attributes of the model: in_chans and img_size, or '
+            "pretrained_cfg = {'input_size': (channels, height, width)}")
     note = f'planned on the CPU: the forward of {type(student).__name__} does not run on the meta device'
-    return _plan(student, ratio, classifiers, shape, device='cpu', notes=(note,))
+    return _plan(student, ratio, classifiers, accepted, device='cpu', notes=(note,))
 
 
 def _plan(

@@ -11,7 +11,7 @@ from ..private_torch import tree_map_only
 from ..errors import UnsupportedModelError
 from ..plan import ExpansionPlan
 from ..private_torch import BatchNorm
-from .copies import wide_copy
+from .copies import first_input, wide_copy
 from .images import SMALL_IMAGES, accepted_input_shape, input_shape
 
 __all__ = [
@@ -90,8 +90,8 @@ def _statistics_from_data(model: nn.Module, seed: int = 0) -> Iterator[None]:
     """
     generator = torch.Generator().manual_seed(seed)
 
-    def set_statistics(norm: Any, inputs: Tuple[torch.Tensor, ...]) -> None:
-        x = inputs[0].transpose(0, 1).flatten(1)
+    def set_statistics(norm: Any, args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> None:
+        x = first_input(args, kwargs).transpose(0, 1).flatten(1)
         var, mean = torch.var_mean(x, dim=1, correction=0)
         var = var + var.mean()  # a channel may be the same everywhere
         shift, stretch = torch.rand(2, len(var), generator=generator, dtype=var.dtype)
@@ -99,7 +99,7 @@ def _statistics_from_data(model: nn.Module, seed: int = 0) -> Iterator[None]:
         norm.running_var.copy_(var * (stretch + 0.5))
 
     hooks = [
-        module.register_forward_pre_hook(set_statistics) for module in model.modules()
+        module.register_forward_pre_hook(set_statistics, with_kwargs=True) for module in model.modules()
         if isinstance(module, BatchNorm) and module.running_var is not None]
     try:
         yield

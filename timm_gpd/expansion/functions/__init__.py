@@ -4,7 +4,8 @@ from . import convolution
 from . import elementwise
 from . import linear
 from . import norm
+from . import product
 from . import recurrent
-from .registry import find_handler, find_stand_in, handle_module
+from .registry import find_handler, find_stand_in, handle_module, watched
 
-__all__ = ['find_handler', 'find_stand_in', 'handle_module']
+__all__ = ['find_handler', 'find_stand_in', 'handle_module', 'watched']
