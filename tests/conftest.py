@@ -1,4 +1,5 @@
 """Shared by the tests: small models, randomised weights, the definition of exactness."""
+
 import os
 import random
 

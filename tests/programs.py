@@ -1,4 +1,5 @@
 """The scripts, run as a user runs them."""
+
 import contextlib
 import csv
 import io

@@ -1,4 +1,5 @@
 """Blocks of random networks: what the dry run knows, and a little that it does not."""
+
 import random
 from typing import Any, Callable, Dict, Tuple
 
@@ -18,9 +19,11 @@ BLOCKS: Dict[str, Tuple[str, Callable[[int, random.Random], nn.Module]]] = {}
 
 def block(name: str, rank: str) -> Callable[[Callable], Callable]:
     """Registers a kind of block for ``'map'`` (B, C, H, W), ``'tokens'`` (B, N, C) or ``'any'``."""
+
     def register(make: Callable) -> Callable:
         BLOCKS[name] = (rank, make)
         return make
+
     return register
 
 
@@ -100,10 +103,12 @@ def sum_in_place(x: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
 
 for _name, _function in ELEMENTWISE.items():
     for _rank in ('map', 'tokens'):
+
         def _make(width: int, rng: random.Random, function: Any = _function, rank: str = _rank) -> nn.Module:
             p = parameter(*shape_of(rank, width), trained=rng.random() > 0.2)
             p = p if rng.random() > 0.2 else p.detach()  # a buffer
             return Apply(lambda self, x: function(x, self.p), p=p)
+
         block(f'{_name} ({_rank})', _rank)(_make)
 
 
@@ -116,7 +121,8 @@ def _(width: int, rng: random.Random) -> nn.Module:
 def _(width: int, rng: random.Random) -> nn.Module:
     linear = nn.Linear(1, 1)
     return nn.Sequential(
-        Apply(lambda self, x: x * self.p, p=linear.bias), nn.GELU(), Apply(lambda self, x: x + self.p, p=linear.bias))
+        Apply(lambda self, x: x * self.p, p=linear.bias), nn.GELU(), Apply(lambda self, x: x + self.p, p=linear.bias)
+    )
 
 
 @block('activation', 'any')
@@ -126,12 +132,16 @@ def _(width: int, rng: random.Random) -> nn.Module:
 
 # -- maps --------------------------------------------------------------------------------------------------------------
 
+
 @block('conv', 'map')
 def _(width: int, rng: random.Random) -> nn.Module:
     hidden, kernel = rng.choice(WIDTHS), rng.choice((1, 3))
     return nn.Sequential(
         nn.Conv2d(width, hidden, kernel, padding=kernel // 2, bias=rng.random() > 0.5),
-        nn.BatchNorm2d(hidden), nn.ReLU(), nn.Conv2d(hidden, width, 1))
+        nn.BatchNorm2d(hidden),
+        nn.ReLU(),
+        nn.Conv2d(hidden, width, 1),
+    )
 
 
 @block('grouped conv', 'map')
@@ -146,9 +156,15 @@ def _(width: int, rng: random.Random) -> nn.Module:
 
 @block('norm of maps', 'map')
 def _(width: int, rng: random.Random) -> nn.Module:
-    return rng.choice([
-        nn.BatchNorm2d(width), nn.GroupNorm(2, width), nn.GroupNorm(1, width), nn.InstanceNorm2d(width, affine=True),
-        nn.BatchNorm2d(width, affine=False)])
+    return rng.choice(
+        [
+            nn.BatchNorm2d(width),
+            nn.GroupNorm(2, width),
+            nn.GroupNorm(1, width),
+            nn.InstanceNorm2d(width, affine=True),
+            nn.BatchNorm2d(width, affine=False),
+        ]
+    )
 
 
 @block('prelu', 'map')
@@ -167,7 +183,9 @@ def _(width: int, rng: random.Random) -> nn.Module:
 def _(width: int, rng: random.Random) -> nn.Module:
     return Apply(
         lambda self, x: x * self.fc2(self.fc1(x.mean((2, 3), keepdim=True)).relu()).sigmoid(),
-        fc1=nn.Conv2d(width, width // 2, 1), fc2=nn.Conv2d(width // 2, width, 1))
+        fc1=nn.Conv2d(width, width // 2, 1),
+        fc2=nn.Conv2d(width // 2, width, 1),
+    )
 
 
 @block('spatial mask', 'map')
@@ -185,6 +203,7 @@ def _(width: int, rng: random.Random) -> nn.Module:
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
         a, b = x.chunk(2, dim=1)
         return torch.cat([self.conv(a), b], dim=1)
+
     return Apply(forward, conv=nn.Conv2d(width // 2, width // 2, 3, padding=1))
 
 
@@ -193,14 +212,19 @@ def _(width: int, rng: random.Random) -> nn.Module:
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
         a, b = x.split(x.shape[1] // 2, dim=1)
         return self.conv(torch.concat((b, a), dim=1))
+
     return Apply(forward, conv=nn.Conv2d(width, width, 1))
 
 
 @block('dense', 'map')
 def _(width: int, rng: random.Random) -> nn.Module:
-    join = rng.choice([
-        lambda a, b: torch.cat([a, b], 1), lambda a, b: torch.concatenate((a, b), dim=1),
-        lambda a, b: torch.concat(tensors=(a, b), dim=-3)])
+    join = rng.choice(
+        [
+            lambda a, b: torch.cat([a, b], 1),
+            lambda a, b: torch.concatenate((a, b), dim=1),
+            lambda a, b: torch.concat(tensors=(a, b), dim=-3),
+        ]
+    )
     grow = nn.Conv2d(width, 4, 3, padding=1)
     return Apply(lambda self, x: self.shrink(join(x, self.grow(x))), grow=grow, shrink=nn.Conv2d(width + 4, width, 1))
 
@@ -210,6 +234,7 @@ def _(width: int, rng: random.Random) -> nn.Module:
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
         norm = self.weight.square().sum((1, 2, 3), keepdim=True).sqrt()
         return F.conv2d(x, self.gain * self.weight / norm, self.bias, padding=1)
+
     return Apply(forward, weight=parameter(width, width, 3, 3), gain=parameter(width, 1, 1, 1), bias=parameter(width))
 
 
@@ -218,6 +243,7 @@ def _(width: int, rng: random.Random) -> nn.Module:
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
         weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
         return F.conv2d(x, weight / (weight.std((1, 2, 3), keepdim=True, correction=0) + 1e-5), padding=1)
+
     return Apply(forward, weight=nn.Parameter(torch.randn(width, width, 3, 3)))
 
 
@@ -237,7 +263,9 @@ def _(width: int, rng: random.Random) -> nn.Module:
 def _(width: int, rng: random.Random) -> nn.Module:
     return Apply(
         lambda self, x: self.norm(input=self.conv(input=x)),
-        conv=nn.Conv2d(width, width, 3, padding=1), norm=nn.BatchNorm2d(width))
+        conv=nn.Conv2d(width, width, 3, padding=1),
+        norm=nn.BatchNorm2d(width),
+    )
 
 
 @block('einsum over maps', 'map')
@@ -245,8 +273,10 @@ def _(width: int, rng: random.Random) -> nn.Module:
     equation = rng.choice(['bchw,oc->bohw', 'b...,...->b...', 'oc,bchw->bohw', 'bchw, c o -> bohw'])
     if equation.startswith('b.'):
         return Apply(lambda self, x: torch.einsum('bchw,c->bchw', x, self.p), p=parameter(width))
-    return Apply(lambda self, x: torch.einsum(equation, self.p, x) if equation[0] == 'o'
-                 else torch.einsum(equation, x, self.p), p=parameter(width, width))
+    return Apply(
+        lambda self, x: torch.einsum(equation, self.p, x) if equation[0] == 'o' else torch.einsum(equation, x, self.p),
+        p=parameter(width, width),
+    )
 
 
 @block('transposed conv', 'map')
@@ -256,8 +286,7 @@ def _(width: int, rng: random.Random) -> nn.Module:
 
 @block('position map', 'map')
 def _(width: int, rng: random.Random) -> nn.Module:
-    return Apply(
-        lambda self, x: x + F.interpolate(self.p, x.shape[-2:], mode='nearest'), p=parameter(1, width, 2, 2))
+    return Apply(lambda self, x: x + F.interpolate(self.p, x.shape[-2:], mode='nearest'), p=parameter(1, width, 2, 2))
 
 
 @block('shuffle channels', 'map')
@@ -272,6 +301,7 @@ def _(width: int, rng: random.Random) -> nn.Module:
 
 # -- tokens ------------------------------------------------------------------------------------------------------------
 
+
 @block('linear', 'tokens')
 def _(width: int, rng: random.Random) -> nn.Module:
     hidden = rng.choice(WIDTHS)
@@ -280,12 +310,21 @@ def _(width: int, rng: random.Random) -> nn.Module:
 
 @block('norm of tokens', 'tokens')
 def _(width: int, rng: random.Random) -> nn.Module:
-    return rng.choice([
-        nn.LayerNorm(width), nn.LayerNorm(width, elementwise_affine=False), nn.RMSNorm(width),
-        Apply(lambda self, x: F.layer_norm(x, x.shape[-1:], self.p, self.q), p=parameter(width), q=parameter(width)),
-        Apply(lambda self, x: F.layer_norm(x, x.shape[-1:], 1 + self.p), p=parameter(width)),
-        Apply(lambda self, x: x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * (1 + self.p),
-              p=parameter(width))])
+    return rng.choice(
+        [
+            nn.LayerNorm(width),
+            nn.LayerNorm(width, elementwise_affine=False),
+            nn.RMSNorm(width),
+            Apply(
+                lambda self, x: F.layer_norm(x, x.shape[-1:], self.p, self.q), p=parameter(width), q=parameter(width)
+            ),
+            Apply(lambda self, x: F.layer_norm(x, x.shape[-1:], 1 + self.p), p=parameter(width)),
+            Apply(
+                lambda self, x: x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * (1 + self.p),
+                p=parameter(width),
+            ),
+        ]
+    )
 
 
 @block('GLU', 'tokens')
@@ -293,21 +332,24 @@ def _(width: int, rng: random.Random) -> nn.Module:
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
         gate, value = self.fc1(x).chunk(2, dim=-1)
         return self.fc2(F.silu(gate) * value)
+
     return Apply(forward, fc1=nn.Linear(width, 2 * width), fc2=nn.Linear(width, width))
 
 
 @block('tokens and positions', 'tokens')
 def _(width: int, rng: random.Random) -> nn.Module:
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
-        tokens = torch.cat([self.token.expand(x.shape[0], -1, -1), x], 1) + self.positions[:, :x.shape[1] + 1]
+        tokens = torch.cat([self.token.expand(x.shape[0], -1, -1), x], 1) + self.positions[:, : x.shape[1] + 1]
         return tokens[:, 1:] + tokens[:, :1]
+
     return Apply(forward, token=parameter(1, 1, width), positions=parameter(1, 40, width))
 
 
 @block('token broadcast by stored width', 'tokens')
 def _(width: int, rng: random.Random) -> nn.Module:
     return Apply(
-        lambda self, x: torch.cat([self.p.expand(x.shape[0], 1, width), x], 1)[:, 1:], p=parameter(1, 1, width))
+        lambda self, x: torch.cat([self.p.expand(x.shape[0], 1, width), x], 1)[:, 1:], p=parameter(1, 1, width)
+    )
 
 
 MATRICES = {
@@ -329,10 +371,12 @@ MATRICES = {
     'W used again, transposed': (lambda x, w: (x @ w).relu() @ w.t(), None),
 }
 for _name, (_function, _rows) in MATRICES.items():
+
     def _make(width: int, rng: random.Random, function: Any = _function, rows: Any = _rows) -> nn.Module:
         hidden = width if rows is None else rng.choice(WIDTHS)
         w = parameter(hidden, width) if rows else parameter(width, hidden)
         return nn.Sequential(Apply(lambda self, x: function(x, self.w), w=w), nn.Linear(hidden, width))
+
     block(f'{_name} (matrix)', 'tokens')(_make)
 
 
@@ -341,11 +385,16 @@ def _(width: int, rng: random.Random) -> nn.Module:
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
         if self.batched:
             return torch.baddbmm(self.b, x, self.w.expand(x.shape[0], *self.w.shape))
-        rows = torch.addmm(self.b, x.flatten(0, 1), self.w) if self.named else torch.addmm(
-            input=self.b, mat1=x.flatten(0, 1), mat2=self.w)
+        rows = (
+            torch.addmm(self.b, x.flatten(0, 1), self.w)
+            if self.named
+            else torch.addmm(input=self.b, mat1=x.flatten(0, 1), mat2=self.w)
+        )
         return rows.unflatten(0, x.shape[:2])
-    return Apply(forward, b=parameter(width), w=parameter(width, width), named=rng.random() < 0.5,
-                 batched=rng.random() < 0.3)
+
+    return Apply(
+        forward, b=parameter(width), w=parameter(width, width), named=rng.random() < 0.5, batched=rng.random() < 0.3
+    )
 
 
 @block('bilinear', 'tokens')
@@ -358,17 +407,24 @@ def _(width: int, rng: random.Random) -> nn.Module:
 @block('low rank', 'tokens')
 def _(width: int, rng: random.Random) -> nn.Module:
     members = dict(w=parameter(width, width), a=parameter(width, 2), b=parameter(2, width))
-    return Apply(rng.choice([
-        lambda self, x: F.linear(x, self.w) + x @ self.b.t() @ self.a.t(),
-        lambda self, x: F.linear(x, self.w + self.a @ self.b),
-        lambda self, x: F.linear(x, self.a @ self.b) + x * self.w[0],
-        lambda self, x: x @ (self.a @ self.b) + F.linear(x, self.w)]), **members)
+    return Apply(
+        rng.choice(
+            [
+                lambda self, x: F.linear(x, self.w) + x @ self.b.t() @ self.a.t(),
+                lambda self, x: F.linear(x, self.w + self.a @ self.b),
+                lambda self, x: F.linear(x, self.a @ self.b) + x * self.w[0],
+                lambda self, x: x @ (self.a @ self.b) + F.linear(x, self.w),
+            ]
+        ),
+        **members,
+    )
 
 
 @block('linear by keyword', 'tokens')
 def _(width: int, rng: random.Random) -> nn.Module:
     return Apply(
-        lambda self, x: self.norm(input=self.fc(input=x)), fc=nn.Linear(width, width), norm=nn.LayerNorm(width))
+        lambda self, x: self.norm(input=self.fc(input=x)), fc=nn.Linear(width, width), norm=nn.LayerNorm(width)
+    )
 
 
 @block('token mixing', 'tokens')
@@ -382,8 +438,13 @@ def _(width: int, rng: random.Random) -> nn.Module:
     if rng.random() < 0.5:
         return Apply(lambda self, x: x + self.codes(torch.arange(x.shape[1], device=x.device) % 10), codes=codes)
     return Apply(  # the same table with and without a divisor: refused
-        lambda self, x: x + F.linear(x, self.codes.weight).softmax(-1).max(-1, keepdim=True)[0]
-        + self.codes(torch.arange(x.shape[1], device=x.device) % 10), codes=codes)
+        lambda self, x: (
+            x
+            + F.linear(x, self.codes.weight).softmax(-1).max(-1, keepdim=True)[0]
+            + self.codes(torch.arange(x.shape[1], device=x.device) % 10)
+        ),
+        codes=codes,
+    )
 
 
 class Attention(nn.Module):
@@ -440,4 +501,5 @@ def _(width: int, rng: random.Random) -> nn.Module:
         q, k, v = (torch.einsum('bnc,chd->bhnd', x, w) for w in (self.q, self.k, self.v))
         x = F.scaled_dot_product_attention(q, k, v)
         return torch.einsum('bhnd,hdo->bno', x, self.o)
+
     return Apply(forward, **{name: parameter(width, 2, 3) for name in 'qkv'}, o=parameter(2, 3, width))

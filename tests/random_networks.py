@@ -6,6 +6,7 @@ A network is data before it is a module: :func:`describe` gives its blocks, and 
     python tests/random_networks.py --seed 123          # judges one, and prints it
     python tests/random_networks.py --seed 123 --without 2 0    # the same without its third and first block
 """
+
 import argparse
 import os
 import platform
@@ -25,11 +26,16 @@ import torch.nn.functional as F
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
-from random_blocks import BLOCKS, WIDTHS, parameter, shape_of  # noqa: E402
-from timm_gpd import DynamicTeacher, UnsupportedModelError, plan_expansion  # noqa: E402
-from timm_gpd.errors import first_line  # noqa: E402
-from timm_gpd.expansion.verify import compare, disable_randomness_, randomize_, read_back_error  # noqa: E402
-from timm_gpd.expansion.verify import relative_error  # noqa: E402
+from random_blocks import BLOCKS, WIDTHS, parameter, shape_of
+from timm_gpd import DynamicTeacher, UnsupportedModelError, plan_expansion
+from timm_gpd.errors import first_line
+from timm_gpd.expansion.verify import (
+    compare,
+    disable_randomness_,
+    randomize_,
+    read_back_error,
+    relative_error,
+)
 
 Block = Tuple[str, int]  # its kind, and a seed for what else is random in it
 Description = Dict[str, Any]
@@ -110,16 +116,23 @@ def describe(seed: int) -> Description:
     """A network as data: sizes, ratio, first and last layers, and its blocks, each with a seed of its own."""
     rng = random.Random(seed)
     kinds = {
-        rank: sorted(kind for kind, (own, _) in BLOCKS.items() if own in (rank, 'any')) for rank in ('map', 'tokens')}
+        rank: sorted(kind for kind, (own, _) in BLOCKS.items() if own in (rank, 'any')) for rank in ('map', 'tokens')
+    }
 
     def blocks(rank: str) -> List[Block]:
-        return [(rng.choice(kinds[rank]), rng.randrange(10 ** 6)) for _ in range(rng.randint(0, 3))]
+        return [(rng.choice(kinds[rank]), rng.randrange(10**6)) for _ in range(rng.randint(0, 3))]
 
     reduce = rng.choice(7 * ['mean'] + 2 * ['flatten tokens'] + ['flatten maps'])
     return {
-        'seed': seed, 'ratio': rng.choice((2, 2, 3)), 'width': rng.choice(WIDTHS), 'channels': rng.choice((1, 3)),
+        'seed': seed,
+        'ratio': rng.choice((2, 2, 3)),
+        'width': rng.choice(WIDTHS),
+        'channels': rng.choice((1, 3)),
         'stem': rng.choice(5 * ['conv'] + ['matrix']),
-        'reduce': reduce, 'maps': blocks('map'), 'tokens': [] if reduce == 'flatten maps' else blocks('tokens')}
+        'reduce': reduce,
+        'maps': blocks('map'),
+        'tokens': [] if reduce == 'flatten maps' else blocks('tokens'),
+    }
 
 
 def build(description: Description) -> RandomNetwork:
@@ -136,6 +149,7 @@ class Verdict(NamedTuple):
         outcome: ``'exact'``, ``'refused by the planner'``, ``'refused by the numeric check'``, or one of ``FAILURES``.
         reason: the error, on one line; '' where there is none.
     """
+
     outcome: str
     reason: str = ''
 
@@ -175,8 +189,11 @@ def _judge_teacher(student: nn.Module, plan: Any) -> Verdict:
         student_logits, teacher_logits = teacher.joint(x)
         extracted = teacher.extract_student()(x)
     # The plan's own comparison has judged the teacher by the student's rounding; here gross errors would show.
-    errors = {'teacher': relative_error(teacher_logits, expected), 'student': relative_error(student_logits, expected),
-              'extracted': relative_error(extracted, expected)}
+    errors = {
+        'teacher': relative_error(teacher_logits, expected),
+        'student': relative_error(student_logits, expected),
+        'extracted': relative_error(extracted, expected),
+    }
     wrong = [f'{name} by {error:.1e}' for name, error in errors.items() if error > 1e-9]
     return Verdict('inexact', ', '.join(wrong)) if wrong else Verdict('exact')
 
@@ -208,7 +225,8 @@ def without(description: Description, numbers: List[int]) -> Description:
     return {
         **description,
         'maps': [block for number, block in enumerate(description['maps']) if number not in numbers],
-        'tokens': [block for number, block in enumerate(description['tokens']) if number + count not in numbers]}
+        'tokens': [block for number, block in enumerate(description['tokens']) if number + count not in numbers],
+    }
 
 
 def judge_all(seeds: range) -> Iterator[Tuple[int, Verdict, str]]:
@@ -241,8 +259,10 @@ def report(results: List[Tuple[int, Verdict, str]], command: str, seconds: float
         '',
         '| outcome | networks |',
         '|---|---:|',
-        *(f'| {outcome} | {outcomes[outcome]} |' for outcome in (
-            'exact', 'refused by the planner', 'refused by the numeric check', *FAILURES)),
+        *(
+            f'| {outcome} | {outcomes[outcome]} |'
+            for outcome in ('exact', 'refused by the planner', 'refused by the numeric check', *FAILURES)
+        ),
         '',
         '*Inexact* is a wrong teacher, *exception* any other error: neither may happen.',
         '',
@@ -250,9 +270,11 @@ def report(results: List[Tuple[int, Verdict, str]], command: str, seconds: float
         '',
         '| refused by | block | networks | seeds | for example |',
         '|---|---|---:|---|---|',
-        *(f'| {outcome.replace("refused by the ", "")} | {kind} | {counts[outcome, kind]} | '
-          f'{", ".join(map(str, seeds[outcome, kind][:3]))} | {reasons[outcome, kind]} |'
-          for outcome, kind in sorted(counts, key=lambda key: (key[0], -counts[key]))),
+        *(
+            f'| {outcome.replace("refused by the ", "")} | {kind} | {counts[outcome, kind]} | '
+            f'{", ".join(map(str, seeds[outcome, kind][:3]))} | {reasons[outcome, kind]} |'
+            for outcome, kind in sorted(counts, key=lambda key: (key[0], -counts[key]))
+        ),
     ]
     return '\n'.join(lines) + '\n'
 

@@ -1,4 +1,5 @@
 """What people do with an extracted student: fuse, export, script, trace. It is the same function throughout."""
+
 import io
 import warnings
 
@@ -60,7 +61,7 @@ def test_student_runs_in_onnxruntime(extracted, dynamo, tmp_path):
         warnings.simplefilter('ignore')
         torch.onnx.export(student, (x,), path, dynamo=dynamo, input_names=['images'], verbose=False)
     session = runtime.InferenceSession(path, providers=['CPUExecutionProvider'])
-    output, = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    (output,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     assert_same(torch.from_numpy(output), expected)
 
 

@@ -1,4 +1,5 @@
 """Bad input is one line; a bug keeps its traceback and asks for a report."""
+
 import json
 
 import pytest
@@ -19,34 +20,51 @@ def digits(folder):
     return ('--dataset', 'digits', '--data-dir', folder / 'data', '--device', 'cpu', '--workers', '0')
 
 
-@pytest.mark.parametrize('arguments, broken', [
-    (('train.py', '--gpd', '--epochs', '1'), 'timm_gpd.teacher.dynamic_teacher.verify_plan'),
-    (('train.py', '--gpd', '--epochs', '1'), 'timm_gpd.expansion.planner.dry_run'),
-    (('train.py', '--kd-model-name', 'test_resnet'), 'timm_gpd.training.task.resolve_static_teacher'),
-    (('validate.py', '--model-kwargs', 'gpd_ratio=2'), 'timm_gpd.models.variants.expand'),
-])
+@pytest.mark.parametrize(
+    'arguments, broken',
+    [
+        (('train.py', '--gpd', '--epochs', '1'), 'timm_gpd.teacher.dynamic_teacher.verify_plan'),
+        (('train.py', '--gpd', '--epochs', '1'), 'timm_gpd.expansion.planner.dry_run'),
+        (('train.py', '--kd-model-name', 'test_resnet'), 'timm_gpd.training.task.resolve_static_teacher'),
+        (('validate.py', '--model-kwargs', 'gpd_ratio=2'), 'timm_gpd.models.variants.expand'),
+    ],
+)
 def test_a_bug_is_not_presented_as_bad_input(arguments, broken, tmp_path, monkeypatch):
     monkeypatch.setattr(broken, None)  # whoever calls it raises a TypeError, which timm raises of wrong arguments too
     program, *flags = arguments
     output = ('--output', tmp_path) if program == 'train.py' else ()
     result = run(
-        program, '--model', 'test_resnet_gpd', '--num-classes', '10', *flags, *digits(tmp_path), *output, code=1)
+        program, '--model', 'test_resnet_gpd', '--num-classes', '10', *flags, *digits(tmp_path), *output, code=1
+    )
     *_, error, report = result.stderr.splitlines()
     assert 'Traceback' in result.stderr and error == "TypeError: 'NoneType' object is not callable"
     assert report.startswith(f'{program}: error: ') and 'please report' in report and VERSIONS in report
 
 
-@pytest.mark.parametrize('flags, message', [
-    (('--gpd-ratio', '0', '--gpd'), 'ratio must be a positive integer'),
-    (('--gpd-branches', '9', '--gpd'), 'num_branches must be a positive integer of at most 6'),
-    (('--gpd-noise', '-1', '--gpd'), 'noise must be at least 0'),
-    (('--kd-model-name', 'no_such_model'), 'no_such_model'),
-    (('--kd-model-name', 'local-dir:no/such/folder'), 'no/such/folder'),
-    (('--mean', '0.5', '0.5'), 'check --input-size, --mean and --std'),
-])
+@pytest.mark.parametrize(
+    'flags, message',
+    [
+        (('--gpd-ratio', '0', '--gpd'), 'ratio must be a positive integer'),
+        (('--gpd-branches', '9', '--gpd'), 'num_branches must be a positive integer of at most 6'),
+        (('--gpd-noise', '-1', '--gpd'), 'noise must be at least 0'),
+        (('--kd-model-name', 'no_such_model'), 'no_such_model'),
+        (('--kd-model-name', 'local-dir:no/such/folder'), 'no/such/folder'),
+        (('--mean', '0.5', '0.5'), 'check --input-size, --mean and --std'),
+    ],
+)
 def test_bad_input_is_one_line(flags, message, tmp_path):
-    result = run('train.py', '--model', 'test_resnet', '--num-classes', '10', *flags, *digits(tmp_path),
-                 '--output', tmp_path, code=2)
+    result = run(
+        'train.py',
+        '--model',
+        'test_resnet',
+        '--num-classes',
+        '10',
+        *flags,
+        *digits(tmp_path),
+        '--output',
+        tmp_path,
+        code=2,
+    )
     assert message in result.stderr.splitlines()[-1] and 'Traceback' not in result.stderr
 
 
@@ -79,9 +97,24 @@ def test_validation_of_a_dynamic_teacher(tmp_path):
     torch.save(student.state_dict(), tmp_path / 'student.pth')
     results = []
     for flags in (('img_size=32',), ('img_size=32', 'gpd_ratio=2')):
-        result = run('validate.py', '--model', 'test_vit_gpd', '--num-classes', '10', '--img-size', '32',
-                     '--batch-size', '64', '--digits-train-size', '1500', '--checkpoint', tmp_path / 'student.pth',
-                     '--model-kwargs', *flags, *digits(tmp_path))
+        result = run(
+            'validate.py',
+            '--model',
+            'test_vit_gpd',
+            '--num-classes',
+            '10',
+            '--img-size',
+            '32',
+            '--batch-size',
+            '64',
+            '--digits-train-size',
+            '1500',
+            '--checkpoint',
+            tmp_path / 'student.pth',
+            '--model-kwargs',
+            *flags,
+            *digits(tmp_path),
+        )
         results.append(json.loads(result.stdout.partition('--result\n')[2]))
     plain, teacher = results
     assert teacher['param_count'] > 3 * plain['param_count'] and teacher['img_size'] == plain['img_size'] == 32

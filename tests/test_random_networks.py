@@ -1,4 +1,5 @@
 """Random networks have exact dynamic teachers, or are refused."""
+
 import pytest
 
 from random_blocks import BLOCKS
@@ -6,8 +7,14 @@ from random_networks import FAILURES, culprit, describe, judge, report, show, wi
 
 # Kinds of block that are refused, in all of their variants or in some; docs/rules.md says why.
 REFUSED = {
-    'attention without a rule', 'bilinear', 'low rank', 'shift of channels', 'tied embedding',
-    'token broadcast by stored width', 'weight norm by hand'}
+    'attention without a rule',
+    'bilinear',
+    'low rank',
+    'shift of channels',
+    'tied embedding',
+    'token broadcast by stored width',
+    'weight norm by hand',
+}
 NETWORKS, CHUNK = 300, 50
 
 
@@ -44,5 +51,5 @@ def test_the_report_counts_refusals_by_the_block_to_blame():
     verdict = judge(network)
     assert verdict.outcome == 'refused by the numeric check'
     assert culprit(network, verdict) == 'shift of channels'
-    page = report([(7, verdict, 'shift of channels')], 'command', 60.)
+    page = report([(7, verdict, 'shift of channels')], 'command', 60.0)
     assert '| numeric check | shift of channels | 1 | 7 |' in page

@@ -1,4 +1,5 @@
 """Students as people have them: wrapped, of torchvision, of their own, with other channels than their teacher."""
+
 import contextlib
 
 import pytest
@@ -24,7 +25,8 @@ class Own(nn.Module):
     def __init__(self, channels=1):
         super().__init__()
         self.body = nn.Sequential(
-            nn.Conv2d(channels, 8, 3, 2), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 16, 3, 2), nn.ReLU())
+            nn.Conv2d(channels, 8, 3, 2), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 16, 3, 2), nn.ReLU()
+        )
         self.near, self.far = nn.Linear(16, 10), nn.Linear(16, 10)
 
     def forward(self, x):
@@ -71,8 +73,10 @@ def make_teacher():
     return timm.create_model('test_resnet', **TINY_RESNET)
 
 
-@pytest.mark.parametrize('name, classifier', [
-    ('resnet18', 'fc'), ('mobilenet_v3_small', 'classifier'), ('googlenet', ('fc', 'aux1.fc2', 'aux2.fc2'))])
+@pytest.mark.parametrize(
+    'name, classifier',
+    [('resnet18', 'fc'), ('mobilenet_v3_small', 'classifier'), ('googlenet', ('fc', 'aux1.fc2', 'aux2.fc2'))],
+)
 def test_torchvisions_models_expand_once_their_classifier_is_named(name, classifier):
     settings = dict(init_weights=False) if name == 'googlenet' else {}
     student = getattr(torchvision.models, name)(num_classes=7, **settings)
@@ -147,7 +151,8 @@ def test_normalisation_follows_the_number_of_channels(channels, statistics):
     x = torch.randn(2, channels, 32, 32)
     mean, std = (
         torch.tensor(values if len(values) == channels else [sum(values) / len(values)])
-        for values in (statistics['mean'], statistics['std']))
+        for values in (statistics['mean'], statistics['std'])
+    )
     pixels = x * std.view(-1, 1, 1) + mean.view(-1, 1, 1)
     torch.testing.assert_close(static(x).logits, teacher((pixels - 0.5) / 0.5))
 
@@ -168,8 +173,10 @@ def test_a_grey_student_and_an_rgb_teacher_and_the_reverse():
 
 def test_other_channels_are_refused_in_words():
     rgb, four = grey_and_rgb(3, **IMAGENET), grey_and_rgb(4, **OF_FOUR)
-    for student, teacher, message in ((rgb, four, "4 channels and the student's have 3"),
-                                      (four, rgb, "3 channels and the student's have 4")):
+    for student, teacher, message in (
+        (rgb, four, "4 channels and the student's have 3"),
+        (four, rgb, "3 channels and the student's have 4"),
+    ):
         with pytest.raises(ValueError, match=message) as error:
             GapPreservingTask(student, teacher, verbose=False)
         assert '\n' not in str(error.value)
@@ -179,9 +186,13 @@ def test_other_channels_are_refused_in_words():
 def test_a_teacher_that_a_run_has_saved(channels, tmp_path):
     """Its config may hold three means, as one of an earlier version does."""
     from timm_gpd.student_folder import save_student
+
     teacher = grey_and_rgb(channels, **IMAGENET)
-    settings = {key: list(value) if isinstance(value, tuple) else value for key, value in TINY_RESNET.items()
-                if key not in ('in_chans', 'num_classes')}
+    settings = {
+        key: list(value) if isinstance(value, tuple) else value
+        for key, value in TINY_RESNET.items()
+        if key not in ('in_chans', 'num_classes')
+    }
     save_student(teacher, str(tmp_path / 'student'), dict(model_kwargs=settings))
     student = grey_and_rgb(channels, **IMAGENET, seed=5)
     task = GapPreservingTask(student, f'local-dir:{tmp_path}/student', verbose=False).train()

@@ -1,4 +1,5 @@
 """timm's model contract, for ``*_gpd`` names with and without a dynamic teacher: what timm's own model tests ask."""
+
 import copy
 
 import pytest
@@ -14,11 +15,20 @@ from timm_gpd.expansion.verify import randomize_
 
 # Convolutions, heads of several layers, class tokens, two classifiers, shared modules, layer groups by a function.
 SIZES = {
-    'test_resnet': 64, 'test_efficientnet': 64, 'test_vit': 160, 'test_convnext': 64, 'mobilenetv3_small_050': 64,
-    'coat_lite_tiny': 64, 'levit_128s': 64, 'cait_xxs24_224': 64,
+    'test_resnet': 64,
+    'test_efficientnet': 64,
+    'test_vit': 160,
+    'test_convnext': 64,
+    'mobilenetv3_small_050': 64,
+    'coat_lite_tiny': 64,
+    'levit_128s': 64,
+    'cait_xxs24_224': 64,
 }
 SMALL = {
-    'coat_lite_tiny': dict(img_size=64), 'cait_xxs24_224': dict(img_size=64, depth=2), 'levit_128s': dict(img_size=64)}
+    'coat_lite_tiny': dict(img_size=64),
+    'cait_xxs24_224': dict(img_size=64, depth=2),
+    'levit_128s': dict(img_size=64),
+}
 VARIANTS = [(name, ratio) for name in SIZES for ratio in (None, 2)]
 
 
@@ -119,12 +129,16 @@ def test_unpooled(variant):
 
 def classifier_parameters(model):
     classifiers = model.get_classifier()
-    return {parameter for classifier in (classifiers if isinstance(classifiers, (tuple, list)) else [classifiers])
-            for parameter in classifier.parameters()}
+    return {
+        parameter
+        for classifier in (classifiers if isinstance(classifiers, (tuple, list)) else [classifiers])
+        for parameter in classifier.parameters()
+    }
 
 
-@pytest.mark.parametrize('name', [
-    'test_resnet', 'test_vit', 'test_convnext', 'mobilenetv3_small_050', 'coat_lite_tiny', 'levit_128s'])
+@pytest.mark.parametrize(
+    'name', ['test_resnet', 'test_vit', 'test_convnext', 'mobilenetv3_small_050', 'coat_lite_tiny', 'levit_128s']
+)
 def test_a_new_classifier_is_shared_and_all_else_stays(name):
     teacher = expand(create(name), noise=0.1, num_branches=2 if name == 'test_resnet' else 1).train()
     optimizer = torch.optim.SGD(teacher.parameters(), lr=0.01)

@@ -1,4 +1,5 @@
 """What the package's programs share: one-line errors and exit codes."""
+
 import argparse
 import platform
 import sys
@@ -39,8 +40,10 @@ def run_program(name: str, main: Callable[[], None]) -> int:
         return 2 if isinstance(error, UsageError) else 1
     except Exception:
         traceback.print_exc()
-        print(f'{name}: error: this was not expected: please report the lines above, with the versions timm-gpd '
-              f'{__version__}, timm {timm.__version__}, torch {torch.__version__}, Python {platform.python_version()}',
-              file=sys.stderr)
+        print(
+            f'{name}: error: this was not expected: please report the lines above, with the versions timm-gpd '
+            f'{__version__}, timm {timm.__version__}, torch {torch.__version__}, Python {platform.python_version()}',
+            file=sys.stderr,
+        )
         return 1
     return 0

@@ -1,11 +1,19 @@
 """Errors of the package. Each is one line that says what is wrong and what to do."""
+
 import traceback
 from contextlib import contextmanager
 from typing import Iterator, Type
 
 __all__ = [
-    'InputError', 'NamedError', 'NoClassifierError', 'UnsupportedModelError', 'UsageError', 'WeightsError',
-    'first_line', 'is_bug', 'usage_errors',
+    'InputError',
+    'NamedError',
+    'NoClassifierError',
+    'UnsupportedModelError',
+    'UsageError',
+    'WeightsError',
+    'first_line',
+    'is_bug',
+    'usage_errors',
 ]
 
 

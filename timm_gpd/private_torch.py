@@ -3,6 +3,7 @@
 Each is here because the public API has no way to the same thing; ``tests/test_private_names.py`` fails with its name
 when a version of torch changes it.
 """
+
 from typing import List, Sequence, Union
 
 import torch
@@ -14,9 +15,23 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 __all__ = [
-    'BatchNorm', 'InstanceNorm', 'OpOverload', 'TorchDispatchMode', 'add_each_', 'can_trace_backward', 'compiles_writing_operators', 'forget_flat_weights',
-    'has_active_transforms', 'has_forward_mode', 'keeps_compiled_layouts', 'list_flat_weights', 'multiply_each',
-    'set_keep_compiled_layouts', 'trace_backward', 'tree_leaves', 'tree_map_only',
+    'BatchNorm',
+    'InstanceNorm',
+    'OpOverload',
+    'TorchDispatchMode',
+    'add_each_',
+    'can_trace_backward',
+    'compiles_writing_operators',
+    'forget_flat_weights',
+    'has_active_transforms',
+    'has_forward_mode',
+    'keeps_compiled_layouts',
+    'list_flat_weights',
+    'multiply_each',
+    'set_keep_compiled_layouts',
+    'trace_backward',
+    'tree_leaves',
+    'tree_map_only',
 ]
 
 # What all batch norms, and all instance norms, are instances of, whatever their number of dimensions.

@@ -1,4 +1,5 @@
 """timm's architectures: which there are, how they are created, and how they are made small enough to be compared."""
+
 from typing import Any, Dict, List
 
 import timm

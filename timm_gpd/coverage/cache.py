@@ -1,4 +1,5 @@
 """What a sweep has found, kept so that an interrupted one goes on where it stopped."""
+
 import hashlib
 import json
 from pathlib import Path
@@ -14,8 +15,14 @@ Record = Dict[str, Any]
 PACKAGE = Path(__file__).parents[1]
 # What the outcome depends on: the data, the rules, and all that creates, plans and compares with them.
 SOURCES = (
-    'axes.py', 'plan.py', 'private_torch.py', 'rules/**/*.py', 'expansion/**/*.py', 'coverage/architectures.py',
-    'coverage/sweep.py')
+    'axes.py',
+    'plan.py',
+    'private_torch.py',
+    'rules/**/*.py',
+    'expansion/**/*.py',
+    'coverage/architectures.py',
+    'coverage/sweep.py',
+)
 
 
 class Cache:

@@ -11,6 +11,7 @@ Exit codes:
     1: some are unsupported or inexact; the table lists them.
     2: the arguments are wrong.
 """
+
 import argparse
 import warnings
 from pathlib import Path
@@ -29,17 +30,27 @@ __all__ = ['main']
 def _parse(arguments: Optional[Sequence[str]]) -> argparse.Namespace:
     """Command line arguments; ends the program with code 2 if they are wrong."""
     parser = argparse.ArgumentParser(
-        prog='python -m timm_gpd.coverage', description="Finds out which of timm's architectures expand exactly.")
+        prog='python -m timm_gpd.coverage', description="Finds out which of timm's architectures expand exactly."
+    )
     parser.add_argument('--modules', nargs='+', metavar='MODULE', help='modules of timm to sweep (default: all)')
     parser.add_argument('--models', nargs='+', metavar='MODEL', help='architectures to sweep (default: all of those)')
     parser.add_argument('--ratio', type=int, default=2, help='expansion ratio (default: %(default)s)')
-    parser.add_argument('--max-params', type=float, default=40, metavar='M',
-                        help='millions of parameters up to which an architecture is compared too; a comparison holds '
-                             'about 50 bytes for each at ratio 2 (default: %(default)s)')
+    parser.add_argument(
+        '--max-params',
+        type=float,
+        default=40,
+        metavar='M',
+        help='millions of parameters up to which an architecture is compared too; a comparison holds '
+        'about 50 bytes for each at ratio 2 (default: %(default)s)',
+    )
     parser.add_argument('--smallest', type=int, metavar='N', help='compare only the N smallest of each module')
     parser.add_argument('--jobs', type=int, default=1, help='worker processes (default: %(default)s)')
-    parser.add_argument('--cache', type=Path, default=Path('.coverage-cache/coverage.jsonl'),
-                        help='JSON lines that a sweep adds to and goes on from (default: %(default)s)')
+    parser.add_argument(
+        '--cache',
+        type=Path,
+        default=Path('.coverage-cache/coverage.jsonl'),
+        help='JSON lines that a sweep adds to and goes on from (default: %(default)s)',
+    )
     parser.add_argument('--output', type=Path, default=Path('docs/coverage.md'), help='(default: %(default)s)')
     options = parser.parse_args(arguments)
     for name in ('ratio', 'jobs', 'smallest'):

@@ -1,4 +1,5 @@
 """The coverage page: what a sweep has found, as a table in Markdown."""
+
 from collections import Counter
 from typing import List, Mapping, Sequence
 
@@ -44,7 +45,7 @@ def table(cache: Cache, modules: Mapping[str, Sequence[str]], ratio: int) -> str
     totals = Counter(status_of(cache, name) for name in names)
     classifiers = len(names) - totals['no classifier']
     planned = totals['exact'] + totals['planned only'] + totals['inexact']
-    seconds, slowest = max([(0., ''), *((cache.get('plan', name).get('seconds', 0.), name) for name in names)])
+    seconds, slowest = max([(0.0, ''), *((cache.get('plan', name).get('seconds', 0.0), name) for name in names)])
     lines = [
         '# Coverage',
         '',
@@ -56,8 +57,8 @@ def table(cache: Cache, modules: Mapping[str, Sequence[str]], ratio: int) -> str
         f'{totals["exact"]} were compared and are exact, {totals["inexact"]} were compared and are not. '
         f'The slowest plan took {seconds:.1f} s of CPU time ({slowest}).',
         '',
-        '- *exact*: in float64, with randomised weights and running statistics and no stochastic layer, the teacher\'s '
-        'logits are the student\'s in evaluation and training mode, and extraction returns the student. The errors are '
+        "- *exact*: in float64, with randomised weights and running statistics and no stochastic layer, the teacher's "
+        "logits are the student's in evaluation and training mode, and extraction returns the student. The errors are "
         'the worst max \\|T − S\\| / max \\|S\\| of the module.',
         '- *planned only*: planned on the meta device, not compared.',
         '',
@@ -118,4 +119,6 @@ def _reduced(cache: Cache, names: Sequence[str]) -> List[str]:
     reductions = [(name, cache.get('compare', name).get('reduction')) for name in names]
     return [
         f'`{name}` ({", ".join(f"{key}={value}" for key, value in reduction.items())})'
-        for name, reduction in reductions if reduction]
+        for name, reduction in reductions
+        if reduction
+    ]

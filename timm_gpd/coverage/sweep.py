@@ -1,4 +1,5 @@
 """Plans and compares architectures, in worker processes if asked, and keeps what it finds in a cache."""
+
 import gc
 import multiprocessing
 import time
@@ -25,12 +26,12 @@ Modules = Mapping[str, Sequence[str]]
 
 
 def sweep(
-        cache: Cache,
-        modules: Modules,
-        ratio: int,
-        max_parameters: float,
-        smallest: Optional[int] = None,
-        jobs: int = 1,
+    cache: Cache,
+    modules: Modules,
+    ratio: int,
+    max_parameters: float,
+    smallest: Optional[int] = None,
+    jobs: int = 1,
 ) -> None:
     """Plans every architecture and compares those that are small enough, unless the cache knows them.
 
@@ -108,10 +109,10 @@ def compare_one(name: str, ratio: int, **reduction: Any) -> Record:
 
 
 def _chosen(
-        cache: Cache,
-        modules: Modules,
-        max_parameters: float,
-        smallest: Optional[int],
+    cache: Cache,
+    modules: Modules,
+    max_parameters: float,
+    smallest: Optional[int],
 ) -> Dict[str, Record]:
     """The architectures to compare, and how each is reduced: planned, at most so large, and the smallest few if asked.
 
@@ -121,24 +122,30 @@ def _chosen(
     for module in modules.values():
         sizes = [
             (cache.get('plan', name)['parameters'], name)
-            for name in module if cache.get('plan', name).get('status') == 'planned']
+            for name in module
+            if cache.get('plan', name).get('status') == 'planned'
+        ]
         for position, (size, name) in enumerate(sorted(sizes)[:smallest]):
             if size <= max_parameters:
                 models[name] = {}
             elif position < (smallest or ALWAYS_COMPARED):
-                models.update({
-                    name: reduction for reduction in REDUCTIONS
-                    if count_parameters(name, **reduction) <= max_parameters})
+                models.update(
+                    {
+                        name: reduction
+                        for reduction in REDUCTIONS
+                        if count_parameters(name, **reduction) <= max_parameters
+                    }
+                )
     return models
 
 
 def _run(
-        task: Callable[..., Record],
-        step: str,
-        models: Mapping[str, Record],
-        ratio: int,
-        jobs: int,
-        cache: Cache,
+    task: Callable[..., Record],
+    step: str,
+    models: Mapping[str, Record],
+    ratio: int,
+    jobs: int,
+    cache: Cache,
 ) -> None:
     """Runs a task, with keyword arguments, for every architecture that the cache does not know yet."""
     todo = {name: kwargs for name, kwargs in models.items() if not cache.knows(step, name, kwargs)}

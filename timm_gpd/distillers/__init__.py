@@ -9,6 +9,7 @@ A task states its losses once, taps the models, and builds one :class:`Distiller
     output = student_tap(x)                                        # logits and features in one pass
     terms = distillers(output, teacher_tap(x), target)             # {'dkd': ..., 'nd': ...}
 """
+
 import math
 from typing import Any, Dict, List, Mapping, Optional, Type
 
@@ -18,14 +19,22 @@ import torch.nn as nn
 from ..errors import InputError
 from .base import Distiller
 from .embedding import ND, Feature
+from .feature_tap import ModelOutput, Tap, example_output
 from .ofa import OFA
 from .plain import AT, DIST, DKD, KD, RKD
 from .reviewkd import ReviewKD
-from .feature_tap import ModelOutput, Tap, example_output
 
 __all__ = [
-    'DISTILLERS', 'DistillSettings', 'Distiller', 'Distillers', 'ModelOutput', 'Tap', 'distill_settings',
-    'example_output', 'tap_learner', 'tap_teacher',
+    'DISTILLERS',
+    'DistillSettings',
+    'Distiller',
+    'Distillers',
+    'ModelOutput',
+    'Tap',
+    'distill_settings',
+    'example_output',
+    'tap_learner',
+    'tap_teacher',
 ]
 
 # Under the names of ``--kd-distill-type``; ``logit`` and ``feature`` are timm's.
@@ -64,14 +73,17 @@ class Distillers(nn.ModuleDict):
     def __init__(self, settings: DistillSettings, learner: ModelOutput, teacher: ModelOutput) -> None:
         counts = learner.logits.shape[-1], teacher.logits.shape[-1]
         if counts[0] != counts[1]:
-            raise InputError(f'the static teacher has {counts[1]} classes and the student {counts[0]}: '
-                             'give one that was trained on the same classes')
-        super().__init__({
-            name: DISTILLERS[name](learner, teacher, **{k: v for k, v in arguments.items() if k != 'weight'})
-            for name, arguments in settings.items()
-        })
-        self.weights = {
-            name: arguments.get('weight', DISTILLERS[name].weight) for name, arguments in settings.items()}
+            raise InputError(
+                f'the static teacher has {counts[1]} classes and the student {counts[0]}: '
+                'give one that was trained on the same classes'
+            )
+        super().__init__(
+            {
+                name: DISTILLERS[name](learner, teacher, **{k: v for k, v in arguments.items() if k != 'weight'})
+                for name, arguments in settings.items()
+            }
+        )
+        self.weights = {name: arguments.get('weight', DISTILLERS[name].weight) for name, arguments in settings.items()}
 
     def forward(self, learner: ModelOutput, teacher: ModelOutput, target: torch.Tensor) -> Dict[str, torch.Tensor]:
         """Weighted loss terms by name, whose sum is L_KD.
@@ -85,9 +97,9 @@ class Distillers(nn.ModuleDict):
 
 
 def distill_settings(
-        types: str,
-        loss_args: Optional[Mapping[str, Any]] = None,
-        temperature: Optional[float] = None,
+    types: str,
+    loss_args: Optional[Mapping[str, Any]] = None,
+    temperature: Optional[float] = None,
 ) -> DistillSettings:
     """Reads ``--kd-distill-type`` and ``--kd-loss-args``.
 

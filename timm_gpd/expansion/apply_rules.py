@@ -1,9 +1,10 @@
 """Tells a student in the dry run what the rules of its modules say, before it runs."""
+
 from typing import Any, Callable, Sequence
 
 import torch
-from ..private_torch import tree_map_only
 
+from ..private_torch import tree_map_only
 from ..rules import Rule, RuleContext, find_rule
 from ..rules.context import find_axes, find_children, join
 from .widening import Widening
@@ -65,9 +66,13 @@ def _apply(widening: Widening, name: str, rule: Rule) -> None:
     for key, axes in rule.params.items():
         tensor = getattr(module, key, None)
         if isinstance(tensor, torch.Tensor):
-            widening.widen(tensor, {
-                axis: widening.axis(tensor, '', tensor.shape[axis], ratio)
-                for axis in ((axes,) if isinstance(axes, int) else axes)})
+            widening.widen(
+                tensor,
+                {
+                    axis: widening.axis(tensor, '', tensor.shape[axis], ratio)
+                    for axis in ((axes,) if isinstance(axes, int) else axes)
+                },
+            )
     if rule.code is not None:
         rule.code(RuleContext(widening, name, module))
 

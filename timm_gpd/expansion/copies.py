@@ -1,4 +1,5 @@
 """Copies of a model whose tensors are exchanged on the way: no tensor is copied only to be thrown away."""
+
 import copy
 from typing import Any, Callable, Dict, Sequence, Tuple
 
@@ -58,9 +59,9 @@ def blank_copy(model: nn.Module, device: str = 'meta') -> nn.Module:
 
 @torch.no_grad()
 def wide_copy(
-        student: nn.Module,
-        plan: ExpansionPlan,
-        expand: Callable[[str, torch.Tensor], torch.Tensor],
+    student: nn.Module,
+    plan: ExpansionPlan,
+    expand: Callable[[str, torch.Tensor], torch.Tensor],
 ) -> nn.Module:
     """The student's class with a plan applied: wider tensors, and the attributes that count them.
 
@@ -95,10 +96,10 @@ class _InputDivision:
         self.ratio = ratio
 
     def __call__(
-            self,
-            module: nn.Module,
-            args: Tuple[Any, ...],
-            kwargs: Dict[str, Any],
+        self,
+        module: nn.Module,
+        args: Tuple[Any, ...],
+        kwargs: Dict[str, Any],
     ) -> Tuple[Tuple[Any, ...], Dict[str, Any]]:
         if args:
             return (args[0] / self.ratio, *args[1:]), kwargs
@@ -118,7 +119,8 @@ def parameterless_copy(model: nn.Module) -> nn.Module:
     """
     buffers = {name for name, _ in model.named_buffers()}
     bare = copy_model(
-        model, lambda name, tensor: tensor.clone() if name in buffers else torch.empty_like(tensor, device='meta'))
+        model, lambda name, tensor: tensor.clone() if name in buffers else torch.empty_like(tensor, device='meta')
+    )
     for module in bare.modules():
         for key in module._parameters:
             module._parameters[key] = None

@@ -1,4 +1,5 @@
 """The dry run: the student's forward, where nothing is computed and every torch function is seen on the way in."""
+
 from typing import Any, Callable, Dict, Tuple
 
 import torch
@@ -21,8 +22,14 @@ _FUNCTION = 'gpd_function'  # attribute of an error: the torch function that rai
 
 # Layers and the axis of their outputs, from the end, that holds channels.
 CHANNEL_AXES = {
-    F.linear: -1, F.conv1d: -2, F.conv2d: -3, F.conv3d: -4,
-    F.conv_transpose1d: -2, F.conv_transpose2d: -3, F.conv_transpose3d: -4}
+    F.linear: -1,
+    F.conv1d: -2,
+    F.conv2d: -3,
+    F.conv3d: -4,
+    F.conv_transpose1d: -2,
+    F.conv_transpose2d: -3,
+    F.conv_transpose3d: -4,
+}
 
 
 def dry_run(widening: Widening, shape: Tuple[int, int, int]) -> None:
@@ -61,19 +68,22 @@ def _forward(widening: Widening, shape: Tuple[int, int, int], training: bool) ->
     except Exception as error:
         function = getattr(error, _FUNCTION, None)
         raise widening.unsupported(
-            (f'{function}: ' if function else '') + f'{type(error).__name__}: {first_line(error)}')
+            (f'{function}: ' if function else '') + f'{type(error).__name__}: {first_line(error)}'
+        )
 
 
 def _enter(widening: Widening, name: str) -> Callable:
     def pre_hook(module: nn.Module, args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> None:
         widening.running.append(name)
         handle_module(widening, name, module, first_input(args, kwargs))
+
     return pre_hook
 
 
 def _leave(widening: Widening) -> Callable:
     def hook(module: nn.Module, inputs: Any, output: Any) -> None:
         widening.running.pop()
+
     return hook
 
 

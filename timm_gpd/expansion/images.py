@@ -1,4 +1,5 @@
 """What images a model takes."""
+
 import math
 from typing import Iterator, Optional, Tuple
 
@@ -74,8 +75,10 @@ def accepted_input_shape(model: nn.Module, device: str = 'meta') -> Optional[Tup
     copy = blank_copy(model, device).eval()
     sizes = _sizes(*recorded) if device == 'meta' else [recorded]
     shapes = (
-        (number, height, width) for height, width in sizes
-        for number in ((channels,) if has_record(model) else CHANNELS))
+        (number, height, width)
+        for height, width in sizes
+        for number in ((channels,) if has_record(model) else CHANNELS)
+    )
     return next((shape for shape in shapes if error_with(copy, shape, device) is None), None)
 
 

@@ -1,4 +1,5 @@
 """Weights that torch computes from other parameters before every forward: weight norm, spectral norm and others."""
+
 from torch import nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.spectral_norm import SpectralNorm
@@ -31,4 +32,5 @@ def refuse_parametrizations(student: nn.Module) -> None:
         if found:
             raise UnsupportedModelError(
                 f'{type(student).__name__} cannot be widened: {key} of module {name or "(root)"!r} is computed by a '
-                f'parametrization; make it a parameter first: {found}')
+                f'parametrization; make it a parameter first: {found}'
+            )

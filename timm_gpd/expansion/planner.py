@@ -9,6 +9,7 @@ What shapes cannot tell (head counts, split sizes) comes from :mod:`timm_gpd.rul
 
 The run itself is in ``dry_run``, what happens to a function in ``functions``, what has become wider in ``widening``.
 """
+
 from typing import Sequence, Set, Tuple, Union
 
 import torch.nn as nn
@@ -28,9 +29,9 @@ __all__ = ['plan_expansion']
 
 
 def plan_expansion(
-        student: nn.Module,
-        ratio: int = 2,
-        classifier: Union[str, Sequence[str], None] = None,
+    student: nn.Module,
+    ratio: int = 2,
+    classifier: Union[str, Sequence[str], None] = None,
 ) -> ExpansionPlan:
     """Plans how every tensor and attribute of a student widens; allocates neither a student nor a teacher.
 
@@ -72,18 +73,19 @@ def plan_expansion(
         raise UnsupportedModelError(
             f'{type(student).__name__} runs on no images that were tried (with {shape}: {type(error).__name__}: '
             f'{first_line(error)}): say which it takes, as attributes of the model: in_chans and img_size, or '
-            "pretrained_cfg = {'input_size': (channels, height, width)}")
+            "pretrained_cfg = {'input_size': (channels, height, width)}"
+        )
     note = f'planned on the CPU: the forward of {type(student).__name__} does not run on the meta device'
     return _plan(student, ratio, classifiers, accepted, device='cpu', notes=(note,))
 
 
 def _plan(
-        student: nn.Module,
-        ratio: int,
-        classifiers: Set[str],
-        shape: Tuple[int, int, int],
-        device: str = 'meta',
-        notes: Tuple[str, ...] = (),
+    student: nn.Module,
+    ratio: int,
+    classifiers: Set[str],
+    shape: Tuple[int, int, int],
+    device: str = 'meta',
+    notes: Tuple[str, ...] = (),
 ) -> ExpansionPlan:
     widening = Widening(student, ratio, kept=classifiers, device=device)
     apply_rules(widening)
@@ -91,4 +93,5 @@ def _plan(
     follow_children(widening)
     widen_records(widening)
     return ExpansionPlan(
-        ratio, widening.tensors, widening.attributes, widening.divided_inputs, notes, input_shape=shape)
+        ratio, widening.tensors, widening.attributes, widening.divided_inputs, notes, input_shape=shape
+    )

@@ -1,4 +1,5 @@
 """Students as people have them: in wrappers, and with classifiers that a model of their own does not tell."""
+
 from typing import Any, Sequence, Set, Union
 
 import torch.nn as nn
@@ -43,20 +44,23 @@ def classifier_names(model: nn.Module, classifier: Union[str, Sequence[str], Non
         missing = [name for name in names if name not in modules]
         if missing:
             raise NoClassifierError(
-                f'{type(model).__name__} has no module {missing[0]!r}: check classifier={classifier!r}')
+                f'{type(model).__name__} has no module {missing[0]!r}: check classifier={classifier!r}'
+            )
         if not names:
             return set()
         found = [modules[name] for name in names]
         what = f'the classifier {classifier!r} of {type(model).__name__} has no parameters'
     wanted = {id(module) for module in found}
     names_of_all = {
-        name for name, module in model.named_modules(remove_duplicate=False)
+        name
+        for name, module in model.named_modules(remove_duplicate=False)
         if id(module) in wanted and any(True for _ in module.parameters())
     }
     if not names_of_all:
         raise NoClassifierError(
             f'{what}: create it with num_classes > 0 to distil logits, or name the modules that give them, as in '
-            "classifier='fc'")
+            "classifier='fc'"
+        )
     return names_of_all
 
 
@@ -85,6 +89,7 @@ def count_classes(model: nn.Module) -> int:
     shape = accepted_input_shape(model)
     if shape is None:
         raise NoClassifierError(
-            f'{type(model).__name__} does not tell how many classes it has: set its attribute num_classes')
+            f'{type(model).__name__} does not tell how many classes it has: set its attribute num_classes'
+        )
     copy = blank_copy(model).eval()
     return copy(blank_images(copy, shape)).shape[-1]

@@ -1,4 +1,5 @@
 """What a timm model records of its own widths, for whoever builds on it. Its forward uses none of these."""
+
 from ..private_torch import tree_map_only
 from .widening import Widening
 
@@ -20,5 +21,6 @@ def widen_records(widening: Widening) -> None:
             widening.set_attribute('', attribute, tree_map_only(int, lambda width: width * widening.ratio, value))
     info = getattr(widening.model, 'feature_info', None)
     if isinstance(info, list):
-        widening.set_attribute('', 'feature_info', [
-            {**stage, 'num_chs': stage['num_chs'] * widening.ratio} for stage in info])
+        widening.set_attribute(
+            '', 'feature_info', [{**stage, 'num_chs': stage['num_chs'] * widening.ratio} for stage in info]
+        )

@@ -3,6 +3,7 @@
 A parameter or buffer is an *own* tensor; one that was computed from some of them and from nothing else is *derived*.
 Both carry channels that may have to widen. All other tensors are activations, which are as wide as what they met.
 """
+
 import math
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple, TypeGuard
 
@@ -11,8 +12,20 @@ import torch
 from ..private_torch import tree_map_only
 
 __all__ = [
-    'Axes', 'channel_block', 'from_parameters', 'is_own', 'mark_channels', 'mark_derived', 'mark_images', 'mark_own',
-    'mark_wide', 'note_origin', 'shows_narrow_images', 'sources', 'tensors_in', 'view_axes',
+    'Axes',
+    'channel_block',
+    'from_parameters',
+    'is_own',
+    'mark_channels',
+    'mark_derived',
+    'mark_images',
+    'mark_own',
+    'mark_wide',
+    'note_origin',
+    'shows_narrow_images',
+    'sources',
+    'tensors_in',
+    'view_axes',
 ]
 
 _ORIGIN = 'gpd_origin'
@@ -100,7 +113,7 @@ def _note_channels(inputs: List[torch.Tensor], output: torch.Tensor) -> None:
             continue
         flattened = (tensor.shape[0], tensor.shape[1:].numel()) if tensor.dim() > 2 else None
         if flattened == output.shape:
-            block = math.prod(tensor.shape[tensor.dim() + channels.axis + 1:])
+            block = math.prod(tensor.shape[tensor.dim() + channels.axis + 1 :])
             setattr(output, _CHANNELS, _Channels(-1, channels.block * block))
         elif output.dim() == tensor.dim() and (not output._is_view() or output.stride() == tensor.stride()):
             setattr(output, _CHANNELS, channels)  # views in other strides may have axes in another order
@@ -144,10 +157,10 @@ def note_origin(function: Callable, args: Tuple[Any, ...], kwargs: Dict[str, Any
 
 
 def _axes_of_view(
-        function: Callable,
-        args: Tuple[Any, ...],
-        kwargs: Dict[str, Any],
-        tensor: torch.Tensor,
+    function: Callable,
+    args: Tuple[Any, ...],
+    kwargs: Dict[str, Any],
+    tensor: torch.Tensor,
 ) -> Optional[Axes]:
     """Which axes of a parameter the output's are, if the function only orders, adds, drops and repeats axes.
 
@@ -158,17 +171,21 @@ def _axes_of_view(
         return None
     stand_in = torch.empty(tensor.shape, dtype=tensor.dtype, device='meta')
     try:
-        output = function(*tree_map_only(torch.Tensor, lambda _: stand_in, args),
-                          **tree_map_only(torch.Tensor, lambda _: stand_in, kwargs))
+        output = function(
+            *tree_map_only(torch.Tensor, lambda _: stand_in, args),
+            **tree_map_only(torch.Tensor, lambda _: stand_in, kwargs),
+        )
     except Exception:  # it needs values
         return None
     if not isinstance(output, torch.Tensor) or not (output is stand_in or output._is_view()):
         return None
     places = {
-        (size, stride): axis for axis, (size, stride) in enumerate(zip(stand_in.shape, stand_in.stride())) if size > 1}
+        (size, stride): axis for axis, (size, stride) in enumerate(zip(stand_in.shape, stand_in.stride())) if size > 1
+    }
     axes = tuple(
         known[places[size, stride]] if (size, stride) in places else None if size == 1 or stride == 0 else -1
-        for size, stride in zip(output.shape, output.stride()))
+        for size, stride in zip(output.shape, output.stride())
+    )
     return axes if -1 not in axes and len(axes) - axes.count(None) == len(places) else None
 
 

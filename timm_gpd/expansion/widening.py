@@ -1,4 +1,5 @@
 """A student as it widens: which of its tensors have become wider, and what the plan will say of them."""
+
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Set, Tuple, Union
 
 import torch
@@ -8,7 +9,7 @@ from ..axes import AxisMap, TensorMap
 from ..errors import UnsupportedModelError
 from ..rules.context import join
 from .copies import blank, blank_copy
-from .traced import from_parameters, is_own, mark_derived, mark_own, mark_wide, sources, view_axes
+from .traced import is_own, mark_derived, mark_own, mark_wide, sources, view_axes
 
 __all__ = ['Widening']
 
@@ -62,7 +63,8 @@ class Widening:
         cls = type(self.modules[name])
         return UnsupportedModelError(
             f'{self.student_class} cannot be widened: module {name or "(root)"!r} of class '
-            f'{cls.__module__}.{cls.__qualname__}: {reason} (register_rule can teach it)')
+            f'{cls.__module__}.{cls.__qualname__}: {reason} (register_rule can teach it)'
+        )
 
     # -- tensors and attributes -----------------------------------------------------------------------------------
 
@@ -151,8 +153,7 @@ class Widening:
             raise self.unsupported(f'{sources(tensor)[0]} has {size} entries, not a multiple of {described}')
         return AxisMap.uniform(size, ratio, described)
 
-    def axis_like(
-            self, tensor: torch.Tensor, side: str, size: int, actual: int, what: str, block: int = 1) -> AxisMap:
+    def axis_like(self, tensor: torch.Tensor, side: str, size: int, actual: int, what: str, block: int = 1) -> AxisMap:
         """:meth:`axis` of an axis that meets ``actual`` channels, which ``what``, for the message, expects.
 
         Entries that arrive in blocks are replicated in blocks, where no rule says more.
@@ -177,7 +178,8 @@ class Widening:
     def mismatch(self, shape: Sequence[int], other: Sequence[int]) -> Dict[int, int]:
         """Axes, counted from the end, on which ``other`` is ``ratio`` times as wide and does not broadcast."""
         return {
-            -k: self.ratio for k in range(1, min(len(shape), len(other)) + 1)
+            -k: self.ratio
+            for k in range(1, min(len(shape), len(other)) + 1)
             if self.ratio > 1 and shape[-k] > 1 and other[-k] == shape[-k] * self.ratio
         }
 
@@ -197,7 +199,7 @@ class Widening:
         Raises:
             UnsupportedModelError: if ``sum_axis`` has entries of different ratios.
         """
-        first, = sources(tensor)
+        (first,) = sources(tensor)
         self.met.add(first)
         if first in self.tensors:
             return tensor
@@ -210,7 +212,7 @@ class Widening:
         return self._replace(tensor, TensorMap(tuple(tensor.shape), wider, sum_axis))
 
     def _replace(self, tensor: torch.Tensor, tensor_map: TensorMap) -> torch.Tensor:
-        first, = sources(tensor)
+        (first,) = sources(tensor)
         wide = blank(tensor_map.teacher_shape, tensor.dtype, self.device)
         if isinstance(tensor, nn.Parameter):
             wide = nn.Parameter(wide, requires_grad=tensor.requires_grad)
@@ -241,8 +243,9 @@ class Widening:
         if not ratios:
             return tensor
         if is_own(tensor):
-            return self.widen(tensor, {
-                axis: self.axis(tensor, '', tensor.shape[axis], ratio) for axis, ratio in ratios.items()})
+            return self.widen(
+                tensor, {axis: self.axis(tensor, '', tensor.shape[axis], ratio) for axis, ratio in ratios.items()}
+            )
         return self._widen_derived(tensor, ratios)
 
     def _widen_derived(self, tensor: torch.Tensor, ratios: Mapping[int, int]) -> torch.Tensor:
@@ -276,7 +279,8 @@ def _axis_in_source(widening: Widening, tensor: torch.Tensor, axis: int, source:
     if order is None and student_shape.count(size) != 1:
         raise widening.unsupported(
             f'an axis of {size} entries, computed from {", ".join(sources(tensor))}, met one of '
-            f'{actual}, and its origin is not clear')
+            f'{actual}, and its origin is not clear'
+        )
     own_axis = student_shape.index(size) if order is None else order[axis]
     if own_axis is None:
         raise widening.unsupported(f'{source} is repeated along an axis that is wider')

@@ -1,4 +1,5 @@
 """Fetches a student."""
+
 import os
 import shutil
 from typing import Optional
@@ -29,8 +30,12 @@ def pull(repo_id: str, folder: str, revision: Optional[str] = None) -> None:
     check_free(folder)
     with hub_errors(repo_id, revision):
         snapshot = snapshot_download(
-            repo_id, revision=revision, allow_patterns=list(STUDENT_FILES), library_name=LIBRARY,
-            library_version=__version__)
+            repo_id,
+            revision=revision,
+            allow_patterns=list(STUDENT_FILES),
+            library_name=LIBRARY,
+            library_version=__version__,
+        )
         _discard_damaged(repo_id, snapshot)
     check_student(snapshot, repo_id)
     with new_folder(folder) as partial:

@@ -6,6 +6,7 @@ multiplied by r where their outputs are tiled. A multi-branch convolution is a s
 sliced one by one and then merged into one kernel (OREPA, arXiv 2204.00826). BatchNorm keeps the student's running
 statistics as ``tiny_running_mean`` and ``tiny_running_var``.
 """
+
 import argparse
 import pickle
 import zipfile
@@ -20,7 +21,12 @@ from ..errors import InputError, first_line
 from .rvt import checkpoint_filter_fn as rename_rvt
 
 __all__ = [
-    'RELEASES', 'Release', 'convert_checkpoint', 'convert_state_dict', 'is_release', 'merge_branches',
+    'RELEASES',
+    'Release',
+    'convert_checkpoint',
+    'convert_state_dict',
+    'is_release',
+    'merge_branches',
     'read_checkpoint',
 ]
 
@@ -38,6 +44,7 @@ class Release:
         rename: the authors' parameter names to timm's.
         model_args: what makes timm's architecture the authors' model.
     """
+
     stem: str
     stem_width: int
     classifier: str
@@ -50,8 +57,9 @@ def _rename_mobilenet(state_dict: StateDict) -> StateDict:
     blocks = [f'blocks.{stage}.{block}' for stage, depth in enumerate((1, 2, 2, 6, 2)) for block in range(depth)]
     layers = {'0': 'conv_dw', '1': 'bn1', '3': 'conv_pw', '4': 'bn2'}
     prefixes = {'model.0.0': 'conv_stem', 'model.0.1': 'bn1', 'fc': 'classifier'}
-    prefixes.update({
-        f'model.{i}.{layer}': f'{block}.{name}' for i, block in enumerate(blocks, 1) for layer, name in layers.items()})
+    prefixes.update(
+        {f'model.{i}.{layer}': f'{block}.{name}' for i, block in enumerate(blocks, 1) for layer, name in layers.items()}
+    )
     renamed = {}
     for name, tensor in state_dict.items():
         prefix, _, key = name.rpartition('.')
@@ -80,8 +88,10 @@ def convert_checkpoint(path: str) -> Tuple[str, Dict[str, torch.Tensor]]:
     """
     checkpoint = read_checkpoint(path)
     if not is_release(checkpoint):
-        raise InputError(f"{path} is not a checkpoint of the authors' dynamic teachers: it needs no conversion, or "
-                         f'is of another model than {", ".join(RELEASES)}')
+        raise InputError(
+            f"{path} is not a checkpoint of the authors' dynamic teachers: it needs no conversion, or "
+            f'is of another model than {", ".join(RELEASES)}'
+        )
     return convert_state_dict(checkpoint)
 
 
@@ -132,7 +142,8 @@ def convert_state_dict(checkpoint: Mapping[str, Any]) -> Tuple[str, Dict[str, to
             student = _read_student(release, teacher)
             with torch.device('meta'):
                 expected = timm.create_model(
-                    architecture, num_classes=len(teacher[f'{release.classifier}.weight']), **release.model_args)
+                    architecture, num_classes=len(teacher[f'{release.classifier}.weight']), **release.model_args
+                )
             _check_fits(architecture, student, expected.state_dict())
             return architecture, student
     raise InputError(f"the checkpoint is of none of the authors' released models, {', '.join(RELEASES)}")
@@ -159,8 +170,13 @@ def merge_branches(branches: StateDict, groups: int = 1) -> torch.Tensor:
     mixing = branches['weight_orepa_gconv_pw'].reshape(groups, -1, inputs, depthwise.shape[2])
     separable = torch.einsum('githw,goit->goihw', depthwise, mixing)
     kernels = (
-        origin, average, frequency, sequence.reshape(origin.shape), branches['weight_orepa_1x1'],
-        separable.reshape(origin.shape))
+        origin,
+        average,
+        frequency,
+        sequence.reshape(origin.shape),
+        branches['weight_orepa_1x1'],
+        separable.reshape(origin.shape),
+    )
     return sum(gamma.view(-1, 1, 1, 1) * kernel for gamma, kernel in zip(branches['vector'], kernels))
 
 
@@ -229,7 +245,7 @@ def _read_module(tensors: StateDict, in_ratio: int, out_ratio: int) -> Dict[str,
         for key, (axes, divided) in _BRANCHES.items():
             if depthwise and key != 'vector':
                 axes = axes[:1]
-            branch = _narrow(tensors[key], {axis: out_ratio for axis in axes})
+            branch = _narrow(tensors[key], dict.fromkeys(axes, out_ratio))
             branches[key] = branch * out_ratio if divided and not depthwise else branch
         groups = branches['weight_orepa_origin'].shape[0] if depthwise else 1
         return {'weight': merge_branches(branches, groups), 'bias': branches['bias_orepa_origin'].clone()}

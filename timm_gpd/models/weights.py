@@ -1,4 +1,5 @@
 """Where the weights of a variant come from: the authors' releases are converted on the way, all else is timm's task."""
+
 import os
 import zipfile
 from contextlib import contextmanager
@@ -58,10 +59,12 @@ def hub_errors(hub_id: Optional[str]) -> Iterator[None]:
         if not hub_id:
             raise
         from huggingface_hub.constants import HF_HUB_CACHE
+
         raise WeightsError(
             f'the weights at hf-hub:{hub_id} cannot be loaded ({first_line(error)}): once downloaded they are read '
             f'from {HF_HUB_CACHE} (HF_HOME moves it, HF_HUB_OFFLINE=1 asks no network), or name a local file with '
-            "pretrained_cfg_overlay=dict(file='...')") from error
+            "pretrained_cfg_overlay=dict(file='...')"
+        ) from error
 
 
 def _download(url: str, cache_dir: str) -> str:
@@ -78,7 +81,8 @@ def _download(url: str, cache_dir: str) -> str:
     except (OSError, HTTPException) as error:
         raise WeightsError(
             f'{url} cannot be downloaded ({first_line(error)}): without network, put the file at {cached} '
-            "(TORCH_HOME moves this cache), or name it with pretrained_cfg_overlay=dict(file='...')") from error
+            "(TORCH_HOME moves this cache), or name it with pretrained_cfg_overlay=dict(file='...')"
+        ) from error
     except (ValueError, SafetensorError) as error:
         reason = first_line(error).replace(partial, 'it')
         raise WeightsError(f'the download of {url} is refused and not kept: {reason}') from error

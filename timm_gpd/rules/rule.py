@@ -4,6 +4,7 @@ The planner (:mod:`timm_gpd.expansion.planner`) reads nearly everything off a dr
 meets is wider. A rule adds what shapes alone cannot tell: integers that count heads or channels, axes replicated in
 blocks, children that mix something other than channels. Rules know no training; most are data.
 """
+
 from dataclasses import dataclass, field
 from typing import Any, Callable, Dict, Mapping, Optional, Tuple, Type, Union
 
@@ -36,6 +37,7 @@ class Rule:
         code: for what data cannot say: a function of a :class:`RuleContext`, called after the rest of the rule and
             before the dry run.
     """
+
     multiply: Tuple[str, ...] = ()
     divide: Tuple[str, ...] = ()
     blocks: Mapping[str, Block] = field(default_factory=dict)

@@ -1,4 +1,5 @@
 """Gap Preserving Distillation as one more of timm's training tasks."""
+
 import logging
 from typing import Any, Dict, Mapping, Optional, Sequence, Union
 
@@ -65,26 +66,26 @@ class GapPreservingTask(BaseTask):
     """
 
     def __init__(
-            self,
-            student: nn.Module,
-            static_teacher: Union[str, nn.Module, None] = None,
-            criterion: Optional[nn.Module] = None,
-            ratio: int = 2,
-            num_branches: int = 1,
-            noise: float = 0.0,
-            scale: str = 'student',
-            gpd_loss: str = 'sce',
-            gpd_weight: float = 3.0,
-            distill_type: str = 'logit',
-            distill_args: Optional[Mapping[str, Any]] = None,
-            distill_loss_weight: Optional[float] = None,
-            task_loss_weight: Optional[float] = None,
-            temperature: float = 4.0,
-            device: Optional[torch.device] = None,
-            dtype: Optional[torch.dtype] = None,
-            verbose: bool = True,
-            branches: Optional[Sequence[str]] = None,
-            classifier: Union[str, Sequence[str], None] = None,
+        self,
+        student: nn.Module,
+        static_teacher: Union[str, nn.Module, None] = None,
+        criterion: Optional[nn.Module] = None,
+        ratio: int = 2,
+        num_branches: int = 1,
+        noise: float = 0.0,
+        scale: str = 'student',
+        gpd_loss: str = 'sce',
+        gpd_weight: float = 3.0,
+        distill_type: str = 'logit',
+        distill_args: Optional[Mapping[str, Any]] = None,
+        distill_loss_weight: Optional[float] = None,
+        task_loss_weight: Optional[float] = None,
+        temperature: float = 4.0,
+        device: Optional[torch.device] = None,
+        dtype: Optional[torch.dtype] = None,
+        verbose: bool = True,
+        branches: Optional[Sequence[str]] = None,
+        classifier: Union[str, Sequence[str], None] = None,
     ) -> None:
         super().__init__(device=device, dtype=dtype, verbose=verbose)
         student = unwrap_student(student)
@@ -97,8 +98,13 @@ class GapPreservingTask(BaseTask):
         self.settings = dict(ratio=ratio, branches=list(branch_kinds(num_branches, branches)), scale=scale)
         distillers = distill_settings(distill_type, distill_args, temperature)
 
-        self.static_teacher = None if static_teacher is None else StaticTeacher(
-            resolve_static_teacher(static_teacher, student, self.device, self.dtype), student, distillers)
+        self.static_teacher = (
+            None
+            if static_teacher is None
+            else StaticTeacher(
+                resolve_static_teacher(static_teacher, student, self.device, self.dtype), student, distillers
+            )
+        )
         dynamic_teacher = expand(student, ratio, num_branches, noise, scale, branches, classifier)
         step_loss = StepLoss(self.criterion, self.task_loss_weight, self.distill_loss_weight)
         if self.static_teacher is None:
@@ -117,7 +123,8 @@ class GapPreservingTask(BaseTask):
                 f'distill_loss_weight={self.distill_loss_weight}, '
                 f'distillers={self.settings.get("distillers")}; '
                 f'dynamic teacher of {count} parameters over a student of '
-                f'{sum(p.numel() for p in student.parameters())}')
+                f'{sum(p.numel() for p in student.parameters())}'
+            )
 
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> Dict[str, torch.Tensor]:
         """Joint forward pass and loss.
@@ -136,7 +143,11 @@ class GapPreservingTask(BaseTask):
         student, teacher = self.trainable_module(input, target, static_output)
         student['gpd_loss'] = self.gpd_loss(student['output'], teacher['output'])
         loss = student.pop('loss') + teacher.pop('loss') + self.gpd_weight * student['gpd_loss']
-        return {'loss': loss, **student, **{f'teacher_{name}': refuse_gradients(term) for name, term in teacher.items()}}
+        return {
+            'loss': loss,
+            **student,
+            **{f'teacher_{name}': refuse_gradients(term) for name, term in teacher.items()},
+        }
 
     def get_dynamic_teacher(self, ema: bool = False) -> DynamicTeacher:
         """The dynamic teacher itself, without wrappers: calling it gives the teacher's logits."""

@@ -1,4 +1,5 @@
 """The static teacher: any pretrained model, frozen, behind timm's own wrapper."""
+
 import os
 import pickle
 from typing import Optional, Union
@@ -41,7 +42,8 @@ class StaticTeacher(nn.Module):
         if student_channels != self.channels and {student_channels, self.channels} != {1, 3}:
             raise InputError(
                 f"the static teacher takes images of {self.channels} channels and the student's have "
-                f'{student_channels}: give one of as many; grey images (1) and RGB (3) do for each other')
+                f'{student_channels}: give one of as many; grey images (1) and RGB (3) do for each other'
+            )
         cfg = getattr(student, 'pretrained_cfg', None) or {}
         for key, imagenet in IMAGENET.items():
             of_student = torch.tensor(cfg.get(key, imagenet)).to(teacher.mean_kd)
@@ -79,11 +81,11 @@ def _per_channel(values: torch.Tensor, channels: int) -> torch.Tensor:
 
 
 def resolve_static_teacher(
-        teacher: Union[str, nn.Module],
-        student: nn.Module,
-        device: Optional[torch.device] = None,
-        dtype: Optional[torch.dtype] = None,
-        path: Optional[str] = None,
+    teacher: Union[str, nn.Module],
+    student: nn.Module,
+    device: Optional[torch.device] = None,
+    dtype: Optional[torch.dtype] = None,
+    path: Optional[str] = None,
 ) -> DistillationTeacher:
     """A frozen teacher of the student's classes.
 
@@ -113,11 +115,11 @@ def resolve_static_teacher(
 
 
 def _create(
-        name: str,
-        student: nn.Module,
-        device: Optional[torch.device],
-        dtype: Optional[torch.dtype],
-        path: Optional[str],
+    name: str,
+    student: nn.Module,
+    device: Optional[torch.device],
+    dtype: Optional[torch.dtype],
+    path: Optional[str],
 ) -> DistillationTeacher:
     num_classes, channels = count_classes(student), input_shape(student)[0]
 
@@ -134,7 +136,7 @@ def _create(
         _check_adapted(name, unwrap_model(teacher.model), channels)
         return teacher
     if not os.path.isfile(path):
-        raise InputError(f'the static teacher\'s checkpoint {path} does not exist')
+        raise InputError(f"the static teacher's checkpoint {path} does not exist")
     try:
         weights = load_state_dict(path)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
@@ -156,14 +158,18 @@ def _check_adapted(name: str, teacher: nn.Module, channels: int) -> None:
     """timm adapts the kernel of a first convolution to other channels; other first layers it leaves untrained."""
     cfg = getattr(teacher, 'pretrained_cfg', None) or {}
     first = cfg.get('first_conv')
-    for layer in (first if isinstance(first, (tuple, list)) else [first] if first else []):
+    for layer in first if isinstance(first, (tuple, list)) else [first] if first else []:
         if cfg['input_size'][0] != channels and not isinstance(teacher.get_submodule(layer), nn.Conv2d):
-            raise InputError(f'the static teacher {name} was trained on images of {cfg["input_size"][0]} channels, and '
-                             f'its first layer cannot be adapted to {channels}: give another one')
+            raise InputError(
+                f'the static teacher {name} was trained on images of {cfg["input_size"][0]} channels, and '
+                f'its first layer cannot be adapted to {channels}: give another one'
+            )
 
 
 def _check_classes(classes: int, student: nn.Module) -> None:
     of_student = count_classes(student)
     if classes != of_student:
-        raise InputError(f'the static teacher has {classes} classes and the student {of_student}: '
-                         'give one that was trained on the same classes')
+        raise InputError(
+            f'the static teacher has {classes} classes and the student {of_student}: '
+            'give one that was trained on the same classes'
+        )

@@ -1,4 +1,5 @@
 """The dynamic teacher: one set of parameters that runs as a wide teacher and as the student inside it."""
+
 import copy
 from functools import partial
 from typing import Any, Callable, Dict, Iterable, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
@@ -29,18 +30,19 @@ Run = Callable[[Mapping[str, torch.Tensor], torch.Tensor], Any]
 
 class JointOutput(NamedTuple):
     """What student and dynamic teacher made of one batch, see :meth:`DynamicTeacher.joint`."""
+
     student: Any
     teacher: Any
 
 
 def expand(
-        student: nn.Module,
-        ratio: int = 2,
-        num_branches: int = 1,
-        noise: float = 0.0,
-        scale: str = 'student',
-        branches: Optional[Sequence[str]] = None,
-        classifier: Union[str, Sequence[str], None] = None,
+    student: nn.Module,
+    ratio: int = 2,
+    num_branches: int = 1,
+    noise: float = 0.0,
+    scale: str = 'student',
+    branches: Optional[Sequence[str]] = None,
+    classifier: Union[str, Sequence[str], None] = None,
 ) -> 'DynamicTeacher':
     """Builds the dynamic teacher of a student by inverse reparameterization (Sec. 3.2 of arXiv 2410.04140).
 
@@ -106,12 +108,12 @@ class DynamicTeacher(TimmModel):
     """
 
     def __init__(
-            self,
-            student: nn.Module,
-            plan: ExpansionPlan,
-            noise: float = 0.0,
-            scale: str = 'student',
-            branches: Sequence[str] = ('kxk',),
+        self,
+        student: nn.Module,
+        plan: ExpansionPlan,
+        noise: float = 0.0,
+        scale: str = 'student',
+        branches: Sequence[str] = ('kxk',),
     ) -> None:
         super().__init__()
         _check_storage(scale, noise)
@@ -119,7 +121,9 @@ class DynamicTeacher(TimmModel):
         self.plan = plan
         self.scale = scale
         self.branch_kinds = branch_kinds(1, branches)
-        self._divisors = {name: tensor_map.divisor for name, tensor_map in plan.tensors.items() if tensor_map.divisor > 1}
+        self._divisors = {
+            name: tensor_map.divisor for name, tensor_map in plan.tensors.items() if tensor_map.divisor > 1
+        }
         self._layout = ParameterLayout.of(student)
         self.branches = nn.Module()  # before the wide model, whose head is the last of all parameters, as of any model
         self.wide = wide_copy(student, plan, self._stored)
@@ -127,14 +131,21 @@ class DynamicTeacher(TimmModel):
         if noise:
             self._add_noise(noise)
         self.branches, self._branched = branch_convolutions(
-            self.wide, plan.tensors, self._layout.is_trained, self.branch_kinds, scale)
+            self.wide, plan.tensors, self._layout.is_trained, self.branch_kinds, scale
+        )
         stores_student = scale == 'student'
-        self._teacher_multipliers = {
-            name: 1 / divisor for name, divisor in self._divisors.items()} if stores_student else {}
+        self._teacher_multipliers = (
+            {name: 1 / divisor for name, divisor in self._divisors.items()} if stores_student else {}
+        )
         self._shared = SharedTensors(
-            {name: plan.tensors[name] for name in self._layout.names if name in plan.tensors and name not in self._branched},
+            {
+                name: plan.tensors[name]
+                for name in self._layout.names
+                if name in plan.tensors and name not in self._branched
+            },
             self._teacher_multipliers,
-            {} if stores_student else self._divisors)
+            {} if stores_student else self._divisors,
+        )
         self._record_config()
         self.train(student.training)
 
@@ -152,12 +163,12 @@ class DynamicTeacher(TimmModel):
         return call_with_parameters(self.wide, self.teacher_parameters(memory_format_of(x)), x)
 
     def joint(
-            self,
-            x: torch.Tensor,
-            student_tap: Optional[Run] = None,
-            teacher_tap: Optional[Run] = None,
-            teacher_loss: Optional[Callable[[Any], Dict[str, torch.Tensor]]] = None,
-            loss_parameters: Iterable[torch.Tensor] = (),
+        self,
+        x: torch.Tensor,
+        student_tap: Optional[Run] = None,
+        teacher_tap: Optional[Run] = None,
+        teacher_loss: Optional[Callable[[Any], Dict[str, torch.Tensor]]] = None,
+        loss_parameters: Iterable[torch.Tensor] = (),
     ) -> 'JointOutput':
         """Student and dynamic teacher on one batch, from one shared set of parameters.
 
@@ -209,8 +220,10 @@ class DynamicTeacher(TimmModel):
 
     def _stored_tensors(self) -> Dict[str, torch.Tensor]:
         if getattr(self, '_is_replica', False):
-            raise RuntimeError('replicas of nn.DataParallel hold no parameters of their own: train with '
-                               'DistributedDataParallel, one process for each GPU (task.prepare_distributed())')
+            raise RuntimeError(
+                'replicas of nn.DataParallel hold no parameters of their own: train with '
+                'DistributedDataParallel, one process for each GPU (task.prepare_distributed())'
+            )
         return dict(self.wide.named_parameters())
 
     def _merge(self, name: str, memory_format: torch.memory_format, shared: bool = True) -> Tuple[torch.Tensor, ...]:
@@ -219,8 +232,8 @@ class DynamicTeacher(TimmModel):
         return self._branched[name](self._teacher_multipliers.get(name, 1.0), tensor_map, memory_format)
 
     def parameters_of_both(
-            self,
-            memory_format: torch.memory_format = torch.contiguous_format,
+        self,
+        memory_format: torch.memory_format = torch.contiguous_format,
     ) -> Tuple[Dict[str, torch.Tensor], Dict[str, torch.Tensor]]:
         """:meth:`teacher_parameters` and :meth:`student_parameters`, from kernels that are merged once."""
         teacher, student = self._shared(self._stored_tensors())
@@ -229,8 +242,8 @@ class DynamicTeacher(TimmModel):
         return self._layout.under_all_names(teacher), self._layout.under_all_names(student)
 
     def teacher_parameters(
-            self,
-            memory_format: torch.memory_format = torch.contiguous_format,
+        self,
+        memory_format: torch.memory_format = torch.contiguous_format,
     ) -> Dict[str, torch.Tensor]:
         """What the teacher runs on, branches merged, by the student's parameter names. Differentiable.
 
@@ -242,8 +255,8 @@ class DynamicTeacher(TimmModel):
         return self._layout.under_all_names(teacher)
 
     def student_parameters(
-            self,
-            memory_format: torch.memory_format = torch.contiguous_format,
+        self,
+        memory_format: torch.memory_format = torch.contiguous_format,
     ) -> Dict[str, torch.Tensor]:
         """The student's parameters, computed from the stored ones: merged, then sliced. Differentiable (Sec. 3.3).
 

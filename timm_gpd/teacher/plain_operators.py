@@ -4,6 +4,7 @@
 for first derivatives in reverse mode, with operators of their own. Everything else that autograd can do, and compilers
 that lose such operators, are left to plain operators, which are slower and need more memory.
 """
+
 import torch
 
 from ..private_torch import compiles_writing_operators, has_active_transforms, has_forward_mode

@@ -1,4 +1,5 @@
 """What timm expects of every model, for the dynamic teacher: features and logits are the teacher's."""
+
 import re
 from typing import Any, Callable, Dict, Mapping, Optional, Set, Tuple, Union
 
@@ -29,7 +30,8 @@ class TimmModel(nn.Module):
     in_chans = property(lambda self: self.student.in_chans, doc='Channels of the images.')
     num_features = property(lambda self: self.wide.num_features, doc="Width of the teacher's features.")
     head_hidden_size = property(
-        lambda self: self.wide.head_hidden_size, doc="Width of what the teacher's classifier receives.")
+        lambda self: self.wide.head_hidden_size, doc="Width of what the teacher's classifier receives."
+    )
     feature_info = property(lambda self: self.wide.feature_info, doc="The teacher's stages, a dict for each.")
     default_cfg = property(lambda self: self.pretrained_cfg, doc='The former name of pretrained_cfg.')
 
@@ -38,8 +40,8 @@ class TimmModel(nn.Module):
         config = getattr(self.student, 'pretrained_cfg', None)
         if config is not None:
             self.pretrained_cfg = {
-                key: _prefixed(value) if key in ('classifier', 'first_conv') else value
-                for key, value in config.items()}
+                key: _prefixed(value) if key in ('classifier', 'first_conv') else value for key, value in config.items()
+            }
 
     # -- features and logits of the teacher -------------------------------------------------------------------------
 
@@ -72,7 +74,9 @@ class TimmModel(nn.Module):
         parameters = self.teacher_parameters(memory_format_of(x) if images else torch.contiguous_format)
         return call_with_parameters(
             _Method(self.wide, method, args, kwargs),
-            {f'model.{name}': tensor for name, tensor in parameters.items()}, x)
+            {f'model.{name}': tensor for name, tensor in parameters.items()},
+            x,
+        )
 
     def prune_intermediate_layers(self, *args: Any, **kwargs: Any) -> None:
         """Refused: the student would keep the layers.
@@ -81,7 +85,8 @@ class TimmModel(nn.Module):
             NotImplementedError: always.
         """
         raise NotImplementedError(
-            'a dynamic teacher cannot be pruned, as its student would keep the layers: prune the student and expand it')
+            'a dynamic teacher cannot be pruned, as its student would keep the layers: prune the student and expand it'
+        )
 
     # -- classifier -------------------------------------------------------------------------------------------------
 
@@ -174,8 +179,11 @@ def _keep_tensors(fresh: nn.Module, old: nn.Module, new_names: Set[str]) -> None
                 name = f'{path}.{key}'
                 model, _, name_in_student = name.partition('.')
                 kept = tensors.get(name)
-                if kept is not None and kept.shape == tensor.shape and (
-                        model == 'branches' or name_in_student not in new_names):
+                if (
+                    kept is not None
+                    and kept.shape == tensor.shape
+                    and (model == 'branches' or name_in_student not in new_names)
+                ):
                     slots[key] = kept
 
 

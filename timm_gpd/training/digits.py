@@ -1,4 +1,5 @@
 """Real images without a download: scikit-learn's handwritten digits as an image folder."""
+
 import os
 import random
 import shutil
@@ -45,10 +46,12 @@ def write_digits(data_dir: str, train_size: int, seed: int) -> str:
     digits = load_digits()
     count = len(digits.target)
     if not NUM_CLASSES <= train_size <= count - NUM_CLASSES:
-        raise UsageError(f'--digits-train-size must be between {NUM_CLASSES} and {count - NUM_CLASSES}, '
-                         f'but is {train_size}')
+        raise UsageError(
+            f'--digits-train-size must be between {NUM_CLASSES} and {count - NUM_CLASSES}, but is {train_size}'
+        )
     train, validation = train_test_split(
-        np.arange(count), train_size=train_size, stratify=digits.target, random_state=seed)
+        np.arange(count), train_size=train_size, stratify=digits.target, random_state=seed
+    )
     try:
         os.makedirs(data_dir, exist_ok=True)
         partial = tempfile.mkdtemp(prefix='.digits-', dir=data_dir)

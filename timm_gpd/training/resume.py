@@ -1,4 +1,5 @@
 """Continuing a run from one of its checkpoints."""
+
 import argparse
 import os
 import pickle
@@ -13,10 +14,10 @@ __all__ = ['resume_run']
 
 
 def resume_run(
-        args: argparse.Namespace,
-        task: TrainingTask,
-        optimizer: torch.optim.Optimizer,
-        loss_scaler: Optional[Any] = None,
+    args: argparse.Namespace,
+    task: TrainingTask,
+    optimizer: torch.optim.Optimizer,
+    loss_scaler: Optional[Any] = None,
 ) -> int:
     """Restores task, optimizer and loss scaler from ``--resume``.
 
@@ -45,5 +46,6 @@ def resume_run(
         reason = str(error).strip().splitlines()
         raise UsageError(
             f'{args.resume} does not fit --model {args.model} and its options: {reason[-1].strip() if reason else ""} '
-            '(resume with the arguments of its run, in args.yaml beside it)')
+            '(resume with the arguments of its run, in args.yaml beside it)'
+        )
     return (epoch or 0) if args.start_epoch is None else args.start_epoch

@@ -1,4 +1,5 @@
 """Convolutions and transposed convolutions."""
+
 from typing import Dict, Optional
 
 import torch.nn.functional as F

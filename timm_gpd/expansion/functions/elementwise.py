@@ -1,10 +1,10 @@
 """Parameters and activations that are put together: entry by entry, or one beside the other."""
+
 from typing import Any, Callable, Dict, List, Sequence, Tuple
 
 import torch
 
 from ...private_torch import OpOverload, TorchDispatchMode, tree_leaves, tree_map_only
-
 from ..traced import from_parameters, tensors_in
 from ..widening import Widening
 from .registry import Arguments, Call, Named, Positional, forms, watch, watch_call, watch_where
@@ -41,7 +41,8 @@ def is_elementwise(function: Callable, args: Positional, kwargs: Named) -> bool:
 
 def _runs_pointwise(function: Callable, args: Positional, kwargs: Named) -> bool:
     args, kwargs = tree_map_only(
-        torch.Tensor, lambda tensor: torch.empty(2, 3, dtype=tensor.dtype, device='meta'), (args, kwargs))
+        torch.Tensor, lambda tensor: torch.empty(2, 3, dtype=tensor.dtype, device='meta'), (args, kwargs)
+    )
     with _Operators() as operators:
         try:
             function(*args, **kwargs)
@@ -49,7 +50,9 @@ def _runs_pointwise(function: Callable, args: Positional, kwargs: Named) -> bool
             return False
     pointwise = [
         torch.Tag.pointwise in operator.tags or operator.overloadpacket in ALSO_POINTWISE
-        for operator in operators.called if operator.overloadpacket not in NEUTRAL]
+        for operator in operators.called
+        if operator.overloadpacket not in NEUTRAL
+    ]
     return bool(pointwise) and all(pointwise)
 
 
@@ -69,6 +72,7 @@ class _Operators(TorchDispatchMode):
 @watch_call(torch.broadcast_tensors)
 def elementwise(widening: Widening, args: Positional, kwargs: Named) -> Arguments:
     """Parameters that are added to or multiplied with wider activations: biases, scales, position embeddings."""
+
     def shapes_met(tensor: torch.Tensor, others: List[torch.Tensor]) -> Shapes:
         return [other.shape for other in others]
 
@@ -116,10 +120,10 @@ def expansion_as(widening: Widening, call: Call) -> None:
 
 
 def _widen_parameters(
-        widening: Widening,
-        args: Positional,
-        kwargs: Named,
-        shapes_met: Callable[[torch.Tensor, List[torch.Tensor]], Shapes],
+    widening: Widening,
+    args: Positional,
+    kwargs: Named,
+    shapes_met: Callable[[torch.Tensor, List[torch.Tensor]], Shapes],
 ) -> Arguments:
     """Widens every own or derived tensor among the arguments to meet the shapes that the others have for it."""
     tensors = list(tensors_in((args, kwargs)))

@@ -1,11 +1,17 @@
 """Linear layers and embeddings."""
+
 import torch.nn.functional as F
 
 from ..traced import channel_block, is_own, sources
 from ..widening import Widening
 from .registry import Call, watch
 from .weight import (
-    check_divisor, check_kept, new_weight, widen_bias, widen_bias_of_tied_weight, widen_weight,
+    check_divisor,
+    check_kept,
+    new_weight,
+    widen_bias,
+    widen_bias_of_tied_weight,
+    widen_weight,
 )
 
 

@@ -1,4 +1,5 @@
 """Norms, and PReLU: tensors with one entry for each channel of the input."""
+
 from typing import Any, Sequence
 
 import torch
@@ -60,13 +61,17 @@ def layer_norm(widening: Widening, call: Call) -> None:
     """The normalised axes are the input's last ones."""
     shape = call['normalized_shape']
     shape = (shape,) if isinstance(shape, int) else tuple(shape)
-    actual = tuple(call['input'].shape[-len(shape):])
+    actual = tuple(call['input'].shape[-len(shape) :])
     for key in ('weight', 'bias'):
         tensor = call.get(key)
         if is_own(tensor) and tuple(tensor.shape) == shape:
-            call[key] = widening.widen(tensor, {
-                axis: widening.axis_like(tensor, 'out', shape[axis], actual[axis], 'a norm')
-                for axis in range(len(shape))})
+            call[key] = widening.widen(
+                tensor,
+                {
+                    axis: widening.axis_like(tensor, 'out', shape[axis], actual[axis], 'a norm')
+                    for axis in range(len(shape))
+                },
+            )
         elif from_parameters(tensor):
             call[key] = widening.widen_to_meet(tensor, [actual])
     if actual != shape:

@@ -3,6 +3,7 @@
 Each is a sum of products over axes that have labels, as in ``torch.einsum``. A label that an activation has too tells
 how wide the parameter's axis is; one that the output lacks is summed over, so the parameter is divided.
 """
+
 from typing import Any, Dict, Hashable, List, Sequence, Tuple
 
 import torch
@@ -29,8 +30,10 @@ def matrix_product(widening: Widening, call: Call) -> None:
 @watch(*forms('addmm', 'baddbmm', 'addmv', 'addbmm'), names=('input', 'first', 'second'))
 def matrix_product_and_sum(widening: Widening, call: Call) -> None:
     """The same, to which something is added."""
-    first, second = (next(name for name in names if name in call) for names in (
-        ('first', 'mat1', 'batch1', 'mat'), ('second', 'mat2', 'batch2', 'vec')))
+    first, second = (
+        next(name for name in names if name in call)
+        for names in (('first', 'mat1', 'batch1', 'mat'), ('second', 'mat2', 'batch2', 'vec'))
+    )
     pair = [call[first], call[second]]
     labels, output = _label_matrices(*(tensor.dim() for tensor in pair))
     call[first], call[second] = pair = _widen_operands(widening, pair, labels, output)
@@ -56,8 +59,7 @@ def bilinear(widening: Widening, call: Call) -> None:
     call.update(zip(names, _widen_operands(widening, [call[name] for name in names], labels, [*batch, 'o'])))
     if new:
         outputs, inputs1, inputs2 = call['weight'].shape
-        widening.set_sizes(
-            widening.owner(weight), in1_features=inputs1, in2_features=inputs2, out_features=outputs)
+        widening.set_sizes(widening.owner(weight), in1_features=inputs1, in2_features=inputs2, out_features=outputs)
     if from_parameters(call.get('bias')):
         call['bias'] = widening.widen_to_meet(call['bias'], [call['weight'].shape[:1]])
 
@@ -93,9 +95,7 @@ def _label_matrices(*dims: int) -> Tuple[List[Labels], Labels]:
     batch: List[Labels] = [[('batch', axis) for axis in range(2 - dim, 0)] for dim in dims]
     rows: Labels = ['row'] if dims[0] > 1 else []
     columns: Labels = ['column'] if dims[1] > 1 else []
-    return (
-        [[*batch[0], *rows, 'sum'], [*batch[1], 'sum', *columns]],
-        [*max(batch, key=len), *rows, *columns])
+    return ([[*batch[0], *rows, 'sum'], [*batch[1], 'sum', *columns]], [*max(batch, key=len), *rows, *columns])
 
 
 def _parse(equation: str, dims: Sequence[int]) -> Tuple[List[Labels], Labels]:
@@ -103,7 +103,8 @@ def _parse(equation: str, dims: Sequence[int]) -> Tuple[List[Labels], Labels]:
     inputs, arrow, output = equation.replace(' ', '').partition('->')
     terms = inputs.split(',')
     ellipses = [
-        [('...', axis) for axis in range(len(term.replace('...', '')) - dim, 0)] for term, dim in zip(terms, dims)]
+        [('...', axis) for axis in range(len(term.replace('...', '')) - dim, 0)] for term, dim in zip(terms, dims)
+    ]
     widest: Labels = max(ellipses, key=len)
 
     def labels(term: str, ellipsis: Labels) -> Labels:
@@ -125,10 +126,10 @@ def _sizes(tensors: Sequence[torch.Tensor], labels: Sequence[Labels]) -> Dict[Ha
 
 
 def _widen_operands(
-        widening: Widening,
-        operands: Sequence[torch.Tensor],
-        labels: Sequence[Labels],
-        output: Labels,
+    widening: Widening,
+    operands: Sequence[torch.Tensor],
+    labels: Sequence[Labels],
+    output: Labels,
 ) -> List[torch.Tensor]:
     """Widens the parameters in a sum of products.
 
@@ -151,27 +152,33 @@ def _widen_operands(
         if from_parameters(tensor):
             others = [i for i, other in enumerate(operands) if i != position and not from_parameters(other)]
             operands[position] = _widen_operand(
-                widening, tensor, labels[position], output,
+                widening,
+                tensor,
+                labels[position],
+                output,
                 _sizes([operands[i] for i in others], [labels[i] for i in others]),
                 {label for i, names in enumerate(labels) if i != position for label in names},
-                any(shows_narrow_images(operands[i]) for i in others))
+                any(shows_narrow_images(operands[i]) for i in others),
+            )
     return operands
 
 
 def _widen_operand(
-        widening: Widening,
-        tensor: torch.Tensor,
-        labels: Labels,
-        output: Labels,
-        met: Dict[Hashable, int],
-        others: Any,
-        meets_images: bool,
+    widening: Widening,
+    tensor: torch.Tensor,
+    labels: Labels,
+    output: Labels,
+    met: Dict[Hashable, int],
+    others: Any,
+    meets_images: bool,
 ) -> torch.Tensor:
     """Widens one parameter, given the sizes that activations have and all labels of other factors."""
     axes = view_axes(tensor)
     wider = [
-        axis for axis, (label, size) in enumerate(zip(labels, tensor.shape))
-        if met.get(label, 1) > 1 and size > 1 and met[label] != size]
+        axis
+        for axis, (label, size) in enumerate(zip(labels, tensor.shape))
+        if met.get(label, 1) > 1 and size > 1 and met[label] != size
+    ]
     if len(set(labels)) < len(labels):
         if wider:
             raise widening.unsupported(f'a diagonal of {sources(tensor)[0]} is multiplied')
@@ -181,7 +188,8 @@ def _widen_operand(
             return widening.widen_to_meet(tensor, [[met.get(label, 1) for label in labels]])
         if wider:
             raise widening.unsupported(
-                f'a product sums over an axis that is computed from {", ".join(sources(tensor))}, and is wider')
+                f'a product sums over an axis that is computed from {", ".join(sources(tensor))}, and is wider'
+            )
         return tensor
     parameter = widening.tensor(sources(tensor)[0])
     summed = [axis for axis in range(tensor.dim()) if labels[axis] not in output]
@@ -191,7 +199,8 @@ def _widen_operand(
     maps: Dict[int, AxisMap] = {}
     for axis in wider:
         maps[axis] = widening.axis_like(
-            parameter, 'in' if axis in summed else 'out', tensor.shape[axis], met[labels[axis]], 'a matrix product')
+            parameter, 'in' if axis in summed else 'out', tensor.shape[axis], met[labels[axis]], 'a matrix product'
+        )
     divided = [axis for axis in wider if axis in summed]
     if len(divided) > 1:
         raise widening.unsupported(f'{sources(tensor)[0]} is summed over {len(divided)} axes that are wider')

@@ -3,6 +3,7 @@
 A handler edits the arguments of a call before it is made: it replaces parameters that meet something wider, and numbers
 that count channels. Handlers register themselves here; the dry run looks them up.
 """
+
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import torch
@@ -11,8 +12,20 @@ import torch.nn as nn
 from ..widening import Widening
 
 __all__ = [
-    'Arguments', 'Call', 'Named', 'Positional', 'find_handler', 'find_stand_in', 'forms', 'handle_module', 'stand_in',
-    'watch', 'watch_call', 'watch_module', 'watch_where', 'watched',
+    'Arguments',
+    'Call',
+    'Named',
+    'Positional',
+    'find_handler',
+    'find_stand_in',
+    'forms',
+    'handle_module',
+    'stand_in',
+    'watch',
+    'watch_call',
+    'watch_module',
+    'watch_where',
+    'watched',
 ]
 
 Call = Dict[str, Any]  # the arguments of a call, by name
@@ -39,13 +52,16 @@ def watch(*functions: Callable, names: Sequence[str]) -> Callable:
     Returns:
         A decorator of ``handler(widening, call)``, which edits the call's arguments in place.
     """
+
     def register(handler: Callable[[Widening, Call], None]) -> Callable[[Widening, Call], None]:
         def handle(widening: Widening, args: Positional, kwargs: Named) -> Arguments:
             call: Call = {**dict(zip(names, args)), **kwargs}
             handler(widening, call)
-            return (*(call.pop(name) for name in names[:len(args)]), *args[len(names):]), call
+            return (*(call.pop(name) for name in names[: len(args)]), *args[len(names) :]), call
+
         _HANDLERS.update(dict.fromkeys(functions, handle))
         return handler
+
     return register
 
 
@@ -58,9 +74,11 @@ def watch_call(*functions: Callable) -> Callable[[Handler], Handler]:
     Returns:
         A decorator of ``handler(widening, args, kwargs)``, which returns the arguments to call with.
     """
+
     def register(handler: Handler) -> Handler:
         _HANDLERS.update(dict.fromkeys(functions, handler))
         return handler
+
     return register
 
 
@@ -73,17 +91,22 @@ def watch_where(condition: Condition) -> Callable[[Handler], Handler]:
     Returns:
         A decorator of ``handler(widening, args, kwargs)``, which returns the arguments to call with.
     """
+
     def register(handler: Handler) -> Handler:
         _KINDS.append((condition, handler))
         return handler
+
     return register
 
 
 def forms(*names: str) -> List[Callable]:
     """Functions of torch in all their forms: as functions, as methods, and in place."""
     return [
-        getattr(owner, form) for name in names for owner, form in
-        ((torch, name), (torch.Tensor, name), (torch.Tensor, f'{name}_')) if hasattr(owner, form)]
+        getattr(owner, form)
+        for name in names
+        for owner, form in ((torch, name), (torch.Tensor, name), (torch.Tensor, f'{name}_'))
+        if hasattr(owner, form)
+    ]
 
 
 def watch_module(module_class: type) -> Callable[[ModuleHandler], ModuleHandler]:
@@ -95,9 +118,11 @@ def watch_module(module_class: type) -> Callable[[ModuleHandler], ModuleHandler]
     Returns:
         A decorator of ``handler(widening, name, module, input)``, which is called before the module's forward.
     """
+
     def register(handler: ModuleHandler) -> ModuleHandler:
         _MODULE_HANDLERS[module_class] = handler
         return handler
+
     return register
 
 
@@ -110,9 +135,11 @@ def stand_in(*functions: Callable) -> Callable[[Callable], Callable]:
     Returns:
         A decorator of a function of the same arguments, which returns blank outputs.
     """
+
     def register(substitute: Callable) -> Callable:
         _STAND_INS.update(dict.fromkeys(functions, substitute))
         return substitute
+
     return register
 
 

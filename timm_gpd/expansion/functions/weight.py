@@ -1,4 +1,5 @@
 """Weights of layers, some of which are computed from a parameter (weight standardisation) before a layer uses them."""
+
 import math
 from typing import Mapping, Optional, Sequence
 
@@ -10,7 +11,12 @@ from ..widening import Widening
 from .registry import Call
 
 __all__ = [
-    'check_divisor', 'check_kept', 'new_weight', 'widen_bias', 'widen_bias_of_tied_weight', 'widen_view',
+    'check_divisor',
+    'check_kept',
+    'new_weight',
+    'widen_bias',
+    'widen_bias_of_tied_weight',
+    'widen_view',
     'widen_weight',
 ]
 
@@ -22,17 +28,22 @@ def new_weight(widening: Widening, call: Call) -> Optional[torch.Tensor]:
         return None
     if view_axes(weight) is not None:
         return weight if sources(weight)[0] not in widening.met else None
-    return next((
-        widening.tensor(source) for source in sources(weight)
-        if source not in widening.tensors and widening.tensor(source).shape == weight.shape), None)
+    return next(
+        (
+            widening.tensor(source)
+            for source in sources(weight)
+            if source not in widening.tensors and widening.tensor(source).shape == weight.shape
+        ),
+        None,
+    )
 
 
 def widen_weight(
-        widening: Widening,
-        call: Call,
-        parameter: torch.Tensor,
-        axes: Mapping[int, AxisMap],
-        sum_axis: Optional[int],
+    widening: Widening,
+    call: Call,
+    parameter: torch.Tensor,
+    axes: Mapping[int, AxisMap],
+    sum_axis: Optional[int],
 ) -> None:
     """Widens a layer's weight, in the call and in the student.
 
@@ -59,9 +70,14 @@ def widen_weight(
     for source in sources(weight):
         other = widening.tensor(source)
         if other.dim() == parameter.dim():
-            widening.widen(other, {
-                axis: axis_map for axis, axis_map in axes.items()
-                if other is parameter or other.shape[axis] == axis_map.size > 1})
+            widening.widen(
+                other,
+                {
+                    axis: axis_map
+                    for axis, axis_map in axes.items()
+                    if other is parameter or other.shape[axis] == axis_map.size > 1
+                },
+            )
     if sum_axis is not None and axes[sum_axis].ratio > 1:
         widening.divided_inputs[name] = axes[sum_axis].ratio
     wide = widening.tensor(sources(parameter)[0])
@@ -99,27 +115,30 @@ def widen_bias_of_tied_weight(widening: Widening, call: Call, summed: Sequence[i
 
 
 def widen_view(
-        widening: Widening,
-        tensor: torch.Tensor,
-        axes: Mapping[int, AxisMap],
-        sum_axis: Optional[int] = None,
+    widening: Widening,
+    tensor: torch.Tensor,
+    axes: Mapping[int, AxisMap],
+    sum_axis: Optional[int] = None,
 ) -> torch.Tensor:
     """:meth:`Widening.widen` of an own tensor, or of one whose axes are in another order, by the axes that it has.
 
     Raises:
         UnsupportedModelError: if an axis that is wider is one along which the parameter is repeated.
     """
-    first, = sources(tensor)
+    (first,) = sources(tensor)
     order = view_axes(tensor)
     if any(order[axis] is None and axis_map.ratio > 1 for axis, axis_map in axes.items()):
         raise widening.unsupported(f'{first} is repeated along an axis that is wider')
     wide = widening.widen(
-        widening.tensor(first), {order[axis]: axis_map for axis, axis_map in axes.items()},
-        None if sum_axis is None else order[sum_axis])
+        widening.tensor(first),
+        {order[axis]: axis_map for axis, axis_map in axes.items()},
+        None if sum_axis is None else order[sum_axis],
+    )
     if is_own(tensor):
         return wide
-    return widening.derived([
-        size if axis is None else wide.shape[axis] for axis, size in zip(order, tensor.shape)], tensor)
+    return widening.derived(
+        [size if axis is None else wide.shape[axis] for axis, size in zip(order, tensor.shape)], tensor
+    )
 
 
 def check_divisor(widening: Widening, name: str, summed: Sequence[int]) -> None:
@@ -133,7 +152,8 @@ def check_divisor(widening: Widening, name: str, summed: Sequence[int]) -> None:
         needed = math.prod(axes[axis].ratio for axis in summed if axis in axes)
         if needed != divisor:
             raise widening.unsupported(
-                f'{name} has to be divided by {needed} here, and by {divisor} where it was met before')
+                f'{name} has to be divided by {needed} here, and by {divisor} where it was met before'
+            )
 
 
 def check_kept(widening: Widening, name: str, axis: int, why: str) -> None:
