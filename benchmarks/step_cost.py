@@ -31,7 +31,7 @@ import torch.nn.functional as F
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
-from timm_gpd import GapPreservingTask, expand  # noqa: E402
+from timm_gpd import DynamicTeacher, GapPreservingTask, expand  # noqa: E402
 from timm_gpd.training.cpu import tune_process_for  # noqa: E402
 
 MODELS = ('resnet18', 'mobilenetv1_100', 'vit_tiny_patch16_224')
@@ -273,7 +273,7 @@ def measure_rest(name: str, size: int, branches: List[int], repeats: int) -> Dic
         teacher = expand(student, num_branches=count)
         rest[f'extract_student, M = {count}'] = median(teacher.extract_student)
 
-        def read_and_back() -> None:
+        def read_and_back(teacher: DynamicTeacher = teacher) -> None:
             wide, narrow = teacher.parameters_of_both()
             outputs = [tensor for tensor in (*wide.values(), *narrow.values()) if tensor.grad_fn is not None]
             torch.autograd.backward(outputs, [torch.ones_like(tensor) for tensor in outputs])

@@ -12,6 +12,8 @@ from process import kept_settings
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
+QUICK = ['--epochs', '2', '--digits-train-size', '100', '--warmup-epochs', '0']
+
 
 def run(script, *arguments, code=0):
     """Runs a script in this process, as ``python script arguments``: starting Python and torch anew takes seconds."""
@@ -30,3 +32,18 @@ def run(script, *arguments, code=0):
 def summary(folder):
     with open(folder / 'summary.csv', newline='') as file:
         return list(csv.DictReader(file))
+
+
+def train(tmp_path, *arguments, config='digits_gpd', **kwargs):
+    return run(
+        'train.py',
+        '-c',
+        os.path.join(ROOT, 'configs', f'{config}.yaml'),
+        '--data-dir',
+        tmp_path.parent / 'data',
+        '--output',
+        tmp_path,
+        *QUICK,
+        *arguments,
+        **kwargs,
+    )

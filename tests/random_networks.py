@@ -26,6 +26,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
+import random_attention  # noqa: F401  registers its blocks
 from random_blocks import BLOCKS, WIDTHS, parameter, shape_of
 from timm_gpd import DynamicTeacher, UnsupportedModelError, plan_expansion
 from timm_gpd.errors import first_line

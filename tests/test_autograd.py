@@ -1,4 +1,4 @@
-"""What autograd and torch.func do with the dynamic teacher beyond a first backward pass: right, or refused in one line."""
+"""What autograd and torch.func do with the dynamic teacher beyond a first backward pass: right, or refused."""
 
 import threading
 

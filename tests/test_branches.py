@@ -272,7 +272,7 @@ def test_the_extracted_student_is_plain_and_the_one_that_trained(tiny_student, s
 def test_merge_then_slice(tiny_student):
     """The student's kernel is a slice of the kernel that the teacher runs on."""
     teacher = expand(tiny_student, num_branches=6).double()
-    for name, parameter in teacher.branches.named_parameters():
+    for parameter in teacher.branches.parameters():
         nn.init.normal_(parameter)
     wide, narrow = teacher.teacher_parameters(), teacher.student_parameters()
     name = 'layer2.0.conv2.weight'

@@ -125,7 +125,7 @@ STAGES = {
 @pytest.mark.parametrize('recompute', [False, True], ids=['eager', 'checkpointing'])
 @pytest.mark.parametrize('stage', STAGES)
 def test_a_step_that_fails_leaves_no_trace(tiny_student, stage, recompute):
-    """Whatever the stage: the state that is saved then is whole, and the next step is that of a task without failure."""
+    """Whatever the stage: what is saved then is whole, and the next step is that of a task without failure."""
     task = GapPreservingTask(tiny_student, noise=0.1, num_branches=2, verbose=False).train()
     task.get_dynamic_teacher().set_grad_checkpointing(recompute)
     twin = copy.deepcopy(task)
@@ -237,7 +237,7 @@ def test_extracted_models_are_ordinary_ones_with_the_same_functions(name, branch
 
 @pytest.mark.parametrize('branches', [1, 6])
 def test_one_model_alone_costs_one_model(tiny_student, branches, monkeypatch):
-    """Of the other model nothing is computed: no slice for the teacher, no scaled copy of all tensors for the student."""
+    """Of the other model nothing is computed: no slice for the teacher, no scaled copies for the student."""
     teacher = expand(tiny_student, num_branches=branches).eval()
     x = torch.randn(2, 1, 32, 32)
     with torch.no_grad():

@@ -175,10 +175,10 @@ def test_timm_alone_loads_it(server, cli, run_folder, environment):
     cli('push', run_folder, '--repo-id', 'me/loaded', '--private')
     code = (
         'import sys, timm; model = timm.create_model("hf-hub:me/loaded", pretrained=True); '
-        'assert "timm_gpd" not in sys.modules; from safetensors.torch import load_file; expected = load_file(%r); '
+        'assert "timm_gpd" not in sys.modules; from safetensors.torch import load_file; expected = load_file({!r}); '
         'state = model.state_dict(); assert all(state[name].equal(expected[name]) for name in state); '
         'print(type(model).__name__, model.num_classes, model.pretrained_cfg["architecture"], '
-        'tuple(model.pretrained_cfg["input_size"]))' % str(run_folder / 'student' / 'model.safetensors')
+        'tuple(model.pretrained_cfg["input_size"]))'.format(str(run_folder / 'student' / 'model.safetensors'))
     )
     result = subprocess.run(
         [sys.executable, '-c', code], capture_output=True, text=True, cwd='/', env={**environment, 'PYTHONPATH': ''}

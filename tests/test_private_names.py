@@ -248,5 +248,8 @@ def test_operators_are_seen_and_leaves_are_found():
             torch.ones(2).mul(2)
         assert all(isinstance(func, private_torch.OpOverload) for func in seen)
         assert torch.ops.aten.mul.Tensor in seen
+        with Look():
+            torch.ones(2).double()
+        assert private_torch.TO_COPY.default in seen
     with relies_on(private_torch, 'torch.utils._pytree.tree_leaves'):
         assert private_torch.tree_leaves([1, {'a': (2, 3)}]) == [1, 2, 3]

@@ -2,8 +2,7 @@
 
 import pytest
 
-from random_blocks import BLOCKS
-from random_networks import FAILURES, culprit, describe, judge, report, show, without
+from random_networks import BLOCKS, FAILURES, culprit, describe, judge, report, show, without
 
 # Kinds of block that are refused, in all of their variants or in some; docs/rules.md says why.
 REFUSED = {

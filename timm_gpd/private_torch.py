@@ -18,6 +18,7 @@ __all__ = [
     'BatchNorm',
     'InstanceNorm',
     'OpOverload',
+    'TO_COPY',
     'TorchDispatchMode',
     'add_each_',
     'can_trace_backward',
@@ -37,6 +38,8 @@ __all__ = [
 # What all batch norms, and all instance norms, are instances of, whatever their number of dimensions.
 BatchNorm = nn.modules.batchnorm._BatchNorm
 InstanceNorm = nn.modules.instancenorm._InstanceNorm
+
+TO_COPY = torch.ops.aten._to_copy  # what a change of dtype or device is
 
 
 def multiply_each(tensors: Sequence[torch.Tensor], by: Union[Sequence[float], torch.Tensor]) -> List[torch.Tensor]:

@@ -129,13 +129,9 @@ def _chosen(
             if size <= max_parameters:
                 models[name] = {}
             elif position < (smallest or ALWAYS_COMPARED):
-                models.update(
-                    {
-                        name: reduction
-                        for reduction in REDUCTIONS
-                        if count_parameters(name, **reduction) <= max_parameters
-                    }
-                )
+                for reduction in REDUCTIONS:
+                    if count_parameters(name, **reduction) <= max_parameters:
+                        models[name] = reduction
     return models
 
 

@@ -21,8 +21,7 @@ class Widening:
 
     Attributes:
         ratio: the expansion ratio.
-        device: where the copy is, ``'meta'`` or ``'cpu'``.
-        model: the copy.
+        model, device: the copy, and where it is: ``'meta'`` or ``'cpu'``.
         modules: its modules by name.
         kept: names of modules whose outputs keep their width, and so does what is inside them.
         running: names of the modules whose forward runs, outermost first; messages name the last.

@@ -83,8 +83,8 @@ class DynamicTeacher(TimmModel):
     """A student's wide, multi-branch copy, with the student inside it.
 
     The only parameters are those of ``wide`` and ``branches``; the student's are computed from them whenever it runs.
-    ``student`` owns nothing but its own buffers, such as BatchNorm statistics. Build it with :func:`expand`, which checks
-    the plan.
+    ``student`` owns nothing but its own buffers, such as BatchNorm statistics. Build it with :func:`expand`, which
+    checks the plan.
 
     Args:
         student: the model that was planned for. It is not modified.

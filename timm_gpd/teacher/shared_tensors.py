@@ -18,7 +18,7 @@ _BUCKET = 2**20  # entries; large enough to spare small tensors a call each, sma
 class SharedTensors:
     """Reads stored tensors as two models: the teacher's are multiples of them, the student's multiples of slices.
 
-    Autograd alone would build the gradient of a stored tensor from three of its size: the teacher's times its multiplier,
+    Autograd alone would build the gradient of a stored tensor from three of its size: the teacher's times a number,
     the student's in a tensor of zeros, and their sum. Here it is one. Tensors go in buckets, each a few calls however
     many they are, so that gradients are ready, and a gradient reduction can start, while the backward pass still runs.
 

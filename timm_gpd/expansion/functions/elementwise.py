@@ -4,7 +4,7 @@ from typing import Any, Callable, Dict, List, Sequence, Tuple
 
 import torch
 
-from ...private_torch import OpOverload, TorchDispatchMode, tree_leaves, tree_map_only
+from ...private_torch import TO_COPY, OpOverload, TorchDispatchMode, tree_leaves, tree_map_only
 from ..traced import from_parameters, tensors_in
 from ..widening import Widening
 from .registry import Arguments, Call, Named, Positional, forms, watch, watch_call, watch_where
@@ -14,7 +14,7 @@ Shapes = List[Sequence[int]]
 # Operators that work entry by entry and that torch does not mark so.
 ALSO_POINTWISE = {torch.ops.aten.rsub, torch.ops.aten.floor_divide, torch.ops.aten.copy_}
 # Operators that change no shape, or only broadcast.
-NEUTRAL = {torch.ops.aten._to_copy, torch.ops.aten.expand, torch.ops.aten.clone, torch.ops.aten.alias}
+NEUTRAL = {TO_COPY, torch.ops.aten.expand, torch.ops.aten.clone, torch.ops.aten.alias}
 _KNOWN: Dict[Tuple[Callable, int], bool] = {}
 
 
