@@ -136,8 +136,8 @@ class GapPreservingTask(BaseTask):
         Returns:
             ``loss``; ``output`` and ``teacher_output``, logits of student and dynamic teacher, shape (B, num_classes),
             and every term without a, b and w: ``task_loss``, ``teacher_task_loss``, ``gpd_loss``, and with a static
-            teacher ``kd/<loss>`` and ``teacher_kd/<loss>`` for every distillation loss. What is the dynamic
-            teacher's is there to be read: its backward pass has run, and a loss on it raises a RuntimeError in ``backward()``.
+            teacher ``kd/<loss>`` and ``teacher_kd/<loss>`` for every distillation loss. What is the dynamic teacher's
+            is there to be read: its backward pass has run, and a loss on it raises a RuntimeError in ``backward()``.
         """
         static_output = None if self.static_teacher is None else self.static_teacher(input)
         student, teacher = self.trainable_module(input, target, static_output)
