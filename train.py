@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
 """Trains a timm model; with ``--gpd`` by Gap Preserving Distillation. ``train.py --help`` lists the arguments."""
+
 import argparse
 import json
 import logging
@@ -78,7 +79,8 @@ def train(args: argparse.Namespace, compute: Compute) -> None:
     best_metric = best_epoch = None
     for epoch in range(start_epoch, num_epochs):
         train_metrics = train_one_epoch(
-            epoch, task, loader_train, optimizer, compute, settings, lr_scheduler, saver, mixup_fn)
+            epoch, task, loader_train, optimizer, compute, settings, lr_scheduler, saver, mixup_fn
+        )
         metric = None
         if (epoch + 1) % args.val_interval == 0 or epoch + 1 == num_epochs:
             eval_metrics = evaluate()

@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
 """Validates a timm model, a published student or a training checkpoint. ``validate.py --help`` lists the arguments."""
+
 import argparse
 import json
 import logging
@@ -40,8 +41,12 @@ def run_validation(args: argparse.Namespace, compute: Compute) -> None:
     compute.place(model)
     metrics = validate({'': model}, loader, compute, args.log_interval)
     results = dict(
-        model=args.model, checkpoint=args.checkpoint, **metrics,
-        param_count=sum(p.numel() for p in model.parameters()), img_size=input_config.input_size[-1])
+        model=args.model,
+        checkpoint=args.checkpoint,
+        **metrics,
+        param_count=sum(p.numel() for p in model.parameters()),
+        img_size=input_config.input_size[-1],
+    )
     if args.results_file:
         with open(args.results_file, 'w') as file:
             json.dump(results, file, indent=4)
@@ -53,11 +58,23 @@ def load_model(args: argparse.Namespace) -> nn.Module:
     if args.checkpoint and not os.path.isfile(args.checkpoint):
         raise UsageError(f'checkpoint {args.checkpoint} does not exist: check --checkpoint')
     in_chans = args.in_chans or (args.input_size[0] if args.input_size else None)
-    with usage_errors('check --model, --model-kwargs and --checkpoint', RuntimeError, ValueError, TypeError, OSError,
-                      AssertionError, KeyError):
+    with usage_errors(
+        'check --model, --model-kwargs and --checkpoint',
+        RuntimeError,
+        ValueError,
+        TypeError,
+        OSError,
+        AssertionError,
+        KeyError,
+    ):
         model = create_model(
-            args.model, pretrained=args.pretrained, num_classes=args.num_classes, in_chans=in_chans,
-            global_pool=args.gp, **args.model_kwargs)
+            args.model,
+            pretrained=args.pretrained,
+            num_classes=args.num_classes,
+            in_chans=in_chans,
+            global_pool=args.gp,
+            **args.model_kwargs,
+        )
         if args.checkpoint:
             load_checkpoint(model, args.checkpoint, use_ema=args.use_ema)
     return model

@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 a run failed.
 
     python benchmarks/digits.py --seeds 5 --jobs 2
 """
+
 import argparse
 import csv
 import os
@@ -50,8 +51,9 @@ def measure(runs: Dict[Tuple[str, int], List[str]], args: argparse.Namespace) ->
     """
     os.makedirs(args.output, exist_ok=True)
     with ThreadPoolExecutor(args.jobs) as pool:
-        futures = {run: pool.submit(_train, *run, [*arguments, *args.extra], args.output)
-                   for run, arguments in runs.items()}
+        futures = {
+            run: pool.submit(_train, *run, [*arguments, *args.extra], args.output) for run, arguments in runs.items()
+        }
         return {run: future.result() for run, future in tqdm(futures.items(), unit='run', disable=None)}
 
 
@@ -70,13 +72,23 @@ def _train(name: str, seed: int, arguments: List[str], output: str) -> Dict[str,
     folder = os.path.join(output, experiment)
     log = os.path.join(output, f'{experiment}.log')
     if not os.path.isdir(os.path.join(folder, 'student')):
-        command = [sys.executable, os.path.join(ROOT, 'train.py'), *arguments,
-                   '--seed', str(seed), '--output', output, '--experiment', experiment]
+        command = [
+            sys.executable,
+            os.path.join(ROOT, 'train.py'),
+            *arguments,
+            '--seed',
+            str(seed),
+            '--output',
+            output,
+            '--experiment',
+            experiment,
+        ]
         shutil.rmtree(folder, ignore_errors=True)  # of a run that was interrupted
         start = time.time()
         with open(log, 'w') as file:
             code = subprocess.run(
-                command, stdout=file, stderr=subprocess.STDOUT, env={**os.environ, 'OMP_NUM_THREADS': '1'}).returncode
+                command, stdout=file, stderr=subprocess.STDOUT, env={**os.environ, 'OMP_NUM_THREADS': '1'}
+            ).returncode
         if code:
             sys.exit(f'{experiment} failed with exit code {code}: see {log}')
         with open(os.path.join(folder, 'seconds.txt'), 'w') as file:
@@ -85,8 +97,11 @@ def _train(name: str, seed: int, arguments: List[str], output: str) -> Dict[str,
         row = list(csv.DictReader(file))[-1]
     with open(os.path.join(folder, 'seconds.txt')) as file:
         seconds = float(file.read())
-    return {'top1': float(row['eval_top1']), 'teacher': float(row.get('eval_teacher_top1') or 'nan'),
-            'seconds': seconds}
+    return {
+        'top1': float(row['eval_top1']),
+        'teacher': float(row.get('eval_teacher_top1') or 'nan'),
+        'seconds': seconds,
+    }
 
 
 def main() -> None:
@@ -95,13 +110,17 @@ def main() -> None:
     add_arguments(parser)
     args = parser.parse_args()
     results = measure(
-        {(config, seed): config_arguments(config) for seed in range(args.seeds) for config in args.configs}, args)
+        {(config, seed): config_arguments(config) for seed in range(args.seeds) for config in args.configs}, args
+    )
 
     print('| seed | ' + ' | '.join(args.configs) + ' |\n|---|' + '---|' * len(args.configs))
     for seed in range(args.seeds):
         print(f'| {seed} | ' + ' | '.join(f'{results[config, seed]["top1"]:.2f}' for config in args.configs) + ' |')
     for name, key, digits in (
-            ('student top-1 (%)', 'top1', 2), ('dynamic teacher top-1 (%)', 'teacher', 2), ('seconds', 'seconds', 0)):
+        ('student top-1 (%)', 'top1', 2),
+        ('dynamic teacher top-1 (%)', 'teacher', 2),
+        ('seconds', 'seconds', 0),
+    ):
         print(f'| {name} | ' + ' | '.join(summarize(results, config, key, digits) for config in args.configs) + ' |')
 
 

@@ -6,6 +6,7 @@ whose folder is complete are not repeated. Exit codes: 0 done, 1 a run failed.
 
     python benchmarks/digits_distill.py --seeds 3 --jobs 2
 """
+
 import argparse
 import os
 
@@ -29,18 +30,26 @@ def main() -> None:
         for name, config in zip(rows[loss], ('digits', 'digits_gpd')):
             for seed in seeds:
                 student = os.path.join(args.output, f'{TEACHER}-{seed}', 'student')
-                runs[name, seed] = [*config_arguments(config), '--kd-distill-type', loss,
-                                    '--kd-model-name', f'local-dir:{student}']
+                runs[name, seed] = [
+                    *config_arguments(config),
+                    '--kd-distill-type',
+                    loss,
+                    '--kd-model-name',
+                    f'local-dir:{student}',
+                ]
     results.update(measure(runs, args))
 
-    print(f'Static teacher: {summarize(results, TEACHER, "top1")} %, '
-          f'{summarize(results, TEACHER, "seconds", 0)} s\n')
+    print(f'Static teacher: {summarize(results, TEACHER, "top1")} %, {summarize(results, TEACHER, "seconds", 0)} s\n')
     print('| loss | student alone | student with GPD | dynamic teacher | seconds alone | seconds with GPD |')
     print('|---|---|---|---|---|---|')
     for row, (alone, joint) in rows.items():
-        cells = [summarize(results, alone, 'top1'), summarize(results, joint, 'top1'),
-                 summarize(results, joint, 'teacher'), summarize(results, alone, 'seconds', 0),
-                 summarize(results, joint, 'seconds', 0)]
+        cells = [
+            summarize(results, alone, 'top1'),
+            summarize(results, joint, 'top1'),
+            summarize(results, joint, 'teacher'),
+            summarize(results, alone, 'seconds', 0),
+            summarize(results, joint, 'seconds', 0),
+        ]
         print(f'| {row} | {" | ".join(cells)} |')
 
 

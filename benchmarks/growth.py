@@ -6,6 +6,7 @@ teacher has r times the channels on either side of every layer.
 
     python benchmarks/growth.py
 """
+
 import argparse
 import json
 import os
@@ -15,10 +16,10 @@ import matplotlib
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
-from step_cost import ROOT, Bench, device_name, median_ratio, time_in_turns  # noqa: E402
+from step_cost import ROOT, Bench, device_name, median_ratio, time_in_turns
 
 matplotlib.use('Agg')
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 
 
 def measure(arguments: dict, ratio: int, branches: int, repeats: int) -> float:
@@ -32,7 +33,7 @@ def plot(results: dict, path: str) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), sharey=False)
     ratios, costs = zip(*sorted((int(ratio), cost) for ratio, cost in results['ratio'].items()))
     left.plot(ratios, costs, 'o-', label='measured, M = 1')
-    left.plot(ratios, [1 + ratio ** 2 for ratio in ratios], '--', color='gray', label='theory, 1 + r²')
+    left.plot(ratios, [1 + ratio**2 for ratio in ratios], '--', color='gray', label='theory, 1 + r²')
     left.set(xlabel='ratio r', xticks=ratios, ylabel='GPD step / plain student step', ylim=(0, None))
     branches, costs = zip(*sorted((int(count), cost) for count, cost in results['branches'].items()))
     right.plot(branches, costs, 'o-', label='measured, r = 2')
@@ -41,8 +42,9 @@ def plot(results: dict, path: str) -> None:
     for axes in (left, right):
         axes.legend(frameon=False)
         axes.grid(alpha=0.3)
-    figure.suptitle(f'{results["model"]}, batch {results["batch"]} at {results["size"]} px, {results["device"]}',
-                    fontsize=9)
+    figure.suptitle(
+        f'{results["model"]}, batch {results["batch"]} at {results["size"]} px, {results["device"]}', fontsize=9
+    )
     figure.tight_layout()
     figure.savefig(path, dpi=150)
 
@@ -59,8 +61,9 @@ def main() -> None:
     parser.add_argument('--output', default=os.path.join(ROOT, 'docs'), metavar='FOLDER')
     args = parser.parse_args()
     cell = dict(name=args.model, device=args.device, mode='fp32', batch=args.batch, size=args.size)
-    results = dict(model=args.model, batch=args.batch, size=args.size, device=device_name(args.device),
-                   ratio={}, branches={})
+    results = dict(
+        model=args.model, batch=args.batch, size=args.size, device=device_name(args.device), ratio={}, branches={}
+    )
     for ratio in args.ratios:
         results['ratio'][ratio] = measure(cell, ratio, 1, args.repeats)
         print(f'ratio {ratio}, M = 1: {results["ratio"][ratio]:.2f} student steps', flush=True)

@@ -8,6 +8,7 @@ Devices and precisions that this run does not measure keep what an earlier run w
     python benchmarks/step_cost.py              all of the CPU part, and CUDA's where there is one
     python benchmarks/step_cost.py --models resnet18 --modes fp32 --profile
 """
+
 import argparse
 import contextlib
 import copy
@@ -30,7 +31,7 @@ import torch.nn.functional as F
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
-from timm_gpd import GapPreservingTask, expand  # noqa: E402
+from timm_gpd import DynamicTeacher, GapPreservingTask, expand  # noqa: E402
 from timm_gpd.training.cpu import tune_process_for  # noqa: E402
 
 MODELS = ('resnet18', 'mobilenetv1_100', 'vit_tiny_patch16_224')
@@ -60,14 +61,14 @@ class Bench:
     """
 
     def __init__(
-            self,
-            name: str,
-            device: str,
-            mode: str,
-            batch: int,
-            size: int,
-            static: Optional[str] = None,
-            ratio: int = 2,
+        self,
+        name: str,
+        device: str,
+        mode: str,
+        batch: int,
+        size: int,
+        static: Optional[str] = None,
+        ratio: int = 2,
     ) -> None:
         self.device, self.mode, self.ratio = torch.device(device), mode, ratio
         tune_process_for(self.device)  # as train.py does, to the end of the process
@@ -95,6 +96,7 @@ class Bench:
             value.backward()
             optimizer.step()
             optimizer.zero_grad()
+
         return step
 
     def plain(self, model: nn.Module) -> Callable[[], None]:
@@ -113,12 +115,14 @@ class Bench:
             if self.static is not None:
                 with torch.no_grad(), self._autocast():
                     self.static(self.x)
+
         return step
 
     def gpd(self, branches: int) -> Callable[[], None]:
         """One training step of student and dynamic teacher."""
         task = GapPreservingTask(
-            self.student, self.static, ratio=self.ratio, num_branches=branches, device=self.device, verbose=False)
+            self.student, self.static, ratio=self.ratio, num_branches=branches, device=self.device, verbose=False
+        )
         task.trainable_module = module = self._to_device(task.trainable_module)
         task.train()
         if self.mode == 'compile':
@@ -144,10 +148,10 @@ class Bench:
 
 
 def time_in_turns(
-        bench: Bench,
-        steps: Dict[str, Callable[[], None]],
-        repeats: int,
-        warmup: int = 5,
+    bench: Bench,
+    steps: Dict[str, Callable[[], None]],
+    repeats: int,
+    warmup: int = 5,
 ) -> Dict[str, List[float]]:
     """Seconds of every step, by name; a turn of each, ``repeats`` times, once the process has the memory it needs."""
     for step in steps.values():
@@ -166,6 +170,7 @@ def median_ratio(times: List[float], reference: List[float]) -> float:
 
 
 # -- memory, in a process of its own -----------------------------------------------------------------------------------
+
 
 def peak_memory(bench: Bench, subject: str, steps: int = 3) -> int:
     """Bytes at the peak of a few steps: tensors that are held between steps, and what a step adds (Linux, or CUDA)."""
@@ -188,8 +193,11 @@ def peak_memory(bench: Bench, subject: str, steps: int = 3) -> int:
 def _held_bytes() -> int:
     """Bytes of all tensors that have values, views counted once."""
     tensors = (item for item in gc.get_objects() if type(item) in (torch.Tensor, nn.Parameter))
-    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
-                for tensor in tensors if tensor.device.type == 'cpu'}
+    storages = {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+        for tensor in tensors
+        if tensor.device.type == 'cpu'
+    }
     return sum(storages.values())
 
 
@@ -206,8 +214,10 @@ def measure_memory_apart(arguments: Dict[str, Any], subject: str) -> int:
 
 # -- the cells of the table --------------------------------------------------------------------------------------------
 
+
 def has_branches(name: str, size: int) -> bool:
     from timm_gpd.teacher.branches import is_branchable
+
     return any(is_branchable(module) for module in create_student(name, size).modules())
 
 
@@ -222,18 +232,25 @@ def measure_cell(arguments: Dict[str, Any], branches: List[int], repeats: int, m
         eager = Bench(**{**arguments, 'mode': 'fp32'})
         steps.update({f'eager {count}': eager.subject(str(count)) for count in branches})
     times = time_in_turns(bench, steps, repeats)
-    cell = {**arguments, 'processor': device_name(arguments['device']), 'torch': torch.__version__,
-            'seconds': {name: statistics.median(values) for name, values in times.items()},
-            'ratio': {name: median_ratio(times[name], times['floor']) for name in subjects[1:]}}
+    cell = {
+        **arguments,
+        'processor': device_name(arguments['device']),
+        'torch': torch.__version__,
+        'seconds': {name: statistics.median(values) for name, values in times.items()},
+        'ratio': {name: median_ratio(times[name], times['floor']) for name in subjects[1:]},
+    }
     if bench.mode == 'compile':
         cell['over_eager'] = {
-            str(count): median_ratio(times[str(count)], times[f'eager {count}']) for count in branches}
+            str(count): median_ratio(times[str(count)], times[f'eager {count}']) for count in branches
+        }
     if memory:
         # Peaks differ from process to process: by a few per cent, or by 15 where compiled. What was compiled above is
         # compiled from a cache.
         processes = 7 if bench.mode == 'compile' else 3
-        peak = {name: statistics.median(measure_memory_apart(arguments, name) for _ in range(processes))
-                for name in subjects}
+        peak = {
+            name: statistics.median(measure_memory_apart(arguments, name) for _ in range(processes))
+            for name in subjects
+        }
         cell['bytes'] = peak
         cell['memory_ratio'] = {name: peak[name] / peak['floor'] for name in subjects[1:]}
     return cell
@@ -256,11 +273,12 @@ def measure_rest(name: str, size: int, branches: List[int], repeats: int) -> Dic
         teacher = expand(student, num_branches=count)
         rest[f'extract_student, M = {count}'] = median(teacher.extract_student)
 
-        def read_and_back() -> None:
+        def read_and_back(teacher: DynamicTeacher = teacher) -> None:
             wide, narrow = teacher.parameters_of_both()
             outputs = [tensor for tensor in (*wide.values(), *narrow.values()) if tensor.grad_fn is not None]
             torch.autograd.backward(outputs, [torch.ones_like(tensor) for tensor in outputs])
             teacher.zero_grad()
+
         rest[f'sharing in a step, M = {count}'] = median(read_and_back)
     return rest
 
@@ -276,6 +294,7 @@ def device_name(device: str) -> str:
 
 
 # -- report ------------------------------------------------------------------------------------------------------------
+
 
 def format_ratio(cell: Dict[str, Any], key: str, branches: str) -> str:
     value = cell.get(key, {}).get(branches)
@@ -306,14 +325,17 @@ def write_report(results: Dict[str, Any], folder: str) -> None:
         json.dump(results, file, indent=1, sort_keys=True)
         file.write('\n')
     lines = [
-        '# What a training step costs', '',
-        'Written by `python benchmarks/step_cost.py`; figures are in `cost.json`.', '',
+        '# What a training step costs',
+        '',
+        'Written by `python benchmarks/step_cost.py`; figures are in `cost.json`.',
+        '',
         'The *floor* is one step of the plain wide model and one of the plain student on the same batch. Ratios are a '
         'GPD step over the floor, ratio r = 2, with M branches, fused SGD with momentum: medians over turns in one '
         'process. Memory is the peak of a few steps: tensors that are held between steps and what a step adds, each in '
         'processes of its own, the median of three, or of seven where compiled. The last column is a compiled GPD step '
         'over an eager one, in the same turns, for each M. On the CPU, freed memory is kept and denormal numbers are '
-        'flushed, as in `train.py`, for every step alike.', '',
+        'flushed, as in `train.py`, for every step alike.',
+        '',
     ]
     measured = [row for device in DEVICES for row in rows(results, device)]
     lines += [
@@ -322,12 +344,18 @@ def write_report(results: Dict[str, Any], folder: str) -> None:
         '| device | model | mode | batch | floor | time, M = 1 | time, M = 6 | memory, M = 1 | memory, M = 6 '
         '| over eager | processor | torch |',
         '|---|---|---|---|---|---|---|---|---|---|---|---|',
-        *measured, '',
-        *(f'Not measured: {device}. `python benchmarks/step_cost.py --devices {device}` does it.\n'
-          for device in DEVICES if not list(rows(results, device))),
-        '## Around the step', '',
+        *measured,
+        '',
+        *(
+            f'Not measured: {device}. `python benchmarks/step_cost.py --devices {device}` does it.\n'
+            for device in DEVICES
+            if not list(rows(results, device))
+        ),
+        '## Around the step',
+        '',
         'On the CPU, in seconds. `expand` plans, verifies itself in float64, and builds. "Sharing in a step" is what '
-        'both models\' parameters cost a step: merging branches, rescaling, slicing, and their gradients.', '',
+        "both models' parameters cost a step: merging branches, rescaling, slicing, and their gradients.",
+        '',
     ]
     rest = results.get('rest', {})
     columns = list(dict.fromkeys(key for row in rest.values() for key in row if key != 'processor'))
@@ -368,8 +396,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--models', nargs='+', default=list(MODELS), choices=MODELS)
     parser.add_argument('--modes', nargs='+', default=list(MODES), choices=MODES)
-    parser.add_argument('--devices', nargs='+', choices=DEVICES,
-                        default=[d for d in DEVICES if d == 'cpu' or torch.cuda.is_available()])
+    parser.add_argument(
+        '--devices', nargs='+', choices=DEVICES, default=[d for d in DEVICES if d == 'cpu' or torch.cuda.is_available()]
+    )
     parser.add_argument('--branches', nargs='+', type=int, default=[1, 6], metavar='M')
     parser.add_argument('--repeats', type=int, default=7, help='turns; the median is reported')
     parser.add_argument('--static', metavar='MODEL', help='adds a static teacher, printed only')
@@ -393,11 +422,13 @@ def main() -> None:
                         print_profile(arguments, ['floor', *map(str, args.branches)])
                         continue
                     cell = measure_cell(arguments, args.branches, args.repeats, not args.no_memory)
-                    print(f'{device} {name} {mode} {batch} at {size} px: floor {cell["seconds"]["floor"]:.3f} s, time '
-                          + ', '.join(f'M={count}: {ratio:.3f}' for count, ratio in cell['ratio'].items())
-                          + '; memory ' + ', '.join(
-                              f'M={count}: {ratio:.3f}' for count, ratio in cell.get('memory_ratio', {}).items()),
-                          flush=True)
+                    print(
+                        f'{device} {name} {mode} {batch} at {size} px: floor {cell["seconds"]["floor"]:.3f} s, time '
+                        + ', '.join(f'M={count}: {ratio:.3f}' for count, ratio in cell['ratio'].items())
+                        + '; memory '
+                        + ', '.join(f'M={count}: {ratio:.3f}' for count, ratio in cell.get('memory_ratio', {}).items()),
+                        flush=True,
+                    )
                     if args.static is None:
                         results['cells'][f'{device}/{name}/{mode}/{batch}/{size}'] = cell
     if args.profile or args.static is not None:

@@ -3,6 +3,7 @@
 Nothing here merges kernels or renames: branches run as the operations that they stand for, on slices of the teacher's
 tensors, as the authors do when they run the student.
 """
+
 import argparse
 from typing import Dict, Tuple
 
@@ -22,7 +23,7 @@ class Teacher:
         self.tensors: Dict[str, Tensor] = {}
         self.generator = torch.Generator().manual_seed(seed)
 
-    def random(self, *shape: int, scale: float = 1., shift: float = 0.) -> Tensor:
+    def random(self, *shape: int, scale: float = 1.0, shift: float = 0.0) -> Tensor:
         return shift + scale * torch.randn(shape, generator=self.generator, dtype=torch.float64)
 
     def conv(self, name: str, i: int, o: int, k: int, depthwise: bool = False, bias: bool = False, stem: bool = False):
@@ -34,11 +35,11 @@ class Teacher:
 
     def linear(self, name: str, i: int, o: int, classifier: bool = False):
         o = o if classifier else RATIO * o
-        self.tensors[f'{name}.weight'] = self.random(o, RATIO * i, scale=i ** -0.5)
+        self.tensors[f'{name}.weight'] = self.random(o, RATIO * i, scale=i**-0.5)
         self.tensors[f'{name}.bias'] = self.random(o, scale=0.2)
 
     def layer_norm(self, name: str, c: int):
-        self.tensors[f'{name}.weight'] = self.random(RATIO * c, shift=1., scale=0.3)
+        self.tensors[f'{name}.weight'] = self.random(RATIO * c, shift=1.0, scale=0.3)
         self.tensors[f'{name}.bias'] = self.random(RATIO * c, scale=0.3)
 
     def norm(self, name: str, c: int):
@@ -56,21 +57,27 @@ class Teacher:
         identity = torch.zeros(i, inputs, 1, 1, dtype=torch.float64)
         for channel in range(i):
             identity[channel, channel % inputs] = 1 if depthwise else 1 / RATIO
-        self.tensors.update({f'{name}.{key}': tensor for key, tensor in {
-            'weight_orepa_origin': self.random(o, inputs, 3, 3, scale=scale),
-            'bias_orepa_origin': self.random(o, scale=0.2),
-            'weight_orepa_avg_conv': self.random(o, inputs, 1, 1, scale=scale),
-            'weight_orepa_avg_avg': torch.full((3, 3), 1 / 9, dtype=torch.float64),
-            'weight_orepa_pfir_conv': self.random(o, inputs, 1, 1, scale=scale),
-            'weight_orepa_prior': self.random(o, 3, 3),
-            'weight_orepa_1x1': self.random(o, inputs, 3, 3, scale=scale),
-            'weight_orepa_1x1_kxk_idconv1': self.random(i, inputs, 1, 1, scale=0.1),
-            'id_tensor': identity + self.random(i, inputs, 1, 1, scale=0.01),  # the authors add noise to it as well
-            'weight_orepa_1x1_kxk_conv2': self.random(o, inputs, 3, 3, scale=scale),
-            'weight_orepa_gconv_dw': self.random(8 * i, 1, 3, 3, scale=0.3),
-            'weight_orepa_gconv_pw': self.random(o, 8 * inputs, 1, 1, scale=scale),
-            'vector': self.random(6, o, scale=0.5),
-        }.items()})
+        self.tensors.update(
+            {
+                f'{name}.{key}': tensor
+                for key, tensor in {
+                    'weight_orepa_origin': self.random(o, inputs, 3, 3, scale=scale),
+                    'bias_orepa_origin': self.random(o, scale=0.2),
+                    'weight_orepa_avg_conv': self.random(o, inputs, 1, 1, scale=scale),
+                    'weight_orepa_avg_avg': torch.full((3, 3), 1 / 9, dtype=torch.float64),
+                    'weight_orepa_pfir_conv': self.random(o, inputs, 1, 1, scale=scale),
+                    'weight_orepa_prior': self.random(o, 3, 3),
+                    'weight_orepa_1x1': self.random(o, inputs, 3, 3, scale=scale),
+                    'weight_orepa_1x1_kxk_idconv1': self.random(i, inputs, 1, 1, scale=0.1),
+                    'id_tensor': identity
+                    + self.random(i, inputs, 1, 1, scale=0.01),  # the authors add noise to it as well
+                    'weight_orepa_1x1_kxk_conv2': self.random(o, inputs, 3, 3, scale=scale),
+                    'weight_orepa_gconv_dw': self.random(8 * i, 1, 3, 3, scale=0.3),
+                    'weight_orepa_gconv_pw': self.random(o, 8 * inputs, 1, 1, scale=scale),
+                    'vector': self.random(6, o, scale=0.5),
+                }.items()
+            }
+        )
 
 
 class Student:
@@ -89,7 +96,7 @@ class Student:
         if weight.shape[1] == 1:
             return F.conv2d(x, weight[:o], None if bias is None else bias[:o], stride, padding, groups=x.shape[1])
         bias = None if bias is None else RATIO * bias[:o]
-        return F.conv2d(x, RATIO * weight[:o, :x.shape[1]], bias, stride, padding)
+        return F.conv2d(x, RATIO * weight[:o, : x.shape[1]], bias, stride, padding)
 
     def branches(self, x: Tensor, name: str) -> Tensor:
         t = {key.removeprefix(f'{name}.'): tensor for key, tensor in self.tensors.items() if key.startswith(f'{name}.')}
@@ -109,14 +116,14 @@ class Student:
             run(run(x, r * t['weight_orepa_pfir_conv'][:o, a]), t['weight_orepa_prior'][:o, None], groups=o),
             run(run(x, identity), r * t['weight_orepa_1x1_kxk_conv2'][:o, a]),
             run(x, r * t['weight_orepa_1x1'][:o, a]),
-            run(run(x, t['weight_orepa_gconv_dw'][:8 * i], groups=i), r * mixing),
+            run(run(x, t['weight_orepa_gconv_dw'][: 8 * i], groups=i), r * mixing),
         )
         scales = t['vector'][:, :o, None, None]
         return sum(s * y for s, y in zip(scales, outputs)) + r * t['bias_orepa_origin'][:o, None, None]
 
     def norm(self, x: Tensor, name: str) -> Tensor:
         keys = ('tiny_running_mean', 'tiny_running_var', 'weight', 'bias')
-        mean, var, weight, bias = (self.tensors[f'{name}.{key}'][:x.shape[1], None, None] for key in keys)
+        mean, var, weight, bias = (self.tensors[f'{name}.{key}'][: x.shape[1], None, None] for key in keys)
         return (x - mean) / (var + 1e-5).sqrt() * weight + bias
 
     def layer_norm(self, x: Tensor, name: str) -> Tensor:
@@ -126,7 +133,7 @@ class Student:
     def linear(self, x: Tensor, name: str, classifier: bool = False) -> Tensor:
         weight, bias = self.tensors[f'{name}.weight'], self.tensors[f'{name}.bias']
         r, o = (1, len(bias)) if classifier else (RATIO, len(bias) // RATIO)
-        return F.linear(x, r * weight[:o, :x.shape[-1]], r * bias[:o])
+        return F.linear(x, r * weight[:o, : x.shape[-1]], r * bias[:o])
 
 
 def resnet18_teacher(classes: int = 5) -> Dict[str, Tensor]:
@@ -164,7 +171,16 @@ def resnet18_student(tensors: Dict[str, Tensor], x: Tensor) -> Tensor:
 
 
 _MOBILENET = (
-    (64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), *[(512, 1)] * 5, (1024, 2), (1024, 1))  # width, stride
+    (64, 1),
+    (128, 2),
+    (128, 1),
+    (256, 2),
+    (256, 1),
+    (512, 2),
+    *[(512, 1)] * 5,
+    (1024, 2),
+    (1024, 1),
+)  # width, stride
 
 
 def mobilenet_teacher(classes: int = 5) -> Dict[str, Tensor]:
@@ -221,7 +237,7 @@ def rvt_tiny_student(tensors: Dict[str, Tensor], x: Tensor) -> Tensor:
             name = f'transformers.{stage}.blocks.{block}'
             tokens = s.layer_norm(x.flatten(2).transpose(1, 2), f'{name}.norm1')
             q, k, v = s.linear(tokens, f'{name}.attn.qkv').view(b, h * w, 3, heads, 32).permute(2, 0, 3, 1, 4)
-            tokens = ((q @ k.transpose(-2, -1) / 32 ** 0.5).softmax(-1) @ v).transpose(1, 2).reshape(b, h * w, c)
+            tokens = ((q @ k.transpose(-2, -1) / 32**0.5).softmax(-1) @ v).transpose(1, 2).reshape(b, h * w, c)
             x = x + s.linear(tokens, f'{name}.attn.proj').transpose(1, 2).view(b, c, h, w)
             y = s.layer_norm(x.permute(0, 2, 3, 1), f'{name}.norm2').permute(0, 3, 1, 2)
             y = F.gelu(s.norm(s.conv(y, f'{name}.mlp.fc1'), f'{name}.mlp.bn1'))
@@ -235,8 +251,15 @@ def rvt_tiny_student(tensors: Dict[str, Tensor], x: Tensor) -> Tensor:
 def checkpoint(tensors: Dict[str, Tensor], **extra) -> dict:
     """What the authors' scripts save."""
     return {
-        'epoch': 99, 'arch': 'resnet', 'state_dict': tensors, 'optimizer': {'state': {}, 'param_groups': []},
-        'version': 2, 'args': argparse.Namespace(gpd_ratio=2, num_branches_orepa=6), 'metric': 72.7, **extra}
+        'epoch': 99,
+        'arch': 'resnet',
+        'state_dict': tensors,
+        'optimizer': {'state': {}, 'param_groups': []},
+        'version': 2,
+        'args': argparse.Namespace(gpd_ratio=2, num_branches_orepa=6),
+        'metric': 72.7,
+        **extra,
+    }
 
 
 SMALL: Dict[str, Tuple] = {

@@ -1,4 +1,5 @@
 """Shared by the tests: small models, randomised weights, the definition of exactness."""
+
 import os
 import random
 
@@ -10,6 +11,7 @@ import torch.nn as nn
 
 import timm_gpd  # noqa: F401  registers the variants
 from process import kept_settings, read_settings, restore_settings
+from programs import train
 from timm_gpd.rules.rule import _RULES
 
 torch.set_num_threads(1)
@@ -62,3 +64,11 @@ def tiny_student() -> nn.Module:
     student = timm.create_model('test_resnet', **TINY_RESNET)
     student.pretrained_cfg.update(input_size=(1, 32, 32), mean=(0.5,), std=(0.5,))
     return student
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+    """One run with everything on; its log."""
+    folder = tmp_path_factory.mktemp('runs')
+    result = train(folder, '--experiment', 'run', '--gpd-noise', '0.1', '--log-interval', '1')
+    return folder / 'run', result

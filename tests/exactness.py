@@ -1,4 +1,5 @@
 """What "exact" means here: float64, randomised weights and statistics, eval and train mode."""
+
 import copy
 from typing import Dict
 

@@ -2,6 +2,7 @@
 
 Reads a line of JSON, {"argv", "env", "offline"}, and answers with {"code", "stdout", "stderr"}.
 """
+
 import contextlib
 import io
 import json

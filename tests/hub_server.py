@@ -2,6 +2,7 @@
 
 Xet is not announced, so clients must run with ``HF_HUB_DISABLE_XET=1``.
 """
+
 import base64
 import contextlib
 import hashlib
@@ -36,8 +37,9 @@ class Repo:
         self.refs['main'] = self.add_commit({})
 
     def add_commit(self, tree):
-        oid = hashlib.sha1(b'%d' % len(self.commits) + json.dumps(
-            {path: _git_oid(content) for path, content in tree.items()}).encode()).hexdigest()
+        oid = hashlib.sha1(
+            b'%d' % len(self.commits) + json.dumps({path: _git_oid(content) for path, content in tree.items()}).encode()
+        ).hexdigest()
         self.commits[oid] = tree
         return oid
 
@@ -216,8 +218,9 @@ class _Handler(BaseHTTPRequestHandler):
             oid = None
             if path in tree:
                 oid = hashlib.sha256(tree[path]).hexdigest() if _is_lfs(path) else _git_oid(tree[path])
-            files.append({'path': path, 'uploadMode': 'lfs' if _is_lfs(path) else 'regular', 'shouldIgnore': False,
-                          'oid': oid})
+            files.append(
+                {'path': path, 'uploadMode': 'lfs' if _is_lfs(path) else 'regular', 'shouldIgnore': False, 'oid': oid}
+            )
         self.answer(200, {'files': files})
 
     def lfs_batch(self, body, repo_id):
@@ -281,9 +284,17 @@ class _Handler(BaseHTTPRequestHandler):
         oid = self.found(repo_id, revision)
         if oid:
             repo = self.hub.repos[repo_id]
-            self.answer(200, {
-                'id': repo_id, 'modelId': repo_id, 'sha': oid, 'private': repo.private, 'tags': [],
-                'siblings': [{'rfilename': path} for path in repo.commits[oid]]})
+            self.answer(
+                200,
+                {
+                    'id': repo_id,
+                    'modelId': repo_id,
+                    'sha': oid,
+                    'private': repo.private,
+                    'tags': [],
+                    'siblings': [{'rfilename': path} for path in repo.commits[oid]],
+                },
+            )
 
     def tree(self, body, repo_id, revision):
         oid = self.found(repo_id, revision)
@@ -303,22 +314,29 @@ class _Handler(BaseHTTPRequestHandler):
             return
         content = self.hub.repos[repo_id].commits[oid].get(path)
         if content is None:
-            return self.answer(404, b'', X_Error_Code='EntryNotFound', X_Error_Message='Entry not found',
-                               X_Repo_Commit=oid)
+            return self.answer(
+                404, b'', X_Error_Code='EntryNotFound', X_Error_Message='Entry not found', X_Repo_Commit=oid
+            )
         headers = {
             'ETag': f'"{hashlib.sha256(content).hexdigest() if _is_lfs(path) else _git_oid(content)}"',
-            'X_Repo_Commit': oid, 'X_Linked_Size': len(content), 'Accept_Ranges': 'bytes'}
+            'X_Repo_Commit': oid,
+            'X_Linked_Size': len(content),
+            'Accept_Ranges': 'bytes',
+        }
         if self.command == 'HEAD' or not _is_lfs(path):
             return self.answer(200, content, **headers)
         if 'corrupt' in self.hub.faults:
             content = content[:-4] + bytes(byte ^ 1 for byte in content[-4:])
         if 'short' in self.hub.faults:
-            content = content[:len(content) // 2]
+            content = content[: len(content) // 2]
         if 'cut' in self.hub.faults:
             if 'Range' not in self.headers:
-                self.answer(200, content[:len(content) // 2], content_length=len(content), **headers)
+                self.answer(200, content[: len(content) // 2], content_length=len(content), **headers)
             return self.drop()
-        self.answer(200, content, **headers)
+        start = int(re.fullmatch(r'bytes=(\d+)-', self.headers.get('Range', 'bytes=0-')).group(1))
+        if start:
+            headers['Content_Range'] = f'bytes {start}-{len(content) - 1}/{len(content)}'
+        self.answer(206 if start else 200, content[start:], **headers)
 
 
 _ID = r'([^/]+/[^/]+?)'

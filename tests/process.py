@@ -3,6 +3,7 @@
 Three things are left out. glibc's allocator, which `train.py` tunes, cannot be asked for its settings. pytest itself
 restores the filters of warnings. Random numbers are seeded before every test.
 """
+
 import logging
 import os
 import sys
@@ -32,8 +33,11 @@ def _write_trace_backward(value: bool) -> None:
 
 def _environment() -> Dict[str, str]:
     """All but what pytest says of itself, and what OpenMP's libraries set when they are loaded."""
-    return {name: value for name, value in os.environ.items()
-            if name != 'PYTEST_CURRENT_TEST' and not name.startswith('KMP_')}
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if name != 'PYTEST_CURRENT_TEST' and not name.startswith('KMP_')
+    }
 
 
 def _write_environment(environment: Dict[str, str]) -> None:
@@ -101,7 +105,9 @@ def _describe(before: Any, after: Any) -> str:
     if isinstance(before, dict):
         return ', '.join(
             f'{key}: {before.get(key)!r} became {after.get(key)!r}'
-            for key in sorted(before.keys() | after.keys()) if before.get(key) != after.get(key))
+            for key in sorted(before.keys() | after.keys())
+            if before.get(key) != after.get(key)
+        )
     return f'{before!r} became {after!r}'
 
 

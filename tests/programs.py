@@ -1,4 +1,5 @@
 """The scripts, run as a user runs them."""
+
 import contextlib
 import csv
 import io
@@ -10,6 +11,8 @@ from types import SimpleNamespace
 from process import kept_settings
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+QUICK = ['--epochs', '2', '--digits-train-size', '100', '--warmup-epochs', '0']
 
 
 def run(script, *arguments, code=0):
@@ -29,3 +32,18 @@ def run(script, *arguments, code=0):
 def summary(folder):
     with open(folder / 'summary.csv', newline='') as file:
         return list(csv.DictReader(file))
+
+
+def train(tmp_path, *arguments, config='digits_gpd', **kwargs):
+    return run(
+        'train.py',
+        '-c',
+        os.path.join(ROOT, 'configs', f'{config}.yaml'),
+        '--data-dir',
+        tmp_path.parent / 'data',
+        '--output',
+        tmp_path,
+        *QUICK,
+        *arguments,
+        **kwargs,
+    )

@@ -1,4 +1,5 @@
 """Training steps on small random batches."""
+
 import torch
 
 

@@ -1,4 +1,5 @@
-"""What autograd and torch.func do with the dynamic teacher beyond a first backward pass: right, or refused in one line."""
+"""What autograd and torch.func do with the dynamic teacher beyond a first backward pass: right, or refused."""
+
 import threading
 
 import pytest
@@ -16,6 +17,7 @@ from timm_gpd.teacher.merge import merge_branches, merge_plainly
 
 class TanhNet(nn.Module):
     """Smooth, so that finite differences tell second derivatives."""
+
     in_chans = 1
 
     def __init__(self) -> None:
@@ -49,6 +51,7 @@ def joint_loss(teacher, x=IMAGES):
 
 def loss_of(teacher, names, parameters):
     """The loss as a function of parameters, for torch.func."""
+
     class Loss(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -100,7 +103,7 @@ def test_per_example_gradients_and_hessians_of_images(teacher):
         return joint_loss(teacher, image[None])
 
     x = IMAGES.clone().requires_grad_()
-    expected, = torch.autograd.grad(sum(loss(image) for image in x), x)
+    (expected,) = torch.autograd.grad(sum(loss(image) for image in x), x)
     torch.testing.assert_close(vmap(grad(loss))(IMAGES), expected, rtol=1e-10, atol=1e-12)
     matrix = hessian(loss)(IMAGES[0]).view(25, 25)
     torch.testing.assert_close(matrix, matrix.T, rtol=1e-8, atol=1e-12)
@@ -112,14 +115,19 @@ def test_forward_mode(teacher):
     with forward_ad.dual_level():
         derivative = forward_ad.unpack_dual(joint_loss(teacher, forward_ad.make_dual(IMAGES, tangent))).tangent
     x = IMAGES.clone().requires_grad_()
-    gradient, = torch.autograd.grad(joint_loss(teacher, x), x)
+    (gradient,) = torch.autograd.grad(joint_loss(teacher, x), x)
     torch.testing.assert_close(derivative, (gradient * tangent).sum(), rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize('groups', [1, 2])
-@pytest.mark.parametrize('tensor_map', [
-    None, TensorMap((6, 2, 3, 3), ((0, AxisMap.uniform(6, 2)), (1, AxisMap.uniform(2, 2))), sum_axis=1),
-], ids=['unshared', 'shared'])
+@pytest.mark.parametrize(
+    'tensor_map',
+    [
+        None,
+        TensorMap((6, 2, 3, 3), ((0, AxisMap.uniform(6, 2)), (1, AxisMap.uniform(2, 2))), sum_axis=1),
+    ],
+    ids=['unshared', 'shared'],
+)
 def test_the_fast_merge_is_the_plain_one(groups, tensor_map, monkeypatch):
     """Kernels of both models and all gradients, of a merge that is put together by each."""
     kernel = torch.randn(12, 4, 3, 3, dtype=torch.float64)
@@ -128,8 +136,10 @@ def test_the_fast_merge_is_the_plain_one(groups, tensor_map, monkeypatch):
         nn.init.normal_(parameter)
     weights = [torch.randn(shape, dtype=torch.float64) for shape in ((12, 4, 3, 3), (6, 2, 3, 3))]
     results = []
-    for merge in (merge_branches, lambda *inputs: (merge_plainly(*inputs),) * 2 if tensor_map is None
-                  else merge_plainly(*inputs)):
+    for merge in (
+        merge_branches,
+        lambda *inputs: (merge_plainly(*inputs),) * 2 if tensor_map is None else merge_plainly(*inputs),
+    ):
         monkeypatch.setattr('timm_gpd.teacher.branches.merge_branches', merge)
         kernels = branched(0.5, tensor_map)
         used = zip(kernels, weights if tensor_map is not None else weights[:1])

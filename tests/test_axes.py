@@ -1,4 +1,5 @@
 """The tensor algebra: replication, slicing, and noise that changes nothing."""
+
 import itertools
 import random
 
@@ -42,7 +43,8 @@ def test_slicing_an_interleaved_weight_copies_nothing():
 @pytest.mark.parametrize('ratio, out_ratio', list(itertools.product((2, 3, 4), (1, 2, 3))))
 def test_noise_keeps_function_and_student(ratio, out_ratio):
     tensor_map = TensorMap(
-        (6, 8), ((0, AxisMap.uniform(6, out_ratio, 2)), (1, AxisMap.uniform(8, ratio, 4))), sum_axis=1)
+        (6, 8), ((0, AxisMap.uniform(6, out_ratio, 2)), (1, AxisMap.uniform(8, ratio, 4))), sum_axis=1
+    )
     weight_OI = tensor_map.replicate(torch.randn(6, 8, dtype=torch.float64))
     noise_OI = tensor_map.noise_like(weight_OI, std=1.0)
     x_I = AxisMap.uniform(8, ratio, 4).replicate(torch.randn(8, dtype=torch.float64), 0)

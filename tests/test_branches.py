@@ -1,4 +1,5 @@
 """Branches: what they merge into, where they stand, that they learn, and that nothing of them is left in a student."""
+
 import copy
 
 import pytest
@@ -10,10 +11,10 @@ from timm.optim import param_groups_weight_decay
 
 from conftest import TINY_RESNET
 from timm_gpd import expand
-from timm_gpd.teacher import merge
 from timm_gpd.axes import AxisMap, TensorMap
-from timm_gpd.teacher.branches import BRANCH_KINDS, BranchedKernel, branch_kinds, cosine_prior
 from timm_gpd.expansion.verify import randomize_, relative_error
+from timm_gpd.teacher import merge
+from timm_gpd.teacher.branches import BRANCH_KINDS, BranchedKernel, branch_kinds, cosine_prior
 
 CONVOLUTIONS = {
     'plain': dict(inputs=6, outputs=8, size=3, groups=1, stride=1, dilation=1),
@@ -52,7 +53,7 @@ def run_branch(kind, branched, x, inputs, outputs, size, groups, stride, dilatio
         return F.conv2d(spread, branched.pw.transpose(1, 2).reshape(outputs, -1, 1, 1), groups=groups)
     pointwise = F.conv2d(x, branched.pointwise[:, branched.patterned.index(kind), :, None, None], groups=groups)
     pattern = {
-        'avg': torch.full((outputs, size, size), 1 / size ** 2, dtype=x.dtype),
+        'avg': torch.full((outputs, size, size), 1 / size**2, dtype=x.dtype),
         'freq': cosine_prior(outputs, size),
         '1x1': F.pad(torch.ones(outputs, 1, 1, dtype=x.dtype), [size // 2] * 4),
     }[kind]
@@ -66,7 +67,8 @@ def test_the_merged_kernel_is_the_sum_of_the_branches_as_layers(convolution):
     conv = {key: convolution[key] for key in ('stride', 'dilation', 'groups')}
     expected = sum(
         branched.gamma[j].view(-1, 1, 1) * run_branch(kind, branched, x, **convolution)
-        for j, kind in enumerate(BRANCH_KINDS))
+        for j, kind in enumerate(BRANCH_KINDS)
+    )
     torch.testing.assert_close(F.conv2d(x, branched()[0], **conv), expected, rtol=1e-10, atol=1e-10)
 
 
@@ -135,8 +137,7 @@ def test_mixed_precision():
         with torch.autocast('cpu', torch.bfloat16, enabled=enabled):
             merged, _ = branched()
         assert merged.dtype == torch.float32
-        gradients.append(torch.autograd.grad(
-            (merged * torch.randn_like(merged)).sum(), list(branched.parameters())))
+        gradients.append(torch.autograd.grad((merged * torch.randn_like(merged)).sum(), list(branched.parameters())))
     for full, mixed in zip(*gradients):
         assert relative_error(mixed, full) <= 0.02
 
@@ -148,15 +149,18 @@ def test_the_number_takes_the_first_kinds():
     assert branch_kinds(1, ['kxk', 'dw_pw']) == branch_kinds(2, ['kxk', 'dw_pw']) == ('kxk', 'dw_pw')
 
 
-@pytest.mark.parametrize('kwargs, message', [
-    (dict(num_branches=7), 'num_branches must be a positive integer of at most 6'),
-    (dict(num_branches=True), 'num_branches must be'),
-    (dict(branches=('avg', 'kxk')), 'branches must be kxk followed by'),
-    (dict(branches=('kxk', 'kxk')), 'branches must be kxk followed by'),
-    (dict(branches=('kxk', '3x3')), 'branches must be kxk followed by'),
-    (dict(branches='avg'), 'branches must be kxk followed by'),
-    (dict(num_branches=3, branches=('kxk', 'avg')), 'num_branches is 3 and branches names 2'),
-])
+@pytest.mark.parametrize(
+    'kwargs, message',
+    [
+        (dict(num_branches=7), 'num_branches must be a positive integer of at most 6'),
+        (dict(num_branches=True), 'num_branches must be'),
+        (dict(branches=('avg', 'kxk')), 'branches must be kxk followed by'),
+        (dict(branches=('kxk', 'kxk')), 'branches must be kxk followed by'),
+        (dict(branches=('kxk', '3x3')), 'branches must be kxk followed by'),
+        (dict(branches='avg'), 'branches must be kxk followed by'),
+        (dict(num_branches=3, branches=('kxk', 'avg')), 'num_branches is 3 and branches names 2'),
+    ],
+)
 def test_bad_arguments(tiny_student, kwargs, message):
     with pytest.raises(ValueError, match=message):
         expand(tiny_student, **kwargs)
@@ -229,10 +233,14 @@ def train(teacher, steps, **sgd):
         optimizer.step()
 
 
-@pytest.mark.parametrize('make', [
-    lambda: timm.create_model('test_resnet', zero_init_last=False, **TINY_RESNET),
-    lambda: timm.create_model('test_efficientnet', num_classes=10),
-], ids=['resnet', 'efficientnet'])
+@pytest.mark.parametrize(
+    'make',
+    [
+        lambda: timm.create_model('test_resnet', zero_init_last=False, **TINY_RESNET),
+        lambda: timm.create_model('test_efficientnet', num_classes=10),
+    ],
+    ids=['resnet', 'efficientnet'],
+)
 def test_no_branch_is_dead_after_ten_steps(make):
     teacher = expand(make(), num_branches=6).double().train()  # the smallest steps vanish in float32
     before = copy.deepcopy(teacher.branches.state_dict())
@@ -264,7 +272,7 @@ def test_the_extracted_student_is_plain_and_the_one_that_trained(tiny_student, s
 def test_merge_then_slice(tiny_student):
     """The student's kernel is a slice of the kernel that the teacher runs on."""
     teacher = expand(tiny_student, num_branches=6).double()
-    for name, parameter in teacher.branches.named_parameters():
+    for parameter in teacher.branches.parameters():
         nn.init.normal_(parameter)
     wide, narrow = teacher.teacher_parameters(), teacher.student_parameters()
     name = 'layer2.0.conv2.weight'
@@ -296,7 +304,8 @@ def test_channels_of_the_student_keep_their_own_frequencies(tiny_student):
     branched = expand(tiny_student, num_branches=6).branches.get_submodule('layer3.0.conv2')
     freq = branched.patterned.index('freq')
     torch.testing.assert_close(
-        branched.patterns[::2, :, freq], cosine_prior(32, 3).flatten(1).float(), rtol=1e-6, atol=1e-6)
+        branched.patterns[::2, :, freq], cosine_prior(32, 3).flatten(1).float(), rtol=1e-6, atol=1e-6
+    )
 
 
 def test_branches_tell_replicas_apart(tiny_student):

@@ -1,4 +1,5 @@
 """The authors' checkpoints become plain timm students."""
+
 import argparse
 import dataclasses
 import os
@@ -8,8 +9,8 @@ import timm
 import torch
 
 from authors_format import SMALL, checkpoint, resnet18_student
-from timm_gpd.models.releases import RELEASES, convert_checkpoint, convert_state_dict, is_release
 from timm_gpd.expansion.verify import relative_error
+from timm_gpd.models.releases import RELEASES, convert_checkpoint, convert_state_dict, is_release
 
 
 @pytest.fixture(autouse=True)
@@ -126,18 +127,21 @@ def spoil(case, path):
         path.write_bytes(b'')
 
 
-@pytest.mark.parametrize('case, message', [
-    ('plain', 'needs no conversion'),
-    ('list', 'holds a list, not a checkpoint'),
-    ('branches', 'num_branches_orepa 3'),
-    ('other model', "none of the authors' released models"),
-    ('deeper model', 'is not of a resnet18: layer1.2.conv1.weight'),
-    ('missing branch', 'layer3.1.conv1 of the checkpoint is not laid out'),
-    ('wrong shape', 'layer3.1.conv1 of the checkpoint is not laid out'),
-    ('truncated', 'truncated or corrupted'),
-    ('text', 'truncated or corrupted'),
-    ('empty', 'truncated or corrupted'),
-])
+@pytest.mark.parametrize(
+    'case, message',
+    [
+        ('plain', 'needs no conversion'),
+        ('list', 'holds a list, not a checkpoint'),
+        ('branches', 'num_branches_orepa 3'),
+        ('other model', "none of the authors' released models"),
+        ('deeper model', 'is not of a resnet18: layer1.2.conv1.weight'),
+        ('missing branch', 'layer3.1.conv1 of the checkpoint is not laid out'),
+        ('wrong shape', 'layer3.1.conv1 of the checkpoint is not laid out'),
+        ('truncated', 'truncated or corrupted'),
+        ('text', 'truncated or corrupted'),
+        ('empty', 'truncated or corrupted'),
+    ],
+)
 def test_errors_are_one_line(case, message, tmp_path):
     path = tmp_path / 'spoilt.pth.tar'
     spoil(case, path)

@@ -1,4 +1,5 @@
 """The coverage sweep: what it finds, that it goes on where it stopped, and its exit codes."""
+
 import itertools
 import json
 import re
@@ -18,8 +19,9 @@ from timm_gpd.rules.rule import _RULES
 
 
 def sweep(tmp_path, *arguments):
-    return coverage.main([
-        '--cache', str(tmp_path / 'cache.jsonl'), '--output', str(tmp_path / 'coverage.md'), *arguments])
+    return coverage.main(
+        ['--cache', str(tmp_path / 'cache.jsonl'), '--output', str(tmp_path / 'coverage.md'), *arguments]
+    )
 
 
 def records(tmp_path):
@@ -45,7 +47,9 @@ def test_small_models_are_compared_and_large_ones_planned(tmp_path):
     assert row(tmp_path, 'vision_transformer')[:7] == ['vision_transformer', '1', '1', '0', '0', '0', '0']
     assert all(float(error) <= 1e-12 for error in row(tmp_path, 'resnet')[7:])
     assert {(r['step'], r['model']) for r in records(tmp_path)} == {
-        *(('plan', model) for model in models), *itertools.product(('compare', 'path'), ('test_resnet', 'test_vit'))}
+        *(('plan', model) for model in models),
+        *itertools.product(('compare', 'path'), ('test_resnet', 'test_vit')),
+    }
     assert row(tmp_path, 'resnet', table=1) == ['resnet', '`test_resnet`', 'yes', 'yes', 'yes', 'yes', 'yes', '14']
 
 
@@ -107,12 +111,15 @@ def test_an_architecture_without_classifier_is_no_failure(tmp_path):
     assert '`gemma4_vit_167m_enc`' in (tmp_path / 'coverage.md').read_text()
 
 
-@pytest.mark.parametrize('rule, reason', [
-    # Heads are not told: the plan fails.
-    (Rule(), "unsupported: VisionTransformer cannot be widened: module 'blocks.0.attn' of class "),
-    # Heads are told, their blocks are not: the logits differ.
-    (Rule(multiply=('num_heads', 'attn_dim')), 'inexact: the planned teacher differs from the student\n'),
-])
+@pytest.mark.parametrize(
+    'rule, reason',
+    [
+        # Heads are not told: the plan fails.
+        (Rule(), "unsupported: VisionTransformer cannot be widened: module 'blocks.0.attn' of class "),
+        # Heads are told, their blocks are not: the logits differ.
+        (Rule(multiply=('num_heads', 'attn_dim')), 'inexact: the planned teacher differs from the student\n'),
+    ],
+)
 def test_what_fails_is_listed_with_its_reason(tmp_path, rule, reason):
     name = 'timm.layers.attention.Attention'
     right = _RULES[name]
@@ -125,13 +132,16 @@ def test_what_fails_is_listed_with_its_reason(tmp_path, rule, reason):
     assert find_rule(coverage.create('test_vit').blocks[0].attn) is right
 
 
-@pytest.mark.parametrize('arguments, message', [
-    (['--modules', 'resnot'], r'resnot is not a module of timm \S+: see timm.list_modules\(\)'),
-    (['--models', 'resnet19'], r'resnet19 is not an architecture of timm \S+: see timm.list_models\(\)'),
-    (['--jobs', '0'], '--jobs must be at least 1, but is 0'),
-    (['--ratio', '0'], '--ratio must be at least 1, but is 0'),
-    (['--smallest', 'few'], "argument --smallest: invalid int value: 'few'"),
-])
+@pytest.mark.parametrize(
+    'arguments, message',
+    [
+        (['--modules', 'resnot'], r'resnot is not a module of timm \S+: see timm.list_modules\(\)'),
+        (['--models', 'resnet19'], r'resnet19 is not an architecture of timm \S+: see timm.list_models\(\)'),
+        (['--jobs', '0'], '--jobs must be at least 1, but is 0'),
+        (['--ratio', '0'], '--ratio must be at least 1, but is 0'),
+        (['--smallest', 'few'], "argument --smallest: invalid int value: 'few'"),
+    ],
+)
 def test_wrong_arguments_end_with_code_2(tmp_path, arguments, message, capsys):
     with pytest.raises(SystemExit) as stop:
         sweep(tmp_path, *arguments)
@@ -145,7 +155,9 @@ def test_wrong_arguments_end_with_code_2(tmp_path, arguments, message, capsys):
 def test_it_runs_as_a_module_without_a_warning():
     run = subprocess.run(
         [sys.executable, '-W', 'error::RuntimeWarning', '-m', 'timm_gpd.coverage', '--help'],
-        capture_output=True, text=True)
+        capture_output=True,
+        text=True,
+    )
     assert (run.returncode, run.stderr) == (0, '')
     assert '--max-params' in run.stdout
 
@@ -153,8 +165,11 @@ def test_it_runs_as_a_module_without_a_warning():
 @pytest.fixture
 def package(tmp_path):
     """A copy of the package's sources."""
-    return Path(shutil.copytree(
-        Path(coverage.__file__).parents[1], tmp_path / 'timm_gpd', ignore=shutil.ignore_patterns('__pycache__')))
+    return Path(
+        shutil.copytree(
+            Path(coverage.__file__).parents[1], tmp_path / 'timm_gpd', ignore=shutil.ignore_patterns('__pycache__')
+        )
+    )
 
 
 # Moves keep the order of the files, so that the bytes in all alone do not tell.
@@ -164,14 +179,17 @@ CHANGES = {
     'a file of rules goes': lambda package: (package / 'rules/tokens.py').unlink(),
     'a file of rules moves': lambda package: (package / 'rules/tokens.py').rename(package / 'rules/tokens_.py'),
     'a handler changes': lambda package: (package / 'expansion/functions/linear.py').write_text('# nothing\n'),
-    'a folder of handlers moves': lambda package: (
-        package / 'expansion/functions').rename(package / 'expansion/functions_'),
+    'a folder of handlers moves': lambda package: (package / 'expansion/functions').rename(
+        package / 'expansion/functions_'
+    ),
     'a line moves to another file': lambda package: move_first_line(
-        package / 'expansion/planner.py', package / 'expansion/images.py'),
+        package / 'expansion/planner.py', package / 'expansion/images.py'
+    ),
     'the check changes': lambda package: (package / 'expansion/verify.py').write_text('# nothing\n'),
     'a private name of torch changes': lambda package: (package / 'private_torch.py').write_text('# nothing\n'),
-    'architectures are created in another way': lambda package: (
-        package / 'coverage/architectures.py').write_text('# nothing\n'),
+    'architectures are created in another way': lambda package: (package / 'coverage/architectures.py').write_text(
+        '# nothing\n'
+    ),
 }
 
 
@@ -190,10 +208,20 @@ def test_what_a_plan_depends_on_makes_a_cache_stale(package, change):
     assert fingerprint(package) != before
 
 
-@pytest.mark.parametrize('path, is_on_the_path', [
-    ('losses.py', True), ('teacher/dynamic_teacher.py', True), ('task/gap_preserving.py', True),
-    ('coverage/whole_path.py', True), ('coverage/report.py', False), ('errors.py', False)])
-def test_what_no_plan_depends_on_leaves_plans_fresh_and_paths_where_they_do_not_depend_on_it(package, path, is_on_the_path):
+@pytest.mark.parametrize(
+    'path, is_on_the_path',
+    [
+        ('losses.py', True),
+        ('teacher/dynamic_teacher.py', True),
+        ('task/gap_preserving.py', True),
+        ('coverage/whole_path.py', True),
+        ('coverage/report.py', False),
+        ('errors.py', False),
+    ],
+)
+def test_what_no_plan_depends_on_leaves_plans_fresh_and_paths_where_they_do_not_depend_on_it(
+    package, path, is_on_the_path
+):
     before, path_before = fingerprint(package), fingerprint(package, PATH_SOURCES)
     (package / path).write_text('# nothing\n')
     assert fingerprint(package) == before

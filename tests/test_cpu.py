@@ -1,4 +1,5 @@
 """Switches of the process that training on the CPU is faster with, and that they can be set back."""
+
 import json
 import platform
 import subprocess

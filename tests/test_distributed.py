@@ -1,4 +1,5 @@
 """Two processes with half a batch each train as one does with all of it."""
+
 import copy
 
 import pytest
@@ -19,7 +20,8 @@ STEPS = 2
 TASKS = {
     'gpd': lambda: GapPreservingTask(make_student(), num_branches=3, noise=0.1, verbose=False),
     'gpd and static': lambda: GapPreservingTask(
-        make_student(), make_static_teacher(), distill_type='kd,dkd', num_branches=3, noise=0.1, verbose=False),
+        make_student(), make_static_teacher(), distill_type='kd,dkd', num_branches=3, noise=0.1, verbose=False
+    ),
     'static': lambda: DistillationTask(make_student(), make_static_teacher(), distill_type='kd,dkd', verbose=False),
 }
 # Batch norm and centres of classes: each process has a batch of its own, and gradients are still shared.
@@ -46,8 +48,11 @@ def make_task(name):
         return TASKS[name]().double().train()
     student = timm.create_model('test_resnet', **TINY_RESNET)
     student.pretrained_cfg.update(input_size=(1, 32, 32), mean=(0.5,), std=(0.5,))
-    return GapPreservingTask(
-        student, make_static_teacher(), distill_type='reviewkd,ofa,nd', verbose=False).double().train()
+    return (
+        GapPreservingTask(student, make_static_teacher(), distill_type='reviewkd,ofa,nd', verbose=False)
+        .double()
+        .train()
+    )
 
 
 def train(task: TrainingTask, part: slice):
@@ -61,8 +66,12 @@ def train(task: TrainingTask, part: slice):
         target = torch.randint(10, (8,), generator=generator)
         optimizer.zero_grad()
         task(x[part], target[part])['loss'].backward()
-        gradients.append({
-            name.removeprefix('module.'): whole(parameter.grad).clone() for name, parameter in model.named_parameters()})
+        gradients.append(
+            {
+                name.removeprefix('module.'): whole(parameter.grad).clone()
+                for name, parameter in model.named_parameters()
+            }
+        )
         optimizer.step()
     return gradients
 
@@ -102,7 +111,8 @@ def test_two_processes_train_as_one(halves, name):
         for parameter, gradient in gradients.items():
             for rank in ranks:
                 torch.testing.assert_close(
-                    rank[step][parameter], gradient, rtol=1e-8, atol=1e-12, msg=f'{parameter} in step {step}')
+                    rank[step][parameter], gradient, rtol=1e-8, atol=1e-12, msg=f'{parameter} in step {step}'
+                )
         assert any(gradient.any() for gradient in gradients.values())
     alone = train(make_task(task), slice(4))[0]
     assert not all(torch.allclose(alone[key], expected[0][key], rtol=1e-3) for key in alone), 'half a batch is no whole'

@@ -1,11 +1,12 @@
 """How one set of stored tensors runs as two models: gradients, gradient checkpointing, compilation."""
+
 import copy
 import shutil
 
 import pytest
 import timm
 import torch
-import torch._dynamo.config
+import torch._dynamo
 import torch.nn.functional as F
 
 from timm_gpd import GapPreservingTask, expand
@@ -22,8 +23,10 @@ TENSOR_MAPS = {
 
 @pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
 def test_shared_tensors_and_their_gradients_are_those_of_the_plain_formula(memory_format):
-    stored = {name: torch.randn(tensor_map.teacher_shape, dtype=torch.float64, requires_grad=True)
-              for name, tensor_map in TENSOR_MAPS.items()}
+    stored = {
+        name: torch.randn(tensor_map.teacher_shape, dtype=torch.float64, requires_grad=True)
+        for name, tensor_map in TENSOR_MAPS.items()
+    }
     stored['kernel'] = stored['kernel'].detach().to(memory_format=memory_format).requires_grad_()
     stored['head'] = torch.randn(5, dtype=torch.float64, requires_grad=True)
     wide_scales, narrow_scales = {'kernel': 1 / 3, 'heads': 0.5}, {'norm': 4.0}
@@ -31,11 +34,12 @@ def test_shared_tensors_and_their_gradients_are_those_of_the_plain_formula(memor
     expected_teacher = {name: tensor * wide_scales.get(name, 1) for name, tensor in stored.items()}
     expected_student = {
         name: (TENSOR_MAPS[name].first_replica(tensor) if name in TENSOR_MAPS else tensor) * narrow_scales.get(name, 1)
-        for name, tensor in stored.items()}
+        for name, tensor in stored.items()
+    }
 
     def gradients(teacher, student):
-        loss = sum((tensor ** 2).sum() for tensor in teacher.values())
-        loss = loss + sum((tensor ** 3).sum() for tensor in student.values())
+        loss = sum((tensor**2).sum() for tensor in teacher.values())
+        loss = loss + sum((tensor**3).sum() for tensor in student.values())
         return torch.autograd.grad(loss, list(stored.values()), retain_graph=True)
 
     for name in stored:
@@ -48,8 +52,9 @@ def test_shared_tensors_and_their_gradients_are_those_of_the_plain_formula(memor
 
 @pytest.mark.parametrize('used', ['teacher', 'student'])
 def test_a_tensor_that_one_model_uses_gets_its_gradient_and_an_unused_one_none(used):
-    stored = {name: torch.randn(tensor_map.teacher_shape, requires_grad=True)
-              for name, tensor_map in TENSOR_MAPS.items()}
+    stored = {
+        name: torch.randn(tensor_map.teacher_shape, requires_grad=True) for name, tensor_map in TENSOR_MAPS.items()
+    }
     teacher, student = SharedTensors(TENSOR_MAPS, {}, {})(stored)
     {'teacher': teacher, 'student': student}[used]['kernel'].sum().backward()
     expected = torch.ones_like(stored['kernel']) if used == 'teacher' else torch.zeros_like(stored['kernel'])
@@ -79,7 +84,9 @@ def test_gradient_checkpointing_changes_no_gradient(tiny_student, scale, branche
         torch.testing.assert_close(gradient, expected[name], rtol=1e-5, atol=1e-6)
     after = dict(recomputing.named_parameters())
     assert list(after) == list(parameters)
-    assert all(after[name] is parameter for name, parameter in parameters.items()), 'parameters are back in their places'
+    assert all(after[name] is parameter for name, parameter in parameters.items()), (
+        'parameters are back in their places'
+    )
 
 
 def test_gradient_checkpointing_of_several_batches_before_one_backward_pass(tiny_student):
@@ -104,9 +111,13 @@ def stop(*_):
 
 STAGES = {
     "teacher's forward": lambda task: task.get_dynamic_teacher().wide.layer3[0].register_forward_hook(stop),
-    "teacher's backward": lambda task: task.get_dynamic_teacher().wide.layer2[0].conv2.register_full_backward_hook(stop),
+    "teacher's backward": lambda task: (
+        task.get_dynamic_teacher().wide.layer2[0].conv2.register_full_backward_hook(stop)
+    ),
     "student's forward": lambda task: task.get_dynamic_teacher().student.layer3[0].register_forward_hook(stop),
-    "student's backward": lambda task: task.get_dynamic_teacher().student.layer2[0].conv2.register_full_backward_hook(stop),
+    "student's backward": lambda task: (
+        task.get_dynamic_teacher().student.layer2[0].conv2.register_full_backward_hook(stop)
+    ),
     'end of backward': lambda task: task.get_dynamic_teacher().wide.bn1.weight.register_hook(stop),
 }
 
@@ -114,7 +125,7 @@ STAGES = {
 @pytest.mark.parametrize('recompute', [False, True], ids=['eager', 'checkpointing'])
 @pytest.mark.parametrize('stage', STAGES)
 def test_a_step_that_fails_leaves_no_trace(tiny_student, stage, recompute):
-    """Whatever the stage: the state that is saved then is whole, and the next step is that of a task without failure."""
+    """Whatever the stage: what is saved then is whole, and the next step is that of a task without failure."""
     task = GapPreservingTask(tiny_student, noise=0.1, num_branches=2, verbose=False).train()
     task.get_dynamic_teacher().set_grad_checkpointing(recompute)
     twin = copy.deepcopy(task)
@@ -149,12 +160,17 @@ STUDENTS = {
 
 
 @pytest.mark.usefixtures('may_change_settings')
-@pytest.mark.skipif(not hasattr(torch._dynamo.config, 'trace_autograd_ops'), reason=(
-    f'torch {torch.__version__} traces no backward pass within a forward pass'))
-@pytest.mark.parametrize('name, branches, backend', [
-    ('resnet', 6, 'aot_eager'), ('efficientnet', 6, 'eager'), ('vit', 1, 'eager'),
-    pytest.param('resnet', 1, 'inductor', marks=pytest.mark.skipif(not shutil.which('g++'), reason='needs a compiler')),
-])
+@pytest.mark.parametrize(
+    'name, branches, backend',
+    [
+        ('resnet', 6, 'aot_eager'),
+        ('efficientnet', 6, 'eager'),
+        ('vit', 1, 'eager'),
+        pytest.param(
+            'resnet', 1, 'inductor', marks=pytest.mark.skipif(not shutil.which('g++'), reason='needs a compiler')
+        ),
+    ],
+)
 def test_compiles_as_one_graph(name, branches, backend):
     """No graph break anywhere in the joint step, and the same gradients."""
     task = GapPreservingTask(STUDENTS[name](), num_branches=branches, verbose=False).double().train()
@@ -168,8 +184,10 @@ def test_compiles_as_one_graph(name, branches, backend):
         torch.testing.assert_close(results[1][key], expected, rtol=1e-9, atol=1e-12)
     for result in results:
         result['loss'].backward()
-    gradients = [{name: parameter.grad for name, parameter in t.get_trainable_module().named_parameters()}
-                 for t in (task, compiled)]
+    gradients = [
+        {name: parameter.grad for name, parameter in t.get_trainable_module().named_parameters()}
+        for t in (task, compiled)
+    ]
     for parameter, expected in gradients[0].items():
         torch.testing.assert_close(gradients[1][parameter], expected, rtol=1e-7, atol=1e-9)
 
@@ -177,14 +195,17 @@ def test_compiles_as_one_graph(name, branches, backend):
 @pytest.mark.parametrize('branches', [1, 6])
 def test_kernels_are_merged_once_a_step(tiny_student, branches, monkeypatch):
     from timm_gpd.teacher.branches import BranchedKernel
+
     teacher = expand(tiny_student, num_branches=branches)
     calls = []
     merge = BranchedKernel.forward
-    monkeypatch.setattr(
-        BranchedKernel, 'forward', lambda self, *inputs: calls.append(self) or merge(self, *inputs))
+    monkeypatch.setattr(BranchedKernel, 'forward', lambda self, *inputs: calls.append(self) or merge(self, *inputs))
     teacher.joint(torch.randn(2, 1, 32, 32))
-    assert len(calls) == len(set(calls)) == sum(
-        isinstance(module, BranchedKernel) for module in teacher.branches.modules())
+    assert (
+        len(calls)
+        == len(set(calls))
+        == sum(isinstance(module, BranchedKernel) for module in teacher.branches.modules())
+    )
     assert bool(calls) == (branches > 1)
 
 
@@ -201,8 +222,10 @@ def test_extracted_models_are_ordinary_ones_with_the_same_functions(name, branch
     student, teacher = dynamic_teacher.eval().extract_student(), dynamic_teacher.extract_teacher()
     names = [name for name, _ in student.named_parameters()]
     memory = {parameter.data_ptr() for parameter in dynamic_teacher.parameters()}
-    for plain, tensors in ((teacher, dynamic_teacher.teacher_parameters()),
-                           (student, dynamic_teacher.student_parameters())):
+    for plain, tensors in (
+        (teacher, dynamic_teacher.teacher_parameters()),
+        (student, dynamic_teacher.student_parameters()),
+    ):
         assert [name for name, _ in plain.named_parameters()] == names
         assert all(p.equal(tensors[n]) and p.data_ptr() not in memory for n, p in plain.named_parameters())
     with torch.no_grad():
@@ -214,13 +237,15 @@ def test_extracted_models_are_ordinary_ones_with_the_same_functions(name, branch
 
 @pytest.mark.parametrize('branches', [1, 6])
 def test_one_model_alone_costs_one_model(tiny_student, branches, monkeypatch):
-    """Of the other model nothing is computed: no slice for the teacher, no scaled copy of all tensors for the student."""
+    """Of the other model nothing is computed: no slice for the teacher, no scaled copies for the student."""
     teacher = expand(tiny_student, num_branches=branches).eval()
     x = torch.randn(2, 1, 32, 32)
     with torch.no_grad():
         student_logits, teacher_logits = teacher.joint(x)
         slices, first_replica = [], TensorMap.first_replica
-        monkeypatch.setattr(TensorMap, 'first_replica', lambda self, tensor: slices.append(1) or first_replica(self, tensor))
+        monkeypatch.setattr(
+            TensorMap, 'first_replica', lambda self, tensor: slices.append(1) or first_replica(self, tensor)
+        )
         assert torch.equal(teacher(x), teacher_logits) and not slices
         monkeypatch.setattr(SharedTensors, 'of_teacher', None)
         monkeypatch.setattr(SharedTensors, '__call__', None)

@@ -1,4 +1,5 @@
 """Training dynamics: what the student learns, and that it is what is extracted."""
+
 import copy
 
 import pytest
@@ -16,8 +17,10 @@ from timm_gpd.expansion.verify import randomize_, relative_error
 def batches(count, batch_size=8):
     generator = torch.Generator().manual_seed(1)
     for _ in range(count):
-        yield (torch.randn(batch_size, 1, 32, 32, generator=generator),
-               torch.randint(10, (batch_size,), generator=generator))
+        yield (
+            torch.randn(batch_size, 1, 32, 32, generator=generator),
+            torch.randint(10, (batch_size,), generator=generator),
+        )
 
 
 OPTIMIZERS = [

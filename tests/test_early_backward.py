@@ -1,4 +1,5 @@
 """The dynamic teacher's backward pass before the student's forward pass: the same gradients, less memory."""
+
 import copy
 import gc
 import weakref
@@ -25,12 +26,16 @@ def gradients(task, loss):
     return dict(zip(parameters, found))
 
 
-@pytest.mark.parametrize('settings', [
-    dict(),
-    dict(scale='teacher', noise=0.1),
-    dict(num_branches=6, noise=0.1),
-    dict(static_teacher='resnet', distill_type='dkd,reviewkd', num_branches=2),
-], ids=['plain', 'teacher', 'branches', 'static'])
+@pytest.mark.parametrize(
+    'settings',
+    [
+        dict(),
+        dict(scale='teacher', noise=0.1),
+        dict(num_branches=6, noise=0.1),
+        dict(static_teacher='resnet', distill_type='dkd,reviewkd', num_branches=2),
+    ],
+    ids=['plain', 'teacher', 'branches', 'static'],
+)
 def test_gradients_are_those_of_the_sum_of_losses(settings):
     if 'static_teacher' in settings:
         settings['static_teacher'] = timm.create_model('test_resnet', num_classes=10, in_chans=1)
@@ -49,7 +54,8 @@ def test_gradients_are_those_of_the_sum_of_losses(settings):
         student, teacher = outputs['student'].logits, outputs['dynamic_teacher'].logits
         distillation = sum(
             sum(learners.step_loss.distillers[name](output, static_output, target).values())
-            for name, output in outputs.items())
+            for name, output in outputs.items()
+        )
     loss = twin.criterion(student, target) + twin.criterion(teacher, target) + distillation
     loss = loss + twin.gpd_weight * twin.gpd_loss(student, teacher)
     for name, expected in gradients(twin, loss / 4).items():
@@ -96,9 +102,9 @@ def test_float16_waits_for_the_scale_of_its_gradients(tiny_student):
 
 
 def test_a_tensor_under_two_names_gets_its_gradient_once():
-    tensor = torch.tensor(3., requires_grad=True)
+    tensor = torch.tensor(3.0, requires_grad=True)
     tied = tensor * 1
-    early = EarlyBackward([tied, tied, torch.tensor(2.)])
+    early = EarlyBackward([tied, tied, torch.tensor(2.0)])
     result = early.run({'loss': tied * tied * 2, 'a': tied})
     assert result['loss'] == 18 and not any(value.requires_grad for value in result.values())
     loss = early.join(result['loss'])
@@ -107,12 +113,12 @@ def test_a_tensor_under_two_names_gets_its_gradient_once():
 
 
 def test_without_gradients_it_only_runs():
-    tensor = torch.tensor(3., requires_grad=True)
+    tensor = torch.tensor(3.0, requires_grad=True)
     with torch.no_grad():
         early = EarlyBackward([tensor])
         assert early.join(early.run({'loss': tensor * 2})['loss']) == 6 and not early.is_early
-    early = EarlyBackward([torch.tensor(3.)])
-    loss = early.join(early.run({'loss': torch.tensor(6.)})['loss'])
+    early = EarlyBackward([torch.tensor(3.0)])
+    loss = early.join(early.run({'loss': torch.tensor(6.0)})['loss'])
     assert loss == 6 and not loss.requires_grad and not early.is_early
 
 
@@ -129,6 +135,7 @@ def test_a_loss_gives_its_gradients_once(tiny_student):
 
 def test_what_the_teachers_loss_depends_on_gets_its_gradient(tiny_student):
     """Images, what made them, and parameters of the criterion: from the sum of losses, not the student's share."""
+
     class Tempered(nn.Module):
         def __init__(self) -> None:
             super().__init__()

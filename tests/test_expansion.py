@@ -1,4 +1,5 @@
 """Expansion is exact, and extraction gives the student back."""
+
 import copy
 import pickle
 from dataclasses import replace
@@ -8,9 +9,11 @@ import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from timm.layers import StdConv2d
 
 from exactness import expansion_errors
 from timm_gpd import Rule, UnsupportedModelError, expand, plan_expansion, register_rule
+from timm_gpd.axes import AxisMap
 from timm_gpd.errors import NoClassifierError
 from timm_gpd.expansion import planner, verify
 from timm_gpd.expansion.images import accepted_input_shape
@@ -40,18 +43,28 @@ def test_expansion_is_exact(name, size, kwargs, ratio):
     assert max(errors.values()) <= 1e-12, errors
 
 
-@pytest.mark.parametrize('name, kwargs, size', [
-    ('resnet18', {'in_chans': 1, 'num_classes': 5}, (40, 56)),
-    ('resnet18', {'in_chans': 8, 'num_classes': 2, 'global_pool': 'max'}, (33, 64)),
-    ('efficientnet_b0', {'in_chans': 4, 'num_classes': 3, 'drop_path_rate': 0.2}, (64, 48)),
-    ('vit_tiny_patch16_224', {'in_chans': 2, 'num_classes': 4, 'img_size': (32, 64), 'global_pool': 'avg'}, (32, 64)),
-    ('vit_tiny_patch16_224', {'num_classes': 4, 'dynamic_img_size': True, 'qk_norm': True, 'init_values': 1e-6},
-     (48, 48)),
-    ('swin_tiny_patch4_window7_224', {'num_classes': 4, 'img_size': (64, 32), 'window_size': 4}, (64, 32)),
-    # These keep no record of img_size and accept no square.
-    ('levit_128s', {'num_classes': 4, 'img_size': (64, 128)}, (64, 128)),
-    ('hiera_tiny_224', {'num_classes': 4, 'img_size': (64, 96)}, (64, 96)),
-])
+@pytest.mark.parametrize(
+    'name, kwargs, size',
+    [
+        ('resnet18', {'in_chans': 1, 'num_classes': 5}, (40, 56)),
+        ('resnet18', {'in_chans': 8, 'num_classes': 2, 'global_pool': 'max'}, (33, 64)),
+        ('efficientnet_b0', {'in_chans': 4, 'num_classes': 3, 'drop_path_rate': 0.2}, (64, 48)),
+        (
+            'vit_tiny_patch16_224',
+            {'in_chans': 2, 'num_classes': 4, 'img_size': (32, 64), 'global_pool': 'avg'},
+            (32, 64),
+        ),
+        (
+            'vit_tiny_patch16_224',
+            {'num_classes': 4, 'dynamic_img_size': True, 'qk_norm': True, 'init_values': 1e-6},
+            (48, 48),
+        ),
+        ('swin_tiny_patch4_window7_224', {'num_classes': 4, 'img_size': (64, 32), 'window_size': 4}, (64, 32)),
+        # These keep no record of img_size and accept no square.
+        ('levit_128s', {'num_classes': 4, 'img_size': (64, 128)}, (64, 128)),
+        ('hiera_tiny_224', {'num_classes': 4, 'img_size': (64, 96)}, (64, 96)),
+    ],
+)
 def test_any_input_and_classes(name, kwargs, size):
     student = timm.create_model(name, **kwargs)
     x = torch.randn(3, kwargs.get('in_chans', 3), *size)
@@ -81,12 +94,19 @@ def test_float32(name, scale):
 @pytest.mark.parametrize('name', ('test_vit', 'test_nfnet', 'edgenext_xx_small'))
 def test_the_student_given_is_not_modified(name):
     """Neither its tensors nor its modules' attributes, among them head counts, sizes, classes and hooks."""
+
     def attributes(model):
         return {
-            name: {'class': type(module), **{
-                key: copy.deepcopy(value) for key, value in vars(module).items()
-                if key not in ('_parameters', '_buffers', '_modules') and not isinstance(value, nn.Module)}}
-            for name, module in model.named_modules()}
+            name: {
+                'class': type(module),
+                **{
+                    key: copy.deepcopy(value)
+                    for key, value in vars(module).items()
+                    if key not in ('_parameters', '_buffers', '_modules') and not isinstance(value, nn.Module)
+                },
+            }
+            for name, module in model.named_modules()
+        }
 
     student = timm.create_model(name, num_classes=5)
     tensors, before = copy.deepcopy(student.state_dict()), attributes(student)
@@ -123,14 +143,17 @@ def test_a_wrong_shape_is_told_by_name(tiny_student):
         plan.expand({'fc.weight': torch.zeros(3, 3)})
 
 
-@pytest.mark.parametrize('kwargs, message', [
-    ({'ratio': 0}, 'ratio must be a positive integer'),
-    ({'ratio': 1.5}, 'ratio must be a positive integer'),
-    ({'ratio': True}, 'ratio must be a positive integer'),
-    ({'num_branches': 0}, 'num_branches must be a positive integer'),
-    ({'noise': -1.0}, 'noise must be'),
-    ({'scale': 'both'}, 'scale must be one of student, teacher'),
-])
+@pytest.mark.parametrize(
+    'kwargs, message',
+    [
+        ({'ratio': 0}, 'ratio must be a positive integer'),
+        ({'ratio': 1.5}, 'ratio must be a positive integer'),
+        ({'ratio': True}, 'ratio must be a positive integer'),
+        ({'num_branches': 0}, 'num_branches must be a positive integer'),
+        ({'noise': -1.0}, 'noise must be'),
+        ({'scale': 'both'}, 'scale must be one of student, teacher'),
+    ],
+)
 def test_bad_arguments(tiny_student, kwargs, message):
     with pytest.raises(ValueError, match=message):
         expand(tiny_student, **kwargs)
@@ -146,6 +169,7 @@ def test_no_classifier():
 
 def test_a_module_that_stops_the_plan_is_no_missing_classifier(monkeypatch):
     """Whatever the message says."""
+
     def forward(self, x):
         raise ValueError('this has no classifier')
 
@@ -155,11 +179,14 @@ def test_a_module_that_stops_the_plan_is_no_missing_classifier(monkeypatch):
     assert not isinstance(raised.value, NoClassifierError)
 
 
-@pytest.mark.parametrize('name, kwargs, shape', [
-    ('test_resnet', {'in_chans': 5}, (5, 160, 160)),  # its own record
-    ('vit_tiny_patch16_224', {'img_size': (32, 64)}, (3, 32, 64)),
-    ('levit_128s', {'img_size': (64, 128)}, (3, 64, 128)),  # no record: searched
-])
+@pytest.mark.parametrize(
+    'name, kwargs, shape',
+    [
+        ('test_resnet', {'in_chans': 5}, (5, 160, 160)),  # its own record
+        ('vit_tiny_patch16_224', {'img_size': (32, 64)}, (3, 32, 64)),
+        ('levit_128s', {'img_size': (64, 128)}, (3, 64, 128)),  # no record: searched
+    ],
+)
 def test_the_plan_says_what_images_the_student_accepts(name, kwargs, shape, monkeypatch):
     searched = []
 
@@ -189,7 +216,7 @@ class ChannelReverse(nn.Module):
         self.channels = channels
 
     def forward(self, x):
-        return torch.cat([x[:, :self.channels].flip(1), x[:, self.channels:]], 1)
+        return torch.cat([x[:, : self.channels].flip(1), x[:, self.channels :]], 1)
 
 
 class ReversingNet(nn.Module):
@@ -233,12 +260,17 @@ def test_the_module_that_stops_the_plan_is_named():
         expand(ThirdsNet())
 
 
-@pytest.mark.parametrize('function', [
-    lambda x, weight: x @ weight,
-    lambda x, weight: torch.einsum('bi,io->bo', x, weight),
-    lambda x, weight: F.bilinear(x, x, weight.expand(8, 8, 8)),
-], ids=('matmul', 'einsum', 'bilinear'))
-def test_a_function_that_is_not_watched_is_refused_where_it_meets_something_wider(function):
+@pytest.mark.parametrize(
+    'function, message',
+    [
+        (lambda x, weight: F.bilinear(x, x, weight.expand(8, 8, 8)), 'reverse.weight is repeated|summed over 2 axes'),
+        (lambda x, weight: torch.cdist(x, weight) @ weight, 'cdist'),
+        (lambda x, weight: torch.einsum('bi,ii->bi', x, weight), 'a diagonal of reverse.weight is multiplied'),
+        (lambda x, weight: x @ (weight @ weight), 'sums over an axis that is computed from reverse.weight'),
+    ],
+    ids=('bilinear', 'cdist', 'diagonal', 'product of parameters'),
+)
+def test_a_function_that_is_not_known_is_refused_where_a_parameter_meets_something_wider(function, message):
     class Product(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -249,9 +281,102 @@ def test_a_function_that_is_not_watched_is_refused_where_it_meets_something_wide
 
     student = ReversingNet()
     student.reverse, student.conv2 = Product(), nn.Conv2d(8, 8, 1)
-    with pytest.raises(UnsupportedModelError, match=r"module 'reverse' of class .*Product"):
-        plan_expansion(student)
+    with pytest.raises(UnsupportedModelError, match=rf"module 'reverse' of class .*Product.*({message})"):
+        expand(student)
     assert plan_expansion(student, ratio=1).ratio == 1  # nothing is wider, so nothing is refused
+
+
+@pytest.mark.parametrize('channels', (1, 2, 3, 4))
+def test_channels_of_images_are_found_where_a_student_does_not_say_them(channels):
+    student = ReversingNet()
+    del student.in_chans
+    student.conv, student.reverse = nn.Conv2d(channels, 8, 3), nn.Identity()
+    teacher = expand(student)
+    assert teacher.plan.input_shape == (channels, 224, 224)
+    x = torch.randn(2, channels, 16, 16)
+    assert relative_error(teacher(x), student(x)) < 1e-5
+
+
+def test_a_student_that_runs_on_no_images_says_what_to_set():
+    student = ReversingNet()
+    del student.in_chans
+    student.conv, student.reverse = nn.Conv2d(7, 8, 3), nn.Identity()
+    for make in (plan_expansion, expand):
+        with pytest.raises(UnsupportedModelError, match='runs on no images that were tried.*in_chans') as raised:
+            make(student)
+        assert len(str(raised.value).splitlines()) == 1
+    student.in_chans = 7
+    assert expand(student).plan.input_shape == (7, 224, 224)
+
+
+@pytest.mark.parametrize(
+    'parametrize, remove',
+    [
+        (
+            lambda module: nn.utils.parametrizations.weight_norm(module),
+            lambda module: nn.utils.parametrize.remove_parametrizations(module, 'weight'),
+        ),
+        (
+            lambda module: nn.utils.parametrizations.spectral_norm(module),
+            lambda module: nn.utils.parametrize.remove_parametrizations(module, 'weight'),
+        ),
+        (lambda module: nn.utils.weight_norm(module), nn.utils.remove_weight_norm),
+        (lambda module: nn.utils.spectral_norm(module), nn.utils.remove_spectral_norm),
+    ],
+    ids=('weight norm', 'spectral norm', 'old weight norm', 'old spectral norm'),
+)
+@pytest.mark.filterwarnings('ignore')
+def test_a_parametrized_weight_is_refused_with_what_to_remove(parametrize, remove):
+    student = ReversingNet()
+    student.reverse = nn.Identity()
+    parametrize(student.conv2)
+    with pytest.raises(UnsupportedModelError, match="of module 'conv2'.*torch.nn.utils.*remove_.*module, 'weight'"):
+        expand(student)
+    remove(student.conv2)
+    assert expand(student).plan.ratio == 2
+
+
+def test_layers_may_be_called_by_keyword():
+    class Keywords(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)
+            self.standardised = StdConv2d(8, 8, 1)
+            self.instance, self.fc = nn.InstanceNorm2d(8, affine=True), nn.Linear(8, 8)
+
+        def forward(self, images):
+            x = self.instance(input=self.standardised(x=self.norm(input=self.conv(input=images))))
+            return self.fc(input=x.movedim(1, -1)).movedim(-1, 1)
+
+    class Net(ReversingNet):
+        def forward(self, x):
+            return self.fc(input=self.conv2(input=self.reverse(images=self.conv(input=x))).mean((2, 3)))
+
+    student = Net()
+    student.reverse = Keywords()
+    errors = expansion_errors(student, plan_expansion(student), torch.randn(3, 3, 16, 16))
+    assert max(errors.values()) <= 1e-12, errors
+
+
+def test_maps_that_are_flattened_are_read_channel_by_channel():
+    class Net(ReversingNet):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Sequential(nn.Linear(8 * 9, 12), nn.ReLU(), nn.Linear(12, 5))
+
+        def forward(self, x):
+            x = F.adaptive_avg_pool2d(self.conv2(self.conv(x)).relu(), 3)
+            return self.fc(F.dropout(torch.flatten(x, 1), training=self.training, p=0.0))
+
+        def get_classifier(self):
+            return self.fc[2]
+
+    student = Net()
+    for ratio in (2, 3):
+        plan = plan_expansion(student, ratio)
+        assert dict(plan.tensors['fc.0.weight'].axes)[1] == AxisMap.uniform(72, ratio, 9)
+        errors = expansion_errors(student, plan, torch.randn(3, 3, 16, 16))
+        assert max(errors.values()) <= 1e-12, errors
 
 
 def test_statistics_of_the_check_leave_deep_models_well_conditioned():

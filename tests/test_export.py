@@ -1,4 +1,5 @@
 """A student's folder and its card."""
+
 import json
 import os
 
@@ -24,17 +25,42 @@ def card(student, folder, recipe, *more):
 
 def test_card_tells_the_run(tiny_student, tmp_path):
     (tmp_path / 'gap.png').write_bytes(b'plot')
-    result = card(tiny_student, tmp_path / 'student', recipe(
-        '--gpd', '--gpd-ratio', '3', '--gpd-branches', '6', '--kd-model-name', 'local-dir:/home/someone/teacher',
-        '--data-dir', '/home/someone/images'), METRICS, str(tmp_path / 'gap.png'))
+    result = card(
+        tiny_student,
+        tmp_path / 'student',
+        recipe(
+            '--gpd',
+            '--gpd-ratio',
+            '3',
+            '--gpd-branches',
+            '6',
+            '--kd-model-name',
+            'local-dir:/home/someone/teacher',
+            '--data-dir',
+            '/home/someone/images',
+        ),
+        METRICS,
+        str(tmp_path / 'gap.png'),
+    )
     assert result.data.library_name == 'timm' and 'gap-preserving-distillation' in result.data.tags
     assert [(r.metric_type, r.metric_name, r.metric_value, r.dataset_name) for r in result.data.eval_results] == [
-        ('accuracy', 'top-1 (%)', 93.123, 'digits'), ('accuracy', 'top-5 (%)', 99.5, 'digits')]
-    for text in ('a dynamic teacher of ratio 3', 'branches per convolution: 6', '`teacher`',
-                 f'{sum(p.numel() for p in tiny_student.parameters()):,} parameters', '1 × 32 × 32',
-                 '| student | 93.12 | 99.50 |', '| dynamic teacher | 94.75 |  |', '| static teacher | 96.00 |  |',
-                 '![Top-1 of the student and its teachers over epochs](gap.png)', 'arxiv.org/abs/2410.04140',
-                 "create_model('local-dir:path/to/this/folder', pretrained=True)", '@inproceedings'):
+        ('accuracy', 'top-1 (%)', 93.123, 'digits'),
+        ('accuracy', 'top-5 (%)', 99.5, 'digits'),
+    ]
+    for text in (
+        'a dynamic teacher of ratio 3',
+        'branches per convolution: 6',
+        '`teacher`',
+        f'{sum(p.numel() for p in tiny_student.parameters()):,} parameters',
+        '1 × 32 × 32',
+        '| student | 93.12 | 99.50 |',
+        '| dynamic teacher | 94.75 |  |',
+        '| static teacher | 96.00 |  |',
+        '![Top-1 of the student and its teachers over epochs](gap.png)',
+        'arxiv.org/abs/2410.04140',
+        "create_model('local-dir:path/to/this/folder', pretrained=True)",
+        '@inproceedings',
+    ):
         assert text in result.text, text
     assert 'someone' not in result.content
     assert (tmp_path / 'student' / 'gap.png').read_bytes() == b'plot'
@@ -67,8 +93,9 @@ def test_published_card_differs_in_its_name_only(tiny_student, tmp_path):
 
 
 def test_weights_and_arguments_come_back(tiny_student, tmp_path):
-    save_student(tiny_student, str(tmp_path / 'student'), recipe(
-        '--model-kwargs', 'channels=[8,16,32,64]', 'stem_width=4'), {})
+    save_student(
+        tiny_student, str(tmp_path / 'student'), recipe('--model-kwargs', 'channels=[8,16,32,64]', 'stem_width=4'), {}
+    )
     config = json.loads((tmp_path / 'student' / 'config.json').read_text())
     assert config['architecture'] == 'test_resnet' and config['model_args']['stem_width'] == 4
     loaded = timm.create_model(f'local-dir:{tmp_path}/student', pretrained=True)

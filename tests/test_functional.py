@@ -1,4 +1,5 @@
 """Running a module on tensors that it does not own: right wherever a module keeps its parts, and it stays as it was."""
+
 import copy
 
 import pytest
@@ -52,8 +53,12 @@ def test_the_twin_computes_what_the_model_with_those_parameters_would(checkpoint
     expected = [other(x), other(x)]
     for output, reference in zip(outputs, expected):
         torch.testing.assert_close(output, reference, rtol=1e-12, atol=1e-12)
-    actual = torch.autograd.grad(sum(output.sum() for output in outputs), list({id(p): p for p in parameters.values()}.values()))
-    for gradient, reference in zip(actual, torch.autograd.grad(sum(o.sum() for o in expected), list(other.parameters()))):
+    actual = torch.autograd.grad(
+        sum(output.sum() for output in outputs), list({id(p): p for p in parameters.values()}.values())
+    )
+    for gradient, reference in zip(
+        actual, torch.autograd.grad(sum(o.sum() for o in expected), list(other.parameters()))
+    ):
         torch.testing.assert_close(gradient, reference, rtol=1e-10, atol=1e-12)
     copy.deepcopy(model)  # holds nothing computed
 

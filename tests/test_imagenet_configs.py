@@ -1,4 +1,5 @@
 """The paper's ImageNet recipes: what their files say, and two steps of each on random images."""
+
 import glob
 import os
 
@@ -14,7 +15,7 @@ from timm_gpd.training.student import create_student, resolve_input, set_input
 from timm_gpd.training.task import create_task
 
 FOLDER = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), 'configs', 'imagenet')
-CONFIGS = sorted(os.path.basename(path)[:-len('.yaml')] for path in glob.glob(os.path.join(FOLDER, '*.yaml')))
+CONFIGS = sorted(os.path.basename(path)[: -len('.yaml')] for path in glob.glob(os.path.join(FOLDER, '*.yaml')))
 PAIRS = {
     'resnet34_resnet18': ('resnet34.tv_in1k', 'resnet18', 0.5),
     'resnet50_mobilenetv1': ('resnet50.tv_in1k', 'mobilenetv1_100', 2),
@@ -23,8 +24,20 @@ PAIRS = {
 KINDS = ('dkd', 'reviewkd', 'scratch', 'finetune')
 CLASSES, SIZE, BATCH = 3, 32, 3
 # A tiny run. Branches have tests of their own and would take most of the time.
-TINY = ['--device', 'cpu', '--num-classes', CLASSES, '--input-size', 3, SIZE, SIZE, '--batch-size', BATCH,
-        '--gpd-branches', 1]
+TINY = [
+    '--device',
+    'cpu',
+    '--num-classes',
+    CLASSES,
+    '--input-size',
+    3,
+    SIZE,
+    SIZE,
+    '--batch-size',
+    BATCH,
+    '--gpd-branches',
+    1,
+]
 
 
 def parse(config, *arguments):
@@ -51,17 +64,34 @@ def test_values_are_the_recipes(config):
     teacher, student, beta = PAIRS[pair]
     args = parse(config)
     assert args.model.partition('.')[0] == student and args.num_classes == 1000
-    recipe = dict(momentum=0.9, weight_decay=1e-4, clip_grad=5.0, clip_mode='norm', batch_size=512, grad_accum_steps=1,
-                  sched='multistep', decay_milestones=[30, 60, 90], decay_rate=0.1, warmup_epochs=0, smoothing=0.0,
-                  mixup=0.0, cutmix=0.0, gpd=True, gpd_ratio=2, gpd_branches=6, gpd_loss='sce', gpd_weight=3.0,
-                  lr=0.01 if kind == 'finetune' else 0.1, epochs=50 if kind == 'finetune' else 100)
+    recipe = dict(
+        momentum=0.9,
+        weight_decay=1e-4,
+        clip_grad=5.0,
+        clip_mode='norm',
+        batch_size=512,
+        grad_accum_steps=1,
+        sched='multistep',
+        decay_milestones=[30, 60, 90],
+        decay_rate=0.1,
+        warmup_epochs=0,
+        smoothing=0.0,
+        mixup=0.0,
+        cutmix=0.0,
+        gpd=True,
+        gpd_ratio=2,
+        gpd_branches=6,
+        gpd_loss='sce',
+        gpd_weight=3.0,
+        lr=0.01 if kind == 'finetune' else 0.1,
+        epochs=50 if kind == 'finetune' else 100,
+    )
     assert {name: getattr(args, name) for name in recipe} == recipe
     static = kind in ('dkd', 'reviewkd')
     assert args.kd_model_name == (teacher if static else None)
     if static:
         assert args.kd_distill_type == kind
-        assert args.kd_loss_args == (
-            dict(alpha=1, beta=beta, temperature=1) if kind == 'dkd' else dict(weight=1))
+        assert args.kd_loss_args == (dict(alpha=1, beta=beta, temperature=1) if kind == 'dkd' else dict(weight=1))
 
 
 def test_there_is_one_of_each():
@@ -86,8 +116,11 @@ def test_two_steps(config, weights):
     set_input(student, resolve_input(args, student))
     if config.endswith('finetune'):
         started = torch.load(weights(args.model))
-        assert all(torch.equal(started[name], tensor) for name, tensor in student.state_dict().items()
-                   if not name.startswith(student.pretrained_cfg['classifier']))
+        assert all(
+            torch.equal(started[name], tensor)
+            for name, tensor in student.state_dict().items()
+            if not name.startswith(student.pretrained_cfg['classifier'])
+        )
     task = create_task(args, student, torch.device('cpu'))
     optimizer = create_optimizer(args, task)
     batches = [(torch.randn(BATCH, 3, SIZE, SIZE), torch.randint(CLASSES, (BATCH,))) for _ in range(2)]

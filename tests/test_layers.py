@@ -1,4 +1,5 @@
 """Layers of torch.nn and timm that models use rarely, one small model for each."""
+
 import pickle
 
 import pytest
@@ -14,6 +15,7 @@ from timm_gpd.expansion.verify import relative_error
 
 class Student(nn.Module):
     """Images (B, 3, 8, 8) to logits (B, 5), through a body that maps to (B, ..., width)."""
+
     pretrained_cfg = {'input_size': (3, 8, 8)}
 
     def __init__(self, body: nn.Module, width: int) -> None:
@@ -87,54 +89,103 @@ def channels_last() -> nn.Module:
 # Each maps images to 8 channels at the end, or to `r` times as many: built r times as wide everywhere.
 BODIES = {
     'conv1d': lambda r=1: nn.Sequential(
-        Reshape(lambda x: x.flatten(2)), nn.Conv1d(3, 8 * r, 3), nn.BatchNorm1d(8 * r), nn.GELU(),
-        nn.Conv1d(8 * r, 12 * r, 3, groups=4), nn.Conv1d(12 * r, 12 * r, 3, groups=12 * r),
-        nn.InstanceNorm1d(12 * r, affine=True), nn.Conv1d(12 * r, 8 * r, 1), channels_last()),
+        Reshape(lambda x: x.flatten(2)),
+        nn.Conv1d(3, 8 * r, 3),
+        nn.BatchNorm1d(8 * r),
+        nn.GELU(),
+        nn.Conv1d(8 * r, 12 * r, 3, groups=4),
+        nn.Conv1d(12 * r, 12 * r, 3, groups=12 * r),
+        nn.InstanceNorm1d(12 * r, affine=True),
+        nn.Conv1d(12 * r, 8 * r, 1),
+        channels_last(),
+    ),
     'conv3d': lambda r=1: nn.Sequential(
-        Reshape(lambda x: x.unsqueeze(2).expand(-1, -1, 4, -1, -1)), nn.Conv3d(3, 6 * r, 3), nn.BatchNorm3d(6 * r),
-        nn.PReLU(6 * r), nn.Conv3d(6 * r, 6 * r, (1, 3, 3), groups=6 * r), nn.Conv3d(6 * r, 8 * r, 1, groups=2),
-        channels_last()),
+        Reshape(lambda x: x.unsqueeze(2).expand(-1, -1, 4, -1, -1)),
+        nn.Conv3d(3, 6 * r, 3),
+        nn.BatchNorm3d(6 * r),
+        nn.PReLU(6 * r),
+        nn.Conv3d(6 * r, 6 * r, (1, 3, 3), groups=6 * r),
+        nn.Conv3d(6 * r, 8 * r, 1, groups=2),
+        channels_last(),
+    ),
     'conv depthwise with a multiplier': lambda r=1: nn.Sequential(
-        nn.Conv2d(3, 4 * r, 3), nn.Conv2d(4 * r, 12 * r, 3, groups=4), nn.GELU(), nn.Conv2d(12 * r, 8 * r, 1),
-        channels_last()),
+        nn.Conv2d(3, 4 * r, 3),
+        nn.Conv2d(4 * r, 12 * r, 3, groups=4),
+        nn.GELU(),
+        nn.Conv2d(12 * r, 8 * r, 1),
+        channels_last(),
+    ),
     # A single output is a mask, and stays.
     'conv of one channel': lambda r=1: nn.Sequential(
-        nn.Conv2d(3, 1, 1), nn.GELU(), nn.Conv2d(1, 8 * r, 3), nn.GELU(), nn.Conv2d(8 * r, 8 * r, 1), channels_last()),
+        nn.Conv2d(3, 1, 1), nn.GELU(), nn.Conv2d(1, 8 * r, 3), nn.GELU(), nn.Conv2d(8 * r, 8 * r, 1), channels_last()
+    ),
     'conv_transpose1d': lambda r=1: nn.Sequential(
-        Reshape(lambda x: x.flatten(2)), nn.ConvTranspose1d(3, 8 * r, 3), nn.GELU(),
-        nn.ConvTranspose1d(8 * r, 8 * r, 2), channels_last()),
+        Reshape(lambda x: x.flatten(2)),
+        nn.ConvTranspose1d(3, 8 * r, 3),
+        nn.GELU(),
+        nn.ConvTranspose1d(8 * r, 8 * r, 2),
+        channels_last(),
+    ),
     'conv_transpose2d': lambda r=1: nn.Sequential(
-        nn.ConvTranspose2d(3, 6 * r, 2, stride=2), nn.GELU(), nn.ConvTranspose2d(6 * r, 4 * r, 3, groups=2),
-        nn.ConvTranspose2d(4 * r, 4 * r, 3, groups=4 * r, bias=False), nn.GELU(), nn.ConvTranspose2d(4 * r, 8 * r, 1),
-        channels_last()),
+        nn.ConvTranspose2d(3, 6 * r, 2, stride=2),
+        nn.GELU(),
+        nn.ConvTranspose2d(6 * r, 4 * r, 3, groups=2),
+        nn.ConvTranspose2d(4 * r, 4 * r, 3, groups=4 * r, bias=False),
+        nn.GELU(),
+        nn.ConvTranspose2d(4 * r, 8 * r, 1),
+        channels_last(),
+    ),
     'conv_transpose3d': lambda r=1: nn.Sequential(
-        Reshape(lambda x: x.unsqueeze(2)), nn.ConvTranspose3d(3, 4 * r, 2), nn.GELU(),
-        nn.ConvTranspose3d(4 * r, 8 * r, (1, 2, 2)), channels_last()),
+        Reshape(lambda x: x.unsqueeze(2)),
+        nn.ConvTranspose3d(3, 4 * r, 2),
+        nn.GELU(),
+        nn.ConvTranspose3d(4 * r, 8 * r, (1, 2, 2)),
+        channels_last(),
+    ),
     'embedding': lambda r=1: nn.Sequential(Codes(6 * r), nn.GELU(), nn.Linear(6 * r, 8 * r)),
     'group_norm': lambda r=1: nn.Sequential(
-        nn.Conv2d(3, 8 * r, 3), nn.GroupNorm(4, 8 * r), nn.Conv2d(8 * r, 8 * r, 1), channels_last()),
+        nn.Conv2d(3, 8 * r, 3), nn.GroupNorm(4, 8 * r), nn.Conv2d(8 * r, 8 * r, 1), channels_last()
+    ),
     'lstm': lambda r=1: nn.Sequential(
-        rows(), First(nn.LSTM(3, 4 * r, num_layers=2, bidirectional=True, batch_first=True))),
+        rows(), First(nn.LSTM(3, 4 * r, num_layers=2, bidirectional=True, batch_first=True))
+    ),
     'lstm of hidden size 1': lambda r=1: nn.Sequential(
-        rows(), nn.Linear(3, 4 * r), First(nn.LSTM(4 * r, r, bidirectional=True, batch_first=True)),
-        nn.Linear(2 * r, 8 * r)),
+        rows(),
+        nn.Linear(3, 4 * r),
+        First(nn.LSTM(4 * r, r, bidirectional=True, batch_first=True)),
+        nn.Linear(2 * r, 8 * r),
+    ),
     'lstm with projections': lambda r=1: nn.Sequential(
-        rows(), nn.Linear(3, 6 * r), First(nn.LSTM(6 * r, 9 * r, num_layers=2, proj_size=8 * r, batch_first=True))),
+        rows(), nn.Linear(3, 6 * r), First(nn.LSTM(6 * r, 9 * r, num_layers=2, proj_size=8 * r, batch_first=True))
+    ),
     'gru': lambda r=1: nn.Sequential(
-        rows(), nn.Linear(3, 6 * r), First(nn.GRU(6 * r, 8 * r, bias=False, batch_first=True))),
+        rows(), nn.Linear(3, 6 * r), First(nn.GRU(6 * r, 8 * r, bias=False, batch_first=True))
+    ),
     'rnn': lambda r=1: nn.Sequential(
-        rows(), nn.Linear(3, 6 * r), First(nn.RNN(6 * r, 8 * r, nonlinearity='relu', batch_first=True))),
+        rows(), nn.Linear(3, 6 * r), First(nn.RNN(6 * r, 8 * r, nonlinearity='relu', batch_first=True))
+    ),
     'cross attention': lambda r=1: nn.Sequential(tokens(), CrossAttention(r)),
     'transformer': lambda r=1: nn.Sequential(
-        tokens(), nn.Linear(3, 8 * r),
-        nn.TransformerEncoderLayer(8 * r, 2 * r, 16 * r, dropout=0., batch_first=True)),
+        tokens(), nn.Linear(3, 8 * r), nn.TransformerEncoderLayer(8 * r, 2 * r, 16 * r, dropout=0.0, batch_first=True)
+    ),
     'weight standardisation': lambda r=1: nn.Sequential(
-        StdConv2d(3, 6 * r, 3), nn.GELU(), StdConv2d(6 * r, 6 * r, 3, groups=6 * r, bias=True),
-        StdConv2d(6 * r, 8 * r, 3, groups=2), nn.GELU(), StdConv2d(8 * r, 8 * r, 1), channels_last()),
+        StdConv2d(3, 6 * r, 3),
+        nn.GELU(),
+        StdConv2d(6 * r, 6 * r, 3, groups=6 * r, bias=True),
+        StdConv2d(6 * r, 8 * r, 3, groups=2),
+        nn.GELU(),
+        StdConv2d(8 * r, 8 * r, 1),
+        channels_last(),
+    ),
     'scaled weight standardisation': lambda r=1: nn.Sequential(
-        ScaledStdConv2d(3, 6 * r, 3), nn.GELU(), ScaledStdConv2d(6 * r, 6 * r, 3, groups=6 * r),
-        ScaledStdConv2d(6 * r, 8 * r, 3, groups=2), nn.GELU(), ScaledStdConv2d(8 * r, 8 * r, 1, gamma=1.7),
-        channels_last()),
+        ScaledStdConv2d(3, 6 * r, 3),
+        nn.GELU(),
+        ScaledStdConv2d(6 * r, 6 * r, 3, groups=6 * r),
+        ScaledStdConv2d(6 * r, 8 * r, 3, groups=2),
+        nn.GELU(),
+        ScaledStdConv2d(8 * r, 8 * r, 1, gamma=1.7),
+        channels_last(),
+    ),
 }
 
 

@@ -1,4 +1,5 @@
 """The house's plan: which rooms may know which, how large a file may grow, where private names of others may stand."""
+
 import ast
 import os
 import subprocess
@@ -46,8 +47,10 @@ def module_name(path):
     return '.'.join(parts[:-1] if parts[-1] == '__init__' else parts)
 
 
-FILES = {module_name(path): path for path in [
-    *sorted((ROOT / PACKAGE).rglob('*.py')), *(ROOT / f'{name}.py' for name in PROGRAMS)]}
+FILES = {
+    module_name(path): path
+    for path in [*sorted((ROOT / PACKAGE).rglob('*.py')), *(ROOT / f'{name}.py' for name in PROGRAMS)]
+}
 TREES = {name: ast.parse(path.read_text(), path.name) for name, path in FILES.items()}
 
 
@@ -66,11 +69,10 @@ def imported_modules(name):
             base = node.module or ''
             if node.level:
                 parents = package.split('.')
-                parents = parents[:len(parents) - node.level + 1]
+                parents = parents[: len(parents) - node.level + 1]
                 base = '.'.join(parents + ([base] if base else []))
             # `from package import name` imports the module of that name, where there is one.
-            targets = [
-                f'{base}.{alias.name}' if f'{base}.{alias.name}' in FILES else base for alias in node.names]
+            targets = [f'{base}.{alias.name}' if f'{base}.{alias.name}' in FILES else base for alias in node.names]
         else:
             continue
         for target in targets:
@@ -96,8 +98,11 @@ def test_no_module_imports_itself_by_way_of_others():
 
 def test_rooms_import_only_what_is_below_them():
     upwards = [
-        f'{name} imports {target}' for name, targets in GRAPH.items() for target in targets
-        if room(target) != room(name) and room(target) not in MAY_IMPORT[room(name)] | BOTTOM]
+        f'{name} imports {target}'
+        for name, targets in GRAPH.items()
+        for target in targets
+        if room(target) != room(name) and room(target) not in MAY_IMPORT[room(name)] | BOTTOM
+    ]
     assert not upwards, '\n'.join(upwards)
 
 
@@ -106,8 +111,13 @@ def test_every_room_has_its_place():
 
 
 def test_the_bottom_imports_only_itself():
-    above = [f'{name} imports {target}' for name in FILES if room(name) in BOTTOM
-             for target in GRAPH[name] if room(target) not in BOTTOM]
+    above = [
+        f'{name} imports {target}'
+        for name in FILES
+        if room(name) in BOTTOM
+        for target in GRAPH[name]
+        if room(target) not in BOTTOM
+    ]
     assert not above, '\n'.join(above)
 
 
@@ -122,7 +132,8 @@ def test_no_file_and_no_class_is_too_long(folder):
         long += [
             f'{name}: class {node.name} has {node.end_lineno - node.lineno + 1} lines'
             for node in ast.walk(ast.parse(source))
-            if isinstance(node, ast.ClassDef) and node.end_lineno - node.lineno + 1 > MAX_CLASS]
+            if isinstance(node, ast.ClassDef) and node.end_lineno - node.lineno + 1 > MAX_CLASS
+        ]
     assert not long, '\n'.join(long)
 
 
@@ -160,24 +171,34 @@ def private_names(tree):
                 yield f'{origins[first]}.{rest}', node.lineno
 
 
-@pytest.mark.parametrize('source, found', [
-    ('import torch\ntorch._foreach_mul(a, b)', ['torch._foreach_mul']),
-    ('import torch.nn as nn\nnn.modules.batchnorm._BatchNorm', ['torch.nn.modules.batchnorm._BatchNorm']),
-    ('from timm.models._features import feature_take_indices', ['timm.models._features.feature_take_indices']),
-    ('def f():\n    from torch import _C', ['torch._C']),
-    ('import torch\ntorch.__version__\nself._torch._x\n_private = torch.add', []),
-])
+@pytest.mark.parametrize(
+    'source, found',
+    [
+        ('import torch\ntorch._foreach_mul(a, b)', ['torch._foreach_mul']),
+        ('import torch.nn as nn\nnn.modules.batchnorm._BatchNorm', ['torch.nn.modules.batchnorm._BatchNorm']),
+        ('from timm.models._features import feature_take_indices', ['timm.models._features.feature_take_indices']),
+        ('def f():\n    from torch import _C', ['torch._C']),
+        ('import torch\ntorch.__version__\nself._torch._x\n_private = torch.add', []),
+    ],
+)
 def test_private_names_are_found(source, found):
     assert sorted({name for name, _ in private_names(ast.parse(source)) if is_private(name)}) == found
 
 
 def test_private_names_of_torch_and_timm_stand_in_one_module_each():
     homes = {f'{PACKAGE}.private_torch', f'{PACKAGE}.private_timm'}
-    trees = {**{name: tree for name, tree in TREES.items() if name not in homes}, **{
-        str(path.relative_to(ROOT)): ast.parse(path.read_text()) for path in (ROOT / 'benchmarks').glob('*.py')}}
-    strays = sorted({
-        f'{module}, line {line}: {name}' for module, tree in trees.items() for name, line in private_names(tree)
-        if name.split('.')[0] in ('torch', 'timm', 'torchvision') and is_private(name)})
+    trees = {
+        **{name: tree for name, tree in TREES.items() if name not in homes},
+        **{str(path.relative_to(ROOT)): ast.parse(path.read_text()) for path in (ROOT / 'benchmarks').glob('*.py')},
+    }
+    strays = sorted(
+        {
+            f'{module}, line {line}: {name}'
+            for module, tree in trees.items()
+            for name, line in private_names(tree)
+            if name.split('.')[0] in ('torch', 'timm', 'torchvision') and is_private(name)
+        }
+    )
     assert not strays, '\n'.join(strays)
 
 
@@ -203,6 +224,9 @@ sys.exit('\\n'.join(failed) or 0)
 def test_every_module_can_be_imported_first():
     modules = [name for name in FILES if not name.endswith('__main__') and name not in PROGRAMS]
     result = subprocess.run(
-        [sys.executable, '-W', 'ignore', '-c', ALONE, str(ROOT / PACKAGE), *modules], capture_output=True, text=True,
-        env={**os.environ, 'PYTHONPATH': str(ROOT)})
+        [sys.executable, '-W', 'ignore', '-c', ALONE, str(ROOT / PACKAGE), *modules],
+        capture_output=True,
+        text=True,
+        env={**os.environ, 'PYTHONPATH': str(ROOT)},
+    )
     assert result.returncode == 0, result.stderr

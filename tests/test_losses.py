@@ -1,4 +1,5 @@
 """Losses against formulas written out image by image, and against numbers measured from the code of their authors."""
+
 import math
 
 import pytest
@@ -6,8 +7,18 @@ import torch
 import torch.nn.functional as F
 
 from timm_gpd.losses import (
-    GPD_LOSSES, at_loss, check_finite, dist_loss, dkd_loss, hcl_loss, kd_loss, nd_loss, ofa_loss, rkd_loss,
-    soft_target_cross_entropy)
+    GPD_LOSSES,
+    at_loss,
+    check_finite,
+    dist_loss,
+    dkd_loss,
+    hcl_loss,
+    kd_loss,
+    nd_loss,
+    ofa_loss,
+    rkd_loss,
+    soft_target_cross_entropy,
+)
 
 CLASSES = 10
 
@@ -36,7 +47,8 @@ def embeddings():
 def maps():
     return (
         [wave(2, 4, 8, 8, pitch=0.3), wave(2, 6, 4, 4, pitch=0.5), wave(2, 6, 1, 1, pitch=0.7)],
-        [wave(2, 4, 8, 8, pitch=0.9), wave(2, 6, 4, 4, pitch=1.1), wave(2, 6, 1, 1, pitch=1.3)])
+        [wave(2, 4, 8, 8, pitch=0.9), wave(2, 6, 4, 4, pitch=1.1), wave(2, 6, 1, 1, pitch=1.3)],
+    )
 
 
 def close(actual, expected, rtol=1e-9):
@@ -95,8 +107,8 @@ class TestAgainstThePapersFormulas:
         for s, t, c in zip(*map(torch.Tensor.tolist, logits), target.tolist()):
             p, q = softmax(t, 1.5), softmax(s, 1.5)
             binary = kl([p[c], 1 - p[c]], [q[c], 1 - q[c]])
-            others = kl(softmax(t[:c] + t[c + 1:], 1.5), softmax(s[:c] + s[c + 1:], 1.5))
-            expected += (0.3 * binary + 4 * others) * 1.5 ** 2 / 6
+            others = kl(softmax(t[:c] + t[c + 1 :], 1.5), softmax(s[:c] + s[c + 1 :], 1.5))
+            expected += (0.3 * binary + 4 * others) * 1.5**2 / 6
         close(dkd_loss(*logits, target, alpha=0.3, beta=4.0, temperature=1.5), expected)
 
     def test_dist(self, logits):
@@ -143,14 +155,18 @@ class TestAgainstThePapersFormulas:
     def test_hcl(self, maps):
         def cells(x, count):
             step = x.shape[-1] // count
-            return torch.stack([
-                x[:, :, i * step:(i + 1) * step, j * step:(j + 1) * step].mean((2, 3))
-                for i in range(count) for j in range(count)])
+            return torch.stack(
+                [
+                    x[:, :, i * step : (i + 1) * step, j * step : (j + 1) * step].mean((2, 3))
+                    for i in range(count)
+                    for j in range(count)
+                ]
+            )
 
         expected = 0.0
         for (s, t), counts in zip(zip(*maps), ([4, 2, 1], [2, 1], [])):
             levels = [((s - t) ** 2).mean()] + [((cells(s, n) - cells(t, n)) ** 2).mean() for n in counts]
-            weights = [0.5 ** level for level in range(len(levels))]
+            weights = [0.5**level for level in range(len(levels))]
             expected += sum(w * x for w, x in zip(weights, levels)) / sum(weights)
         close(hcl_loss(*maps), expected)
 
@@ -166,9 +182,12 @@ class TestProperties:
     def test_zero_for_a_perfect_student(self, logits, target, embeddings, maps):
         teacher = logits[1]
         perfect = [
-            kd_loss(teacher, teacher), dkd_loss(teacher, teacher, target), dist_loss(teacher, teacher),
+            kd_loss(teacher, teacher),
+            dkd_loss(teacher, teacher, target),
+            dist_loss(teacher, teacher),
             rkd_loss(embeddings[1] * 3, embeddings[1]),  # relations do not see the scale
-            hcl_loss(maps[1], maps[1]), at_loss([5 * x for x in maps[1]], maps[1]),
+            hcl_loss(maps[1], maps[1]),
+            at_loss([5 * x for x in maps[1]], maps[1]),
             nd_loss(embeddings[1], embeddings[1], embeddings[1] * 7, torch.arange(6)),
         ]
         for loss in perfect:
@@ -211,8 +230,7 @@ class TestProperties:
     def test_gradients(self, logits, target, embeddings):
         assert torch.autograd.gradcheck(lambda s: dkd_loss(s, logits[1], target), logits[0].clone().requires_grad_())
         assert torch.autograd.gradcheck(lambda s: dist_loss(s, logits[1]), logits[0].clone().requires_grad_())
-        assert torch.autograd.gradcheck(
-            lambda s: rkd_loss(s, embeddings[1]), embeddings[0].clone().requires_grad_())
+        assert torch.autograd.gradcheck(lambda s: rkd_loss(s, embeddings[1]), embeddings[0].clone().requires_grad_())
 
     def test_ofa_with_eps_1_is_soft_cross_entropy(self, logits, target):
         close(ofa_loss(*logits, target), soft_target_cross_entropy(*logits, smoothing=0.0))
@@ -241,8 +259,11 @@ class TestProperties:
 class TestErrors:
     @pytest.mark.parametrize('bad', [torch.zeros(5).long(), torch.zeros(6), torch.zeros(6, 9), torch.zeros(6, 10, 1)])
     def test_targets(self, logits, embeddings, bad):
-        for loss in (lambda: dkd_loss(*logits, bad), lambda: ofa_loss(*logits, bad),
-                     lambda: nd_loss(*embeddings, torch.zeros(CLASSES, 8).double(), bad)):
+        for loss in (
+            lambda: dkd_loss(*logits, bad),
+            lambda: ofa_loss(*logits, bad),
+            lambda: nd_loss(*embeddings, torch.zeros(CLASSES, 8).double(), bad),
+        ):
             with pytest.raises(ValueError, match=r'target must hold class indices, shape \(6,\)'):
                 loss()
 

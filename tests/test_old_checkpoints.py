@@ -1,4 +1,5 @@
 """Runs of earlier versions go on, and their students load: what is stored keeps its meaning."""
+
 import lzma
 import os
 import shutil
@@ -6,6 +7,7 @@ import shutil
 import pytest
 import timm
 import torch
+
 from programs import ROOT, run, summary
 
 RUNS = os.path.join(ROOT, 'tests', 'fixtures', 'flat_layout')

@@ -1,4 +1,5 @@
 """What setup.cfg declares: every package that is imported, none that is not, and every folder of the package."""
+
 import ast
 import configparser
 import re
@@ -58,8 +59,9 @@ def test_what_it_imports_where_it_is_used_is_an_extra():
     assert optional == EXTRAS['demo']
 
 
-@pytest.mark.parametrize('extra, patterns', [
-    ('demo', ['benchmarks/*.py']), ('test', ['tests/*.py', 'benchmarks/*.py'])])
+@pytest.mark.parametrize(
+    'extra, patterns', [('demo', ['benchmarks/*.py']), ('test', ['tests/*.py', 'benchmarks/*.py'])]
+)
 def test_extras_hold_what_their_files_import(extra, patterns):
     used = imported_by(*patterns, 'timm_gpd/**/*.py') - REQUIRED
     assert used == EXTRAS[extra] - NOT_IMPORTED

@@ -1,7 +1,9 @@
 """Every private name of torch and timm that the package uses: that it is there, and that it does what ours says."""
+
 import ast
 import importlib
 import re
+import shutil
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,6 +16,8 @@ import torch.nn as nn
 
 from test_layout import is_private, private_names
 from timm_gpd import private_timm, private_torch
+from timm_gpd.axes import AxisMap, TensorMap
+from timm_gpd.teacher.shared_tensors import add_to_first_replicas
 
 HOMES = {private_torch: torch, private_timm: timm}
 TRACES = hasattr(torch._dynamo.config, 'trace_autograd_ops')
@@ -24,8 +28,10 @@ def describe(home, name):
     """What a failure says: which name, in which version, and which version was checked."""
     library = HOMES[home]
     checked = re.search(r'Checked with \w+ ([\d.]+)\.', home.__doc__).group(1)
-    return (f'{name} of {library.__name__} {library.__version__} is not what {home.__name__.rpartition(".")[2]}.py, '
-            f'checked with {library.__name__} {checked}, takes it for')
+    return (
+        f'{name} of {library.__name__} {library.__version__} is not what {home.__name__.rpartition(".")[2]}.py, '
+        f'checked with {library.__name__} {checked}, takes it for'
+    )
 
 
 @contextmanager
@@ -66,9 +72,13 @@ def test_is_there(home, name):
 
 
 def test_a_failure_names_what_is_gone():
-    with pytest.raises(pytest.fail.Exception, match=(
+    with pytest.raises(
+        pytest.fail.Exception,
+        match=(
             rf'torch._foreach_gone of torch {re.escape(torch.__version__)} is not what private_torch.py, checked with '
-            r'torch [\d.]+, takes it for: AttributeError: .*_foreach_gone')):
+            r'torch [\d.]+, takes it for: AttributeError: .*_foreach_gone'
+        ),
+    ):
         with relies_on(private_torch, 'torch._foreach_gone'):
             resolve('torch._foreach_gone')
 
@@ -92,16 +102,18 @@ def test_norms_of_every_number_of_dimensions():
 
 
 def test_products_and_sums_of_many():
-    tensors = [torch.arange(3.), torch.ones(2, 2)]
+    tensors = [torch.arange(3.0), torch.ones(2, 2)]
     with relies_on(private_torch, 'torch._foreach_mul'):
-        for factors in ([2., 3.], torch.tensor(4.)):
+        for factors in ([2.0, 3.0], torch.tensor(4.0)):
             products = private_torch.multiply_each(tensors, factors)
-            expected = [tensor * factor for tensor, factor in zip(
-                tensors, factors if isinstance(factors, list) else [factors] * 2)]
+            expected = [
+                tensor * factor
+                for tensor, factor in zip(tensors, factors if isinstance(factors, list) else [factors] * 2)
+            ]
             assert all(torch.equal(product, other) for product, other in zip(products, expected))
     with relies_on(private_torch, 'torch._foreach_add_'):
         addresses = [tensor.data_ptr() for tensor in tensors]
-        private_torch.add_each_(tensors, [torch.ones(3), torch.full((2, 2), 5.)])
+        private_torch.add_each_(tensors, [torch.ones(3), torch.full((2, 2), 5.0)])
         assert tensors[0].tolist() == [1, 2, 3] and tensors[1].tolist() == [[6, 6], [6, 6]]
         assert [tensor.data_ptr() for tensor in tensors] == addresses
 
@@ -112,16 +124,34 @@ def test_a_backward_pass_is_traced():
         pytest.skip(f'torch {torch.__version__} cannot')
 
     def slope(x):
-        y = (x ** 3).sum()
-        gradient, = torch.autograd.grad(y, x)
+        y = (x**3).sum()
+        (gradient,) = torch.autograd.grad(y, x)
         return gradient * 2
 
-    x = torch.tensor([1., 2.], requires_grad=True)
+    x = torch.tensor([1.0, 2.0], requires_grad=True)
     with relies_on(private_torch, 'torch._dynamo.config.trace_autograd_ops'):
         private_torch.trace_backward()
         assert private_torch.can_trace_backward()
         torch._dynamo.reset()
         assert torch.compile(lambda x: slope(x * 1), backend='eager', fullgraph=True)(x).tolist() == [6, 24]
+
+
+@pytest.mark.usefixtures('may_change_settings')
+@pytest.mark.skipif(not shutil.which('g++'), reason='needs a compiler')
+def test_operators_that_write_into_lists_are_compiled():
+    if not private_torch.compiles_writing_operators():
+        pytest.skip(f'the Inductor of torch {torch.__version__} loses some; they are not used')
+    tensor_map = TensorMap((4, 3), ((0, AxisMap.uniform(4, 2)),))
+
+    def add(wholes, parts):
+        wholes = [whole * 2 for whole in wholes]
+        add_to_first_replicas(wholes, parts, [tensor_map] * 2)
+        return [whole + 1 for whole in wholes]
+
+    wholes, parts = torch.randn(2, 8, 3).unbind(), torch.randn(2, 4, 3).unbind()
+    torch._dynamo.reset()
+    for actual, expected in zip(torch.compile(add, fullgraph=True)(wholes, parts), add(wholes, parts), strict=True):
+        torch.testing.assert_close(actual, expected)
 
 
 @pytest.mark.usefixtures('may_change_settings')
@@ -169,8 +199,9 @@ def test_a_recurrent_layer_runs_on_its_list_of_weights(layer):
         for name, parameter in other.named_parameters():
             setattr(module, name, parameter)
         private_torch.list_flat_weights(module)
-        assert all(weight is getattr(module, name) for name, weight in zip(
-            module._flat_weights_names, module._flat_weights))
+        assert all(
+            weight is getattr(module, name) for name, weight in zip(module._flat_weights_names, module._flat_weights)
+        )
         assert torch.equal(module(x)[0], expected)
 
 
@@ -194,11 +225,31 @@ def test_a_checkpoint_computes_again():
 
     def cube(x):
         calls.append(torch.is_grad_enabled())
-        return x ** 3
+        return x**3
 
     with relies_on(private_timm, 'timm.models._manipulate.checkpoint'):
-        x = torch.tensor(2., requires_grad=True)
+        x = torch.tensor(2.0, requires_grad=True)
         result = private_timm.checkpoint(cube, x)
         assert len(calls) == 1
         result.backward()
         assert len(calls) == 2 and x.grad == 12
+
+
+def test_operators_are_seen_and_leaves_are_found():
+    seen = []
+
+    class Look(private_torch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    with relies_on(private_torch, 'torch.utils._python_dispatch.TorchDispatchMode'):
+        with Look():
+            torch.ones(2).mul(2)
+        assert all(isinstance(func, private_torch.OpOverload) for func in seen)
+        assert torch.ops.aten.mul.Tensor in seen
+        with Look():
+            torch.ones(2).double()
+        assert private_torch.TO_COPY.default in seen
+    with relies_on(private_torch, 'torch.utils._pytree.tree_leaves'):
+        assert private_torch.tree_leaves([1, {'a': (2, 3)}]) == [1, 2, 3]

@@ -2,6 +2,7 @@
 
 Errors of the API's hints show here: a call that has none, a result that is of another type.
 """
+
 import importlib
 from typing import Any, Dict, List, Tuple
 
@@ -28,15 +29,42 @@ from timm_gpd.rules import find_rule
 
 FACES = {
     'timm_gpd': [
-        'DistillationTask', 'DynamicTeacher', 'ExpansionPlan', 'GapPreservingTask', 'Rule', 'UnsupportedModelError',
-        'expand', 'plan_expansion', 'register_rule'],
+        'DistillationTask',
+        'DynamicTeacher',
+        'ExpansionPlan',
+        'GapPreservingTask',
+        'Rule',
+        'UnsupportedModelError',
+        'expand',
+        'plan_expansion',
+        'register_rule',
+    ],
     'timm_gpd.rules': ['Rule', 'find_rule', 'register_rule'],
     'timm_gpd.losses': [
-        'GPD_LOSSES', 'at_loss', 'check_finite', 'dist_loss', 'dkd_loss', 'hcl_loss', 'kd_loss', 'nd_loss', 'ofa_loss',
-        'rkd_loss', 'soft_target_cross_entropy', 'target_classes'],
+        'GPD_LOSSES',
+        'at_loss',
+        'check_finite',
+        'dist_loss',
+        'dkd_loss',
+        'hcl_loss',
+        'kd_loss',
+        'nd_loss',
+        'ofa_loss',
+        'rkd_loss',
+        'soft_target_cross_entropy',
+        'target_classes',
+    ],
     'timm_gpd.distillers': [
-        'DISTILLERS', 'Distiller', 'Distillers', 'ModelOutput', 'Tap', 'distill_settings', 'example_output',
-        'tap_learner', 'tap_teacher'],
+        'DISTILLERS',
+        'Distiller',
+        'Distillers',
+        'ModelOutput',
+        'Tap',
+        'distill_settings',
+        'example_output',
+        'tap_learner',
+        'tap_teacher',
+    ],
     'timm_gpd.task': ['DistillationTask', 'GapPreservingTask'],
     'timm_gpd.hub': ['convert', 'main', 'pull', 'push'],
     'timm_gpd.coverage': ['main'],
@@ -59,7 +87,7 @@ def make_student() -> nn.Module:
 
 def test_plans_and_teachers() -> None:
     student = make_student()
-    plan: ExpansionPlan = plan_expansion(student, ratio=2)
+    plan: ExpansionPlan = plan_expansion(student, ratio=2, classifier='fc')
     ratio: int = plan.ratio
     wide: Dict[str, torch.Tensor] = plan.expand(student.state_dict())
     narrow: Dict[str, torch.Tensor] = plan.extract(wide)
@@ -73,6 +101,9 @@ def test_plans_and_teachers() -> None:
     assert both[0].shape == both[1].shape == (2, 10)
     assert parameters.keys() == dict(extracted.named_parameters()).keys()
     assert issubclass(UnsupportedModelError, ValueError)
+    teacher.reset_classifier(3)
+    features: Any = teacher.forward_features(x)
+    assert teacher.num_classes == 3 and teacher.forward_head(features).shape == (2, 3)
 
 
 def test_tasks() -> None:
@@ -88,10 +119,13 @@ def test_tasks() -> None:
 
 
 def test_losses_and_rules() -> None:
-    student, teacher, target = torch.zeros(2, 3), torch.tensor([[1., 2., 3.]] * 2), torch.tensor([0, 1])
+    student, teacher, target = torch.zeros(2, 3), torch.tensor([[1.0, 2.0, 3.0]] * 2), torch.tensor([0, 1])
     losses: List[torch.Tensor] = [
-        kd_loss(student, teacher, temperature=2.0), dkd_loss(student, teacher, target),
-        soft_target_cross_entropy(student, teacher), *(loss(student, teacher) for loss in GPD_LOSSES.values())]
+        kd_loss(student, teacher, temperature=2.0),
+        dkd_loss(student, teacher, target),
+        soft_target_cross_entropy(student, teacher),
+        *(loss(student, teacher) for loss in GPD_LOSSES.values()),
+    ]
     assert all(loss.shape == () and loss > 0 for loss in losses)
 
     class Counting(nn.Module):

@@ -1,4 +1,5 @@
 """What the README and the documents promise: their code runs, their flags are those of the programs."""
+
 import ast
 import re
 import shlex
@@ -78,9 +79,14 @@ def commands(document):
                 yield f'{match.group(1)}.py', shlex.split(match.group(2), comments=True)
 
 
-@pytest.mark.parametrize('program, arguments', [
-    pytest.param(*command, id=f'{path.name}-{index}')
-    for path in DOCUMENTS for index, command in enumerate(commands(path))])
+@pytest.mark.parametrize(
+    'program, arguments',
+    [
+        pytest.param(*command, id=f'{path.name}-{index}')
+        for path in DOCUMENTS
+        for index, command in enumerate(commands(path))
+    ],
+)
 def test_commands_are_understood(program, arguments, monkeypatch):
     monkeypatch.chdir(ROOT)  # configurations are named from there
     given = PARSERS[program](arguments)

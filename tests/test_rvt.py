@@ -1,4 +1,5 @@
 """RVT: what timm's own tests ask of a model, the expansion, and the authors' parameter names."""
+
 import math
 
 import pytest
@@ -95,7 +96,8 @@ def test_the_named_modules_give_the_intermediates():
     seen = {}
     for info in model.feature_info:
         model.get_submodule(info['module']).register_forward_hook(
-            lambda module, inputs, output, name=info['module']: seen.update({name: output.permute(0, 3, 1, 2)}))
+            lambda module, inputs, output, name=info['module']: seen.update({name: output.permute(0, 3, 1, 2)})
+        )
     _, intermediates = model.forward_intermediates(torch.randn(1, 3, 64, 64))
     for info, intermediate in zip(model.feature_info, intermediates):
         assert torch.equal(seen[info['module']], intermediate)
@@ -131,11 +133,12 @@ def test_an_image_without_a_grid_is_refused():
 
 def test_drop_rates_and_parameter_groups():
     model = timm.create_model(
-        'rvt_tiny', drop_rate=0.1, pos_drop_rate=0.2, proj_drop_rate=0.3, attn_drop_rate=0.4, drop_path_rate=0.5)
+        'rvt_tiny', drop_rate=0.1, pos_drop_rate=0.2, proj_drop_rate=0.3, attn_drop_rate=0.4, drop_path_rate=0.5
+    )
     assert model.head.drop.p == 0.1 and model.pos_drop.p == 0.2
     blocks = [block for stage in model.stages for block in stage.blocks]
     assert {block.attn.proj_drop.p for block in blocks} == {block.mlp.drop1.p for block in blocks} == {0.3}
-    rates = [getattr(block.drop_path1, 'drop_prob', 0.) for block in blocks]
+    rates = [getattr(block.drop_path1, 'drop_prob', 0.0) for block in blocks]
     assert rates == sorted(rates) and rates[0] == 0 and rates[-1] == pytest.approx(0.5)
     groups = timm.models.group_parameters(model, model.group_matcher())
     assert {name for names in groups.values() for name in names} == {name for name, _ in model.named_parameters()}

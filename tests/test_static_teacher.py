@@ -1,4 +1,5 @@
 """Static teachers in the tasks: every loss, with a dynamic teacher and without."""
+
 import copy
 
 import pytest
@@ -38,8 +39,9 @@ def make_teacher(num_classes=10, seed=5):
 
 
 def make_task(task_class, distill_type, student=None, **kwargs):
-    return task_class(student or make_student(), make_teacher(), distill_type=distill_type, verbose=False,
-                      **kwargs).train()
+    return task_class(
+        student or make_student(), make_teacher(), distill_type=distill_type, verbose=False, **kwargs
+    ).train()
 
 
 def sgd(task):
@@ -90,12 +92,12 @@ def test_terms_are_those_of_the_outputs(task_class):
 
 def test_gpd_shares_gradients_of_both_learners():
     """Feature losses of the student reach the stored parameters through what the student runs on."""
-    task = make_task(GapPreservingTask, 'reviewkd', task_loss_weight=0., gpd_weight=0.)
+    task = make_task(GapPreservingTask, 'reviewkd', task_loss_weight=0.0, gpd_weight=0.0)
     result = task(*batch())
     wide = task.get_dynamic_teacher().wide.conv1[0].weight
-    students, = torch.autograd.grad(result['kd/reviewkd'], wide, retain_graph=True)
+    (students,) = torch.autograd.grad(result['kd/reviewkd'], wide, retain_graph=True)
     assert students[0, 0].any() and not students[1].any()  # replica 0 alone is the student
-    both, = torch.autograd.grad(result['loss'], wide)
+    (both,) = torch.autograd.grad(result['loss'], wide)
     assert (both - students)[0, 0].any() and both[1].any()
 
 
@@ -109,8 +111,9 @@ def test_without_distillers_the_joint_pass_is_the_same():
     expected, result = plain(x, target), taught(x, target)
     for key in ('output', 'teacher_output', 'task_loss', 'gpd_loss'):
         torch.testing.assert_close(result[key], expected[key])
-    for (name, ours), theirs in zip(taught.get_dynamic_teacher().named_buffers(),
-                                    plain.get_dynamic_teacher().buffers()):
+    for (name, ours), theirs in zip(
+        taught.get_dynamic_teacher().named_buffers(), plain.get_dynamic_teacher().buffers()
+    ):
         torch.testing.assert_close(ours, theirs, msg=name)  # one pass: running statistics moved once
 
 
@@ -134,7 +137,8 @@ def test_soft_targets(task_class):
         elif key.endswith('task_loss'):
             logits = mixed[key.replace('task_loss', 'output')]
             torch.testing.assert_close(
-                value, 0.6 * F.cross_entropy(logits, target) + 0.4 * F.cross_entropy(logits, target.flip(0)))
+                value, 0.6 * F.cross_entropy(logits, target) + 0.4 * F.cross_entropy(logits, target.flip(0))
+            )
 
 
 @pytest.mark.parametrize('task_class', TASKS)
@@ -185,8 +189,10 @@ def test_layer_decay_and_weight_decay_are_the_students(task_class):
         return student
 
     task = make_task(task_class, WITH_STATE, student())
-    plain, ours = (create_optimizer_v2(model, opt='adamw', lr=1e-3, weight_decay=0.1, layer_decay=0.7)
-                   for model in (student(), task.get_trainable_module()))
+    plain, ours = (
+        create_optimizer_v2(model, opt='adamw', lr=1e-3, weight_decay=0.1, layer_decay=0.7)
+        for model in (student(), task.get_trainable_module())
+    )
     distillers = set(task.get_learners().step_loss.distillers.parameters())
 
     def groups(optimizer):
@@ -201,8 +207,9 @@ def test_layer_decay_and_weight_decay_are_the_students(task_class):
     assert scales == {1.0}
 
 
-@pytest.mark.parametrize('task_class, settings', [
-    (DistillationTask, {}), (GapPreservingTask, {}), (GapPreservingTask, {'num_branches': 6})])
+@pytest.mark.parametrize(
+    'task_class, settings', [(DistillationTask, {}), (GapPreservingTask, {}), (GapPreservingTask, {'num_branches': 6})]
+)
 def test_clipping_spares_the_head_of_the_model_alone(task_class, settings):
     task = make_task(task_class, WITH_STATE, **settings)
     everything, clipped = (set(task.get_clip_parameters(exclude_head=flag)) for flag in (False, True))

@@ -1,10 +1,10 @@
 """The task: its losses, its checkpoints, its average, its static teacher."""
+
 import copy
 
 import pytest
 import timm
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from timm.loss import SoftTargetCrossEntropy
 from timm.models import load_checkpoint
@@ -27,8 +27,14 @@ def test_loss_is_the_sum_of_its_terms(tiny_student, gpd_loss):
     static = timm.create_model('test_resnet', num_classes=10, in_chans=1)
     static.pretrained_cfg.update(mean=(0.3,), std=(0.2,))
     task = make_task(
-        tiny_student, static_teacher=static, gpd_loss=gpd_loss, gpd_weight=2.0, distill_loss_weight=0.7,
-        task_loss_weight=0.3, temperature=2.0)
+        tiny_student,
+        static_teacher=static,
+        gpd_loss=gpd_loss,
+        gpd_weight=2.0,
+        distill_loss_weight=0.7,
+        task_loss_weight=0.3,
+        temperature=2.0,
+    )
     assert isinstance(task, TrainingTask)
     x, target = batch()
     result = task(x, target)
@@ -39,7 +45,7 @@ def test_loss_is_the_sum_of_its_terms(tiny_student, gpd_loss):
 
     def kl(a, b, temperature):
         log_a, log_b = F.log_softmax(a / temperature, 1), F.log_softmax(b / temperature, 1)
-        return (log_b.exp() * (log_b - log_a)).sum(1).mean() * temperature ** 2
+        return (log_b.exp() * (log_b - log_a)).sum(1).mean() * temperature**2
 
     labels = teacher.softmax(1)
     gap = {
@@ -51,10 +57,20 @@ def test_loss_is_the_sum_of_its_terms(tiny_student, gpd_loss):
     }[gpd_loss]
     expected = (
         0.3 * (F.cross_entropy(student, target) + F.cross_entropy(teacher, target))
-        + 0.7 * (kl(student, static_logits, 2.0) + kl(teacher, static_logits, 2.0)) + 2.0 * gap)
+        + 0.7 * (kl(student, static_logits, 2.0) + kl(teacher, static_logits, 2.0))
+        + 2.0 * gap
+    )
     torch.testing.assert_close(result['loss'], expected)
-    assert set(result) == {'loss', 'output', 'teacher_output', 'task_loss', 'teacher_task_loss', 'gpd_loss', 'kd/logit',
-                           'teacher_kd/logit'}
+    assert set(result) == {
+        'loss',
+        'output',
+        'teacher_output',
+        'task_loss',
+        'teacher_task_loss',
+        'gpd_loss',
+        'kd/logit',
+        'teacher_kd/logit',
+    }
 
 
 def test_the_student_does_not_teach_the_teacher(tiny_student):
@@ -167,11 +183,14 @@ def test_no_weight_decay_and_layer_decay_reach_the_stored_parameters():
     student = timm.create_model('vit_tiny_patch16_224', img_size=32, num_classes=10, depth=2)
     teacher = make_task(student).get_trainable_module()
     assert 'model.wide.pos_embed' in teacher.no_weight_decay()
-    plain, wide = (create_optimizer_v2(model, opt='adamw', lr=1e-3, weight_decay=0.1, layer_decay=0.7)
-                   for model in (student, teacher))
+    plain, wide = (
+        create_optimizer_v2(model, opt='adamw', lr=1e-3, weight_decay=0.1, layer_decay=0.7)
+        for model in (student, teacher)
+    )
 
     def groups(optimizer):
-        return sorted((group['lr_scale'], group['weight_decay'], len(group['params']))
-                      for group in optimizer.param_groups)
+        return sorted(
+            (group['lr_scale'], group['weight_decay'], len(group['params'])) for group in optimizer.param_groups
+        )
 
     assert groups(plain) == groups(wide)

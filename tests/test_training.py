@@ -1,12 +1,13 @@
 """The parts of the scripts, each for the values that it computes."""
+
 import os
 
 import pytest
 import timm
 import torch
-from programs import ROOT
 from timm.task import ClassificationTask, DistillationTeacher
 
+from programs import ROOT
 from timm_gpd import GapPreservingTask
 from timm_gpd.training.args import parse_train_args, parse_validate_args
 from timm_gpd.training.compute import create_compute
@@ -28,7 +29,9 @@ def make_task(gpd, model='test_vit', **kwargs):
     """Of a student without statistics of the batch, so that an update is a sum over images."""
     torch.manual_seed(0)
     student = timm.create_model(model, num_classes=10, **({'img_size': 64} if 'vit' in model else {}))
-    return GapPreservingTask(student, verbose=False, **kwargs) if gpd else ClassificationTask(student, verbose=False)
+    if gpd:
+        return GapPreservingTask(student, verbose=False, **kwargs)
+    return ClassificationTask(student, torch.nn.CrossEntropyLoss(), verbose=False)
 
 
 def parameters(task):
@@ -118,15 +121,23 @@ def test_channels_last_computes_the_same(gpd):
     assert compute.prepare(*data[0])[0].is_contiguous(memory_format=torch.channels_last)
     task = make_task(gpd, 'test_resnet')
     compute.place(task.get_trainable_module())
-    _, metrics = step(task, data, compute, lr=0.)
-    _, expected = step(make_task(gpd, 'test_resnet'), data, lr=0.)
+    _, metrics = step(task, data, compute, lr=0.0)
+    _, expected = step(make_task(gpd, 'test_resnet'), data, lr=0.0)
     assert metrics == pytest.approx(expected, rel=1e-4)
 
 
 def digits(tmp_path, *arguments):
-    return parse_train_args([
-        '-c', os.path.join(ROOT, 'configs', 'digits.yaml'), '--data-dir', str(tmp_path.parent / 'data'),
-        '--digits-train-size', '100', *arguments])
+    return parse_train_args(
+        [
+            '-c',
+            os.path.join(ROOT, 'configs', 'digits.yaml'),
+            '--data-dir',
+            str(tmp_path.parent / 'data'),
+            '--digits-train-size',
+            '100',
+            *arguments,
+        ]
+    )
 
 
 @pytest.mark.parametrize('prefetcher', [True, False])
@@ -153,11 +164,14 @@ def test_input_and_data_are_values_of_their_own(tmp_path):
     assert student.pretrained_cfg['input_size'] == (3, 160, 160) and vars(args) == given
 
 
-@pytest.mark.parametrize('arguments, lr', [
-    (['--lr', '0.3'], 0.3),
-    (['-b', '64', '--grad-accum-steps', '2', '--lr-base', '0.2', '--lr-base-size', '512'], 0.2 * 128 / 512),
-    (['-b', '64', '--opt', 'adamw', '--lr-base', '0.2', '--lr-base-size', '256'], 0.2 * 0.5),
-])
+@pytest.mark.parametrize(
+    'arguments, lr',
+    [
+        (['--lr', '0.3'], 0.3),
+        (['-b', '64', '--grad-accum-steps', '2', '--lr-base', '0.2', '--lr-base-size', '512'], 0.2 * 128 / 512),
+        (['-b', '64', '--opt', 'adamw', '--lr-base', '0.2', '--lr-base-size', '256'], 0.2 * 0.5),
+    ],
+)
 def test_learning_rate(arguments, lr):
     args = parse_train_args(arguments)
     assert resolve_lr(args) == pytest.approx(lr) and args.lr == (0.3 if '--lr' in arguments else None)
@@ -169,12 +183,12 @@ def test_a_schedule_starts_at_the_epoch_of_the_run(on):
     args = parse_train_args(['--epochs', '10', '--warmup-epochs', '0', *flags])
 
     def rate(start_epoch):
-        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.)
+        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
         scheduler, num_epochs = create_schedule(args, optimizer, 7, start_epoch, lower_is_better=False)
         assert num_epochs == 10
         return optimizer.param_groups[0]['lr']
 
-    assert rate(0) == pytest.approx(1.) and rate(5) == pytest.approx(0.5)  # half of a cosine
+    assert rate(0) == pytest.approx(1.0) and rate(5) == pytest.approx(0.5)  # half of a cosine
 
 
 @pytest.mark.parametrize('gpd', [False, True])
@@ -187,9 +201,19 @@ def test_the_static_teacher_is_made_once(tmp_path, monkeypatch, gpd):
         init(self, *args, **kwargs)
 
     monkeypatch.setattr(DistillationTeacher, '__init__', count)
-    args = parse_train_args([
-        '--model', 'test_resnet', '--num-classes', '10', '--kd-model-name', 'test_resnet', '--kd-model-path',
-        str(tmp_path / 'teacher.pth'), *(['--gpd'] if gpd else [])])
+    args = parse_train_args(
+        [
+            '--model',
+            'test_resnet',
+            '--num-classes',
+            '10',
+            '--kd-model-name',
+            'test_resnet',
+            '--kd-model-path',
+            str(tmp_path / 'teacher.pth'),
+            *(['--gpd'] if gpd else []),
+        ]
+    )
     task = create_task(args, create_student(args), CPU.device)
     assert len(made) == 1 and task.teacher.teacher is made[0]
     assert not any(parameter.requires_grad for parameter in task.teacher.parameters())

@@ -1,4 +1,5 @@
 """``<arch>_gpd`` in timm's registry, and the weights that they load."""
+
 import dataclasses
 import io
 import os
@@ -13,9 +14,9 @@ import torch
 
 from authors_format import SMALL, checkpoint
 from timm_gpd import DynamicTeacher
+from timm_gpd.expansion.verify import relative_error
 from timm_gpd.models.releases import RELEASES, convert_state_dict
 from timm_gpd.models.variants import plain_name
-from timm_gpd.expansion.verify import relative_error
 
 
 def test_every_architecture_has_a_variant():
@@ -50,7 +51,8 @@ def test_weights_come_from_a_file(tmp_path):
     plain = timm.create_model('test_resnet')
     torch.save(plain.state_dict(), tmp_path / 'weights.pth')
     variant = timm.create_model(
-        'test_resnet_gpd', pretrained=True, pretrained_cfg_overlay=dict(file=str(tmp_path / 'weights.pth')))
+        'test_resnet_gpd', pretrained=True, pretrained_cfg_overlay=dict(file=str(tmp_path / 'weights.pth'))
+    )
     assert torch.equal(variant.fc.weight, plain.fc.weight)
 
 
@@ -62,17 +64,26 @@ def test_no_published_weights_is_one_line():
     assert '\n' not in str(error.value)
 
 
-@pytest.mark.parametrize('name, plain', [
-    ('resnet18_gpd', 'resnet18'), ('resnet18_gpd.tag_gpd', 'resnet18.tag_gpd'), ('resnet18', 'resnet18'),
-    ('local-dir:runs/student_gpd', 'local-dir:runs/student_gpd'), ('hf-hub:me/net_gpd', 'hf-hub:me/net_gpd'),
-])
+@pytest.mark.parametrize(
+    'name, plain',
+    [
+        ('resnet18_gpd', 'resnet18'),
+        ('resnet18_gpd.tag_gpd', 'resnet18.tag_gpd'),
+        ('resnet18', 'resnet18'),
+        ('local-dir:runs/student_gpd', 'local-dir:runs/student_gpd'),
+        ('hf-hub:me/net_gpd', 'hf-hub:me/net_gpd'),
+    ],
+)
 def test_plain_name(name, plain):
     assert plain_name(name) == plain
 
 
 def test_the_published_weights_are_the_authors():
     assert timm.list_pretrained('*_gpd') == [
-        'mobilenetv1_100_gpd.dkd_in1k', 'resnet18_gpd.dkd_in1k', 'rvt_tiny_gpd.dkd_in1k']
+        'mobilenetv1_100_gpd.dkd_in1k',
+        'resnet18_gpd.dkd_in1k',
+        'rvt_tiny_gpd.dkd_in1k',
+    ]
     for name, interpolation in (('resnet18', 'bilinear'), ('mobilenetv1_100', 'bilinear'), ('rvt_tiny', 'bicubic')):
         model = timm.create_model(name + '_gpd.dkd_in1k')
         data = timm.data.resolve_data_config(model=model)
@@ -90,8 +101,12 @@ def activations(model):
 def test_the_authors_mobilenet_has_relu_and_a_new_one_is_plain(tmp_path):
     assert activations(timm.create_model('mobilenetv1_100_gpd')) == {torch.nn.ReLU6}
     torch.save(checkpoint(SMALL['mobilenetv1_100'][0]()), tmp_path / 'release.pth.tar')
-    released = timm.create_model('mobilenetv1_100_gpd', pretrained=True, num_classes=5, pretrained_cfg_overlay=dict(
-        file=str(tmp_path / 'release.pth.tar'), num_classes=5))
+    released = timm.create_model(
+        'mobilenetv1_100_gpd',
+        pretrained=True,
+        num_classes=5,
+        pretrained_cfg_overlay=dict(file=str(tmp_path / 'release.pth.tar'), num_classes=5),
+    )
     assert activations(released) == {torch.nn.ReLU}
 
 
@@ -100,8 +115,11 @@ def test_weights_from_an_unknown_url_are_not_the_plain_ones(arch, tmp_path):
     """A variant must never load the plain architecture's weights in place of what it was pointed at."""
     with pytest.raises(RuntimeError, match='127.0.0.1:9/gone.pth cannot be downloaded') as error:
         timm.create_model(
-            arch + '_gpd', pretrained=True, pretrained_cfg_overlay=dict(url='http://127.0.0.1:9/gone.pth'),
-            cache_dir=str(tmp_path))
+            arch + '_gpd',
+            pretrained=True,
+            pretrained_cfg_overlay=dict(url='http://127.0.0.1:9/gone.pth'),
+            cache_dir=str(tmp_path),
+        )
     assert str(tmp_path / 'gone.pth') in str(error.value) and 'file=' in str(error.value)
     assert '\n' not in str(error.value) and not list(tmp_path.iterdir())
 
@@ -151,7 +169,8 @@ def small_release(monkeypatch):
 def load_small(cache, **kwargs):
     overlay = dict(num_classes=5, **kwargs.pop('overlay'))
     return timm.create_model(
-        'resnet18_gpd', pretrained=True, pretrained_cfg_overlay=overlay, cache_dir=str(cache), **kwargs)
+        'resnet18_gpd', pretrained=True, pretrained_cfg_overlay=overlay, cache_dir=str(cache), **kwargs
+    )
 
 
 def test_a_release_is_downloaded_once_and_converted(site, small_release, tmp_path):
@@ -159,8 +178,10 @@ def test_a_release_is_downloaded_once_and_converted(site, small_release, tmp_pat
     site.pages['/r.pth.tar'] = 200, body, len(body)
     for _ in range(2):
         student = load_small(tmp_path, overlay=dict(url=site.url + '/r.pth.tar'))
-        assert all(torch.equal(student.state_dict()[name], tensor.to(student.state_dict()[name].dtype))
-                   for name, tensor in state_dict.items())
+        assert all(
+            torch.equal(student.state_dict()[name], tensor.to(student.state_dict()[name].dtype))
+            for name, tensor in state_dict.items()
+        )
     assert site.requests == ['/r.pth.tar'] and os.listdir(tmp_path) == ['r.pth.tar']
     assert student.pretrained_cfg['url'] == site.url + '/r.pth.tar'
     assert not {'file', 'state_dict'} & student.pretrained_cfg.keys()
@@ -183,10 +204,10 @@ def test_a_release_is_adapted_as_timm_does(small_release, tmp_path):
 
 def damaged(kind, body):
     if kind == 'truncated':
-        return body[:len(body) // 2]
+        return body[: len(body) // 2]
     if kind == 'corrupted':  # one bit of a tensor, which torch.load does not notice
         middle = len(body) // 2
-        return body[:middle] + bytes([body[middle] ^ 1]) + body[middle + 1:]
+        return body[:middle] + bytes([body[middle] ^ 1]) + body[middle + 1 :]
     return b'<html>log in first</html>'
 
 
@@ -214,8 +235,11 @@ def test_plain_weights_come_from_a_url_too(site, tmp_path):
     torch.save({'state_dict': plain.state_dict()}, file)
     site.pages['/plain.pth'] = 200, file.getvalue(), len(file.getvalue())
     variant = timm.create_model(
-        'test_resnet_gpd', pretrained=True, cache_dir=str(tmp_path),
-        pretrained_cfg_overlay=dict(url=site.url + '/plain.pth'))
+        'test_resnet_gpd',
+        pretrained=True,
+        cache_dir=str(tmp_path),
+        pretrained_cfg_overlay=dict(url=site.url + '/plain.pth'),
+    )
     assert torch.equal(variant.fc.weight, plain.fc.weight)
 
 
@@ -229,8 +253,7 @@ def test_a_release_of_another_architecture_is_one_line(small_release, tmp_path):
 @pytest.mark.parametrize('name', ['none.pth', 'none.safetensors'])
 def test_a_missing_file_is_one_line(name, tmp_path):
     with pytest.raises(RuntimeError, match=f'there are no weights at .*{name}'):
-        timm.create_model(
-            'resnet18_gpd', pretrained=True, pretrained_cfg_overlay=dict(file=str(tmp_path / name)))
+        timm.create_model('resnet18_gpd', pretrained=True, pretrained_cfg_overlay=dict(file=str(tmp_path / name)))
 
 
 def test_an_unreachable_hub_is_one_line(monkeypatch):
@@ -244,7 +267,9 @@ def test_an_unreachable_hub_is_one_line(monkeypatch):
 
 def test_importing_stays_cheap_in_what_it_imports():
     """No model is built, and nothing heavy is loaded that timm does not load."""
-    code = ('import sys, timm; before = set(sys.modules); import timm_gpd; '
-            'print(*sorted({name.split(".")[0] for name in set(sys.modules) - before}))')
+    code = (
+        'import sys, timm; before = set(sys.modules); import timm_gpd; '
+        'print(*sorted({name.split(".")[0] for name in set(sys.modules) - before}))'
+    )
     loaded = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.split()
     assert not set(loaded) & {'matplotlib', 'sklearn', 'pandas', 'scipy', 'tqdm'}, loaded

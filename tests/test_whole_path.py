@@ -1,4 +1,5 @@
-"""The whole path with students whose modules are shared or keep what they have computed; and that the check finds faults."""
+"""The whole path with students whose modules are shared or keep what they computed; and that the check finds faults."""
+
 import copy
 from functools import partial
 
@@ -96,12 +97,16 @@ SHARED = {
     'a tied parameter': tied_parameter,
     'in a list of Python': lambda: Net(Selfish()),
 }
-OTHER_MODELS = {  # of timm, that share modules, tie parameters or keep computed tensors, apart from each module's smallest
-    'coat_lite_tiny': partial(timm.create_model, 'coat_lite_tiny', num_classes=5, serial_depths=(1, 1, 1, 1)),
-}
 
 
-@pytest.mark.parametrize('create', [*SHARED.values(), *OTHER_MODELS.values()], ids=[*SHARED, *OTHER_MODELS])
+def coat():
+    """A CoaT: one position encoding and one relative one for all blocks of a stage."""
+    return timm.create_model(
+        'coat_lite_tiny', num_classes=5, img_size=64, serial_depths=(2, 2, 1, 1), embed_dims=(16, 32, 64, 64)
+    )
+
+
+@pytest.mark.parametrize('create', [*SHARED.values(), coat], ids=[*SHARED, 'CoaT'])
 def test_students_with_shared_modules_go_the_whole_path(create):
     path = WholePath(create)
     for check in CHECKS:
@@ -276,21 +281,37 @@ def small_resnet():
 
 
 def slice_another_replica(monkeypatch):
-    monkeypatch.setattr(SharedTensors, '__call__', lambda self, stored: (
-        self.of_teacher(stored), {name: tensor * 1.5 for name, tensor in self.of_student(stored).items()}))
+    monkeypatch.setattr(
+        SharedTensors,
+        '__call__',
+        lambda self, stored: (
+            self.of_teacher(stored),
+            {name: tensor * 1.5 for name, tensor in self.of_student(stored).items()},
+        ),
+    )
 
 
 def forget_statistics(monkeypatch):
     extract = DynamicTeacher.extract_student
-    monkeypatch.setattr(DynamicTeacher, 'extract_student', lambda self: extract(self).apply(
-        lambda module: module.reset_running_stats() if isinstance(module, nn.BatchNorm2d) else None))
+    monkeypatch.setattr(
+        DynamicTeacher,
+        'extract_student',
+        lambda self: extract(self).apply(
+            lambda module: module.reset_running_stats() if isinstance(module, nn.BatchNorm2d) else None
+        ),
+    )
 
 
 def save_another_state(monkeypatch):
     state = GapPreservingTask.get_task_state
-    monkeypatch.setattr(GapPreservingTask, 'get_task_state', lambda self, **kwargs: {
-        **state(self), 'dynamic_teacher': {
-            name: tensor + 1 for name, tensor in state(self)['dynamic_teacher'].items()}})
+    monkeypatch.setattr(
+        GapPreservingTask,
+        'get_task_state',
+        lambda self, **kwargs: {
+            **state(self),
+            'dynamic_teacher': {name: tensor + 1 for name, tensor in state(self)['dynamic_teacher'].items()},
+        },
+    )
 
 
 FAULTS = {
@@ -298,7 +319,9 @@ FAULTS = {
     'extraction': forget_statistics,
     'state': save_another_state,
     'steps': lambda monkeypatch: monkeypatch.setattr(torch.optim.SGD, 'step', lambda self: None),
-    'copies': lambda monkeypatch: monkeypatch.setattr(DynamicTeacher, '__deepcopy__', lambda self, memo: self, raising=False),
+    'copies': lambda monkeypatch: monkeypatch.setattr(
+        DynamicTeacher, '__deepcopy__', lambda self, memo: self, raising=False
+    ),
     'noise': lambda monkeypatch: monkeypatch.setattr(TensorMap, 'noise_like', lambda self, tensor, std: 0 * tensor),
 }
 

@@ -1,4 +1,5 @@
 """Gap Preserving Distillation (arXiv 2410.04140) as an extension of timm."""
+
 from . import models
 from .errors import UnsupportedModelError
 from .expansion import plan_expansion
@@ -8,6 +9,13 @@ from .task import DistillationTask, GapPreservingTask
 from .teacher import DynamicTeacher, expand
 
 __all__ = [
-    'DistillationTask', 'DynamicTeacher', 'ExpansionPlan', 'GapPreservingTask', 'Rule', 'UnsupportedModelError',
-    'expand', 'plan_expansion', 'register_rule',
+    'DistillationTask',
+    'DynamicTeacher',
+    'ExpansionPlan',
+    'GapPreservingTask',
+    'Rule',
+    'UnsupportedModelError',
+    'expand',
+    'plan_expansion',
+    'register_rule',
 ]

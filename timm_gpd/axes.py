@@ -4,6 +4,7 @@ Nothing here knows about modules. A channel axis of the dynamic teacher is the s
 ``ratio`` times in place; activations are repeated and never rescaled, so a weight that sums over replicated inputs is
 divided by their replication (inverse reparameterization, Sec. 3.2 of arXiv 2410.04140, in an interleaved layout).
 """
+
 from dataclasses import dataclass
 from typing import Iterator, List, NamedTuple, Optional, Tuple
 
@@ -23,6 +24,7 @@ class Segment(NamedTuple):
         ratio: how many times they are replicated.
         block: the run of entries that is replicated as a whole.
     """
+
     size: int
     ratio: int
     block: int = 1
@@ -79,11 +81,14 @@ class AxisMap(Tuple[Segment, ...]):
         Returns:
             Integers of shape ``(teacher_size,)``; the student is where they are 0.
         """
-        return torch.cat([
-            torch.arange(segment.ratio, device=device).repeat_interleave(segment.block)
-            .repeat(segment.size // segment.block)
-            for segment in self
-        ])
+        return torch.cat(
+            [
+                torch.arange(segment.ratio, device=device)
+                .repeat_interleave(segment.block)
+                .repeat(segment.size // segment.block)
+                for segment in self
+            ]
+        )
 
     def replicate(self, tensor: torch.Tensor, axis: int) -> torch.Tensor:
         """Student axis to teacher axis.
@@ -134,6 +139,7 @@ class TensorMap:
         sum_axis: the axis that the layer sums over; the weight is divided by its ratio. None where there is no such
             axis: norms, biases, depthwise kernels, tokens.
     """
+
     shape: Tuple[int, ...]
     axes: Tuple[Tuple[int, AxisMap], ...]
     sum_axis: Optional[int] = None
@@ -193,7 +199,7 @@ class TensorMap:
         free = torch.zeros(tensor.shape, dtype=torch.bool, device=tensor.device)
         for position, (axis, axis_map) in enumerate(self.axes):
             index = axis_map.replica_index(tensor.device)
-            for inner_axis, inner_map in self.axes[position + 1:]:
+            for inner_axis, inner_map in self.axes[position + 1 :]:
                 index = inner_map.replicate(index, 0) if inner_axis == axis else index
             shape = [1] * tensor.dim()
             shape[axis] = -1

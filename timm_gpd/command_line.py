@@ -1,9 +1,16 @@
 """What the package's programs share: one-line errors and exit codes."""
+
 import argparse
+import platform
 import sys
+import traceback
 from typing import Callable, NoReturn
 
+import timm
+import torch
+
 from .errors import UsageError
+from .version import __version__
 
 __all__ = ['Parser', 'run_program']
 
@@ -24,11 +31,19 @@ def run_program(name: str, main: Callable[[], None]) -> int:
 
     Returns:
         The exit code: 0 for success, 2 for what the user has to change (UsageError), 1 for a loss that diverged
-        (FloatingPointError). Other errors pass.
+        (FloatingPointError) and for a bug, whose traceback is printed, with a request to report it.
     """
     try:
         main()
     except (UsageError, FloatingPointError) as error:
         print(f'{name}: error: {error}', file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
+    except Exception:
+        traceback.print_exc()
+        print(
+            f'{name}: error: this was not expected: please report the lines above, with the versions timm-gpd '
+            f'{__version__}, timm {timm.__version__}, torch {torch.__version__}, Python {platform.python_version()}',
+            file=sys.stderr,
+        )
+        return 1
     return 0

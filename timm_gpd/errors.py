@@ -1,11 +1,35 @@
 """Errors of the package. Each is one line that says what is wrong and what to do."""
+
+import traceback
 from contextlib import contextmanager
 from typing import Iterator, Type
 
-__all__ = ['NoClassifierError', 'UnsupportedModelError', 'UsageError', 'first_line', 'usage_errors']
+__all__ = [
+    'InputError',
+    'NamedError',
+    'NoClassifierError',
+    'UnsupportedModelError',
+    'UsageError',
+    'WeightsError',
+    'first_line',
+    'is_bug',
+    'usage_errors',
+]
 
 
-class UnsupportedModelError(ValueError):
+class NamedError(Exception):
+    """What this package raises knowingly: all else that comes out of its code is a bug."""
+
+
+class InputError(NamedError, ValueError):
+    """An argument is out of range, or two things that were given do not fit together."""
+
+
+class WeightsError(NamedError, RuntimeError):
+    """A variant's weights are not there, or cannot be fetched or read."""
+
+
+class UnsupportedModelError(InputError):
     """A model cannot be widened exactly: names the module, its class and the reason."""
 
 
@@ -13,25 +37,37 @@ class NoClassifierError(UnsupportedModelError):
     """A model has no logits that could be distilled."""
 
 
-class UsageError(ValueError):
+class UsageError(NamedError, ValueError):
     """A script was given something that it cannot work with. Printed as one line; the script exits with code 2."""
 
 
 @contextmanager
-def usage_errors(advice: str, *kinds: Type[BaseException]) -> Iterator[None]:
-    """Turns errors of the given kinds, from a library that was handed what the user typed, into a UsageError.
+def usage_errors(advice: str, *kinds: Type[Exception]) -> Iterator[None]:
+    """Turns errors about what the user typed into a UsageError. A bug of this package passes as it is.
 
     Args:
         advice: what to do about it, appended to the first line of the error.
-        *kinds: exception classes; default ValueError, RuntimeError, OSError, AssertionError.
+        *kinds: what else to catch besides this package's :class:`NamedError`: classes that a library which is handed
+            what the user typed raises. Where they come out of this package's own code they are bugs, see
+            :func:`is_bug`.
     """
     try:
         yield
     except UsageError:
         raise
-    except kinds or (ValueError, RuntimeError, OSError, AssertionError) as error:
+    except Exception as error:
+        if not isinstance(error, (NamedError, *kinds)) or is_bug(error):
+            raise
         line = first_line(error)
         raise UsageError(f'{line} ({advice})' if advice else line) from error
+
+
+def is_bug(error: BaseException) -> bool:
+    """Whether an error was raised by a line of this package that did not mean to."""
+    if isinstance(error, NamedError):
+        return False
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return str(frames[-1].f_globals.get('__name__')).startswith(f'{__package__}.')
 
 
 def first_line(error: BaseException) -> str:

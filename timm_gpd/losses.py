@@ -4,6 +4,7 @@ Targets are class indices of shape (B,) or class probabilities of shape (B, num_
 them. DKD and OFA single out one target class: for them probabilities stand for their most probable class, which is what
 the code published with OFA-KD does for both.
 """
+
 from functools import partial
 from typing import Callable, Dict, Iterator, Mapping, Sequence, Tuple
 
@@ -11,17 +12,28 @@ import torch
 import torch.nn.functional as F
 
 __all__ = [
-    'GPD_LOSSES', 'at_loss', 'check_finite', 'dist_loss', 'dkd_loss', 'hcl_loss', 'kd_loss', 'nd_loss', 'ofa_loss',
-    'rkd_loss', 'soft_target_cross_entropy', 'target_classes',
+    'GPD_LOSSES',
+    'at_loss',
+    'check_finite',
+    'dist_loss',
+    'dkd_loss',
+    'hcl_loss',
+    'kd_loss',
+    'nd_loss',
+    'ofa_loss',
+    'rkd_loss',
+    'soft_target_cross_entropy',
+    'target_classes',
 ]
 
 
 # -- logits -----------------------------------------------------------------------------------------------------------
 
+
 def soft_target_cross_entropy(
-        student_logits: torch.Tensor,
-        teacher_logits: torch.Tensor,
-        smoothing: float = 0.1,
+    student_logits: torch.Tensor,
+    teacher_logits: torch.Tensor,
+    smoothing: float = 0.1,
 ) -> torch.Tensor:
     """Cross-entropy with the teacher's softened probabilities as labels.
 
@@ -53,16 +65,16 @@ def kd_loss(student_logits: torch.Tensor, teacher_logits: torch.Tensor, temperat
     """
     student = F.log_softmax(student_logits / temperature, dim=-1)
     teacher = F.log_softmax(teacher_logits.detach() / temperature, dim=-1)
-    return _kl_divergence(student, teacher) * temperature ** 2
+    return _kl_divergence(student, teacher) * temperature**2
 
 
 def dkd_loss(
-        student_logits: torch.Tensor,
-        teacher_logits: torch.Tensor,
-        target: torch.Tensor,
-        alpha: float = 1.0,
-        beta: float = 0.5,
-        temperature: float = 1.0,
+    student_logits: torch.Tensor,
+    teacher_logits: torch.Tensor,
+    target: torch.Tensor,
+    alpha: float = 1.0,
+    beta: float = 0.5,
+    temperature: float = 1.0,
 ) -> torch.Tensor:
     """Decoupled knowledge distillation (arXiv 2203.08679, Eq. 7): target class and other classes apart.
 
@@ -96,15 +108,15 @@ def dkd_loss(
     teacher_binary, teacher_others = split(teacher_logits.detach())
     target_part = _kl_divergence(student_binary, teacher_binary)
     other_part = _kl_divergence(student_others, teacher_others)
-    return (alpha * target_part + beta * other_part) * temperature ** 2
+    return (alpha * target_part + beta * other_part) * temperature**2
 
 
 def dist_loss(
-        student_logits: torch.Tensor,
-        teacher_logits: torch.Tensor,
-        beta: float = 1.0,
-        gamma: float = 1.0,
-        temperature: float = 1.0,
+    student_logits: torch.Tensor,
+    teacher_logits: torch.Tensor,
+    beta: float = 1.0,
+    gamma: float = 1.0,
+    temperature: float = 1.0,
 ) -> torch.Tensor:
     """DIST (arXiv 2205.10536, Eq. 10): Pearson distance of probabilities within images and within classes.
 
@@ -122,15 +134,15 @@ def dist_loss(
     teacher = (teacher_logits.detach() / temperature).softmax(-1)
     inter = _pearson_distance(student, teacher)
     intra = _pearson_distance(student.T, teacher.T)
-    return (beta * inter + gamma * intra) * temperature ** 2
+    return (beta * inter + gamma * intra) * temperature**2
 
 
 def ofa_loss(
-        student_logits: torch.Tensor,
-        teacher_logits: torch.Tensor,
-        target: torch.Tensor,
-        eps: float = 1.0,
-        temperature: float = 1.0,
+    student_logits: torch.Tensor,
+    teacher_logits: torch.Tensor,
+    target: torch.Tensor,
+    eps: float = 1.0,
+    temperature: float = 1.0,
 ) -> torch.Tensor:
     """OFA-KD (arXiv 2310.19444, Eq. 6) without its hard-label part, which the task loss is.
 
@@ -158,11 +170,12 @@ def ofa_loss(
 
 # -- embeddings -------------------------------------------------------------------------------------------------------
 
+
 def nd_loss(
-        student_embedding: torch.Tensor,
-        teacher_embedding: torch.Tensor,
-        class_centers: torch.Tensor,
-        target: torch.Tensor,
+    student_embedding: torch.Tensor,
+    teacher_embedding: torch.Tensor,
+    class_centers: torch.Tensor,
+    target: torch.Tensor,
 ) -> torch.Tensor:
     """Norm and direction of KD++ (arXiv 2305.17007, Eq. 8): a long embedding along the centre of its class.
 
@@ -184,7 +197,8 @@ def nd_loss(
     if not student_embedding.shape[-1] == teacher_embedding.shape[-1] == class_centers.shape[-1]:
         raise ValueError(
             f'nd_loss compares embeddings of one width, but they have {student_embedding.shape[-1]} (student), '
-            f'{teacher_embedding.shape[-1]} (teacher) and {class_centers.shape[-1]} (centres): project the student\'s')
+            f"{teacher_embedding.shape[-1]} (teacher) and {class_centers.shape[-1]} (centres): project the student's"
+        )
     centers = class_centers.detach()
     if _is_indices(target, len(student_embedding), len(centers)):
         center = centers[target]
@@ -196,10 +210,10 @@ def nd_loss(
 
 
 def rkd_loss(
-        student_embedding: torch.Tensor,
-        teacher_embedding: torch.Tensor,
-        distance_weight: float = 25.0,
-        angle_weight: float = 50.0,
+    student_embedding: torch.Tensor,
+    teacher_embedding: torch.Tensor,
+    distance_weight: float = 25.0,
+    angle_weight: float = 50.0,
 ) -> torch.Tensor:
     """Relational knowledge distillation (arXiv 1904.05068, Eq. 7 and 10): distances of pairs and angles of triplets.
 
@@ -223,13 +237,15 @@ def rkd_loss(
     with torch.autocast(student_embedding.device.type, enabled=False):
         student, teacher = (
             (e.float() if e.dtype in (torch.float16, torch.bfloat16) else e).flatten(1)
-            for e in (student_embedding, teacher_embedding.detach()))
+            for e in (student_embedding, teacher_embedding.detach())
+        )
         distance = F.smooth_l1_loss(_relative_distances(student), _relative_distances(teacher))
         angle = F.smooth_l1_loss(_angles(student), _angles(teacher))
     return distance_weight * distance + angle_weight * angle
 
 
 # -- feature maps -----------------------------------------------------------------------------------------------------
+
 
 def hcl_loss(student_features: Sequence[torch.Tensor], teacher_features: Sequence[torch.Tensor]) -> torch.Tensor:
     """ReviewKD's hierarchical context loss (arXiv 2104.09044, Sec. 3.3), summed over the stages.
@@ -250,23 +266,26 @@ def hcl_loss(student_features: Sequence[torch.Tensor], teacher_features: Sequenc
     loss = 0.0
     for student, teacher in _pairs('hcl_loss', student_features, teacher_features):
         if student.shape != teacher.shape:
-            raise ValueError(f'hcl_loss compares maps of one shape, but they have {tuple(student.shape)} (student) and '
-                             f'{tuple(teacher.shape)} (teacher): project and resize the student\'s')
+            raise ValueError(
+                f'hcl_loss compares maps of one shape, but they have {tuple(student.shape)} (student) and '
+                f"{tuple(teacher.shape)} (teacher): project and resize the student's"
+            )
         error, weight, total = F.mse_loss(student, teacher), 1.0, 1.0
         for size in (4, 2, 1):
             if size < student.shape[-2]:
                 weight /= 2
                 total += weight
                 error = error + weight * F.mse_loss(
-                    F.adaptive_avg_pool2d(student, size), F.adaptive_avg_pool2d(teacher, size))
+                    F.adaptive_avg_pool2d(student, size), F.adaptive_avg_pool2d(teacher, size)
+                )
         loss = loss + error / total
     return loss
 
 
 def at_loss(
-        student_features: Sequence[torch.Tensor],
-        teacher_features: Sequence[torch.Tensor],
-        p: float = 2.0,
+    student_features: Sequence[torch.Tensor],
+    teacher_features: Sequence[torch.Tensor],
+    p: float = 2.0,
 ) -> torch.Tensor:
     """Activation-based attention transfer (arXiv 1612.03928, Eq. 2), summed over the stages.
 
@@ -288,12 +307,14 @@ def at_loss(
     for student, teacher in _pairs('at_loss', student_features, teacher_features):
         size = [min(lengths) for lengths in zip(student.shape[-2:], teacher.shape[-2:])]
         student, teacher = (
-            F.normalize(F.adaptive_avg_pool2d(x, size).abs().pow(p).mean(1).flatten(1)) for x in (student, teacher))
+            F.normalize(F.adaptive_avg_pool2d(x, size).abs().pow(p).mean(1).flatten(1)) for x in (student, teacher)
+        )
         loss = loss + F.mse_loss(student, teacher)
     return loss
 
 
 # -- what the losses share --------------------------------------------------------------------------------------------
+
 
 def target_classes(target: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
     """One class per image, shape (B,): the target's indices, or the largest of its probabilities.
@@ -316,8 +337,9 @@ def check_finite(terms: Mapping[str, torch.Tensor]) -> None:
     values = dict(zip(terms, torch.stack([term.detach().float() for term in terms.values()]).tolist()))
     broken = [f'{name} is {value}' for name, value in values.items() if not abs(value) < float('inf')]
     if broken:
-        raise FloatingPointError(f'{", ".join(broken)}: lower the learning rate or the weight of that loss, '
-                                 'or clip gradients')
+        raise FloatingPointError(
+            f'{", ".join(broken)}: lower the learning rate or the weight of that loss, or clip gradients'
+        )
 
 
 def _is_indices(target: torch.Tensor, batch_size: int, num_classes: int) -> bool:
@@ -326,18 +348,21 @@ def _is_indices(target: torch.Tensor, batch_size: int, num_classes: int) -> bool
     if target.shape != (batch_size, num_classes):
         raise ValueError(
             f'target must hold class indices, shape ({batch_size},), or class probabilities, shape ({batch_size}, '
-            f'{num_classes}), but is {target.dtype} of shape {tuple(target.shape)}')
+            f'{num_classes}), but is {target.dtype} of shape {tuple(target.shape)}'
+        )
     return False
 
 
 def _pairs(
-        name: str,
-        student_features: Sequence[torch.Tensor],
-        teacher_features: Sequence[torch.Tensor],
+    name: str,
+    student_features: Sequence[torch.Tensor],
+    teacher_features: Sequence[torch.Tensor],
 ) -> Iterator[Tuple[torch.Tensor, torch.Tensor]]:
     if len(student_features) != len(teacher_features) or not student_features:
-        raise ValueError(f'{name} compares maps in pairs, but there are {len(student_features)} of the student and '
-                         f'{len(teacher_features)} of the teacher: give as many of both')
+        raise ValueError(
+            f'{name} compares maps in pairs, but there are {len(student_features)} of the student and '
+            f'{len(teacher_features)} of the teacher: give as many of both'
+        )
     return ((student, teacher.detach()) for student, teacher in zip(student_features, teacher_features))
 
 

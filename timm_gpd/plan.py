@@ -1,4 +1,5 @@
 """The expansion plan: one piece of data, two directions."""
+
 from dataclasses import dataclass, field
 from typing import Any, Dict, Mapping, Optional, Tuple
 
@@ -23,6 +24,7 @@ class ExpansionPlan:
         input_shape: ``(channels, height, width)``, in pixels, of images that the student accepts: it was planned with
             them. None in a plan that was made by hand.
     """
+
     ratio: int
     tensors: Mapping[str, TensorMap]
     attributes: Mapping[str, Mapping[str, Tuple[Any, Any]]]
@@ -95,12 +97,15 @@ class ExpansionPlan:
 
     def __str__(self) -> str:
         lines = [
-            f'ExpansionPlan(ratio={self.ratio}, input_shape={self.input_shape}): {len(self.tensors)} tensors widen']
+            f'ExpansionPlan(ratio={self.ratio}, input_shape={self.input_shape}): {len(self.tensors)} tensors widen'
+        ]
         width = max((len(name) for name in self.tensors), default=0)
         for name, tensor_map in self.tensors.items():
             axes = [
-                f'axis {axis}: ' + ' + '.join(
-                    f'{s.size}x{s.ratio}' + (f' in blocks of {s.block}' if s.block > 1 else '') for s in axis_map)
+                f'axis {axis}: '
+                + ' + '.join(
+                    f'{s.size}x{s.ratio}' + (f' in blocks of {s.block}' if s.block > 1 else '') for s in axis_map
+                )
                 for axis, axis_map in tensor_map.axes
                 if len(axis_map) > 1 or axis_map[0].block > 1
             ]
@@ -110,7 +115,13 @@ class ExpansionPlan:
                 + (f'  ({"; ".join(notes)})' if notes else '')
             )
         for module, changes in self.attributes.items():
-            lines.append(f'  {module or "(root)"}: ' + ', '.join(
-                f'{attribute} {before} -> {after}' for attribute, (before, after) in changes.items()))
+            lines.append(
+                f'  {module or "(root)"}: '
+                + ', '.join(
+                    f'{attribute} {before} -> {after}'
+                    for attribute, (before, after) in changes.items()
+                    if attribute != 'feature_info'
+                )
+            )  # a table as long as the model
         lines += [f'  {module}: input divided by {ratio}' for module, ratio in self.divided_inputs.items()]
         return '\n'.join(lines + [f'  note: {note}' for note in self.notes])

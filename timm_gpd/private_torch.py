@@ -3,23 +3,43 @@
 Each is here because the public API has no way to the same thing; ``tests/test_private_names.py`` fails with its name
 when a version of torch changes it.
 """
+
 from typing import List, Sequence, Union
 
 import torch
 import torch._dynamo.config
 import torch._inductor.config
 import torch.nn as nn
-from torch.utils._pytree import tree_map_only
+from torch._ops import OpOverload
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 __all__ = [
-    'BatchNorm', 'InstanceNorm', 'add_each_', 'can_trace_backward', 'forget_flat_weights', 'has_active_transforms',
-    'has_forward_mode', 'keeps_compiled_layouts', 'list_flat_weights', 'multiply_each', 'set_keep_compiled_layouts',
-    'trace_backward', 'tree_map_only',
+    'BatchNorm',
+    'InstanceNorm',
+    'OpOverload',
+    'TO_COPY',
+    'TorchDispatchMode',
+    'add_each_',
+    'can_trace_backward',
+    'compiles_writing_operators',
+    'forget_flat_weights',
+    'has_active_transforms',
+    'has_forward_mode',
+    'keeps_compiled_layouts',
+    'list_flat_weights',
+    'multiply_each',
+    'set_keep_compiled_layouts',
+    'trace_backward',
+    'tree_leaves',
+    'tree_map_only',
 ]
 
 # What all batch norms, and all instance norms, are instances of, whatever their number of dimensions.
 BatchNorm = nn.modules.batchnorm._BatchNorm
 InstanceNorm = nn.modules.instancenorm._InstanceNorm
+
+TO_COPY = torch.ops.aten._to_copy  # what a change of dtype or device is
 
 
 def multiply_each(tensors: Sequence[torch.Tensor], by: Union[Sequence[float], torch.Tensor]) -> List[torch.Tensor]:
@@ -41,6 +61,14 @@ def trace_backward() -> None:
     """Lets ``torch.compile`` trace a backward pass within a forward pass, where this torch can."""
     if hasattr(torch._dynamo.config, 'trace_autograd_ops'):
         torch._dynamo.config.trace_autograd_ops = True
+
+
+def compiles_writing_operators() -> bool:
+    """Whether Inductor compiles custom operators that write into lists of tensors.
+
+    That of torch 2.8 and 2.10 loses some and ends with a KeyError. The setting came later, in torch 2.14.
+    """
+    return hasattr(torch._dynamo.config, 'trace_autograd_ops')
 
 
 def keeps_compiled_layouts() -> bool:

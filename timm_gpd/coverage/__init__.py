@@ -1,4 +1,5 @@
 """Which of timm's architectures expand exactly: ``python -m timm_gpd.coverage``; ``--help`` explains it."""
+
 from ..expansion.verify import read_back_error
 from .architectures import OWN_MODULES, create, create_small, timm_modules
 from .command import main

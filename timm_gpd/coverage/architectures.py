@@ -1,4 +1,5 @@
 """timm's architectures: which there are, how they are created, and how they are made small enough to be compared."""
+
 from typing import Any, Dict, List
 
 import timm
@@ -12,8 +13,8 @@ __all__ = ['FEWER', 'OWN_MODULES', 'REDUCTIONS', 'count_parameters', 'create', '
 OWN_MODULES = ('rvt', 'variants')  # what this package registers is not timm's
 # Arguments that make an architecture smaller; the last that fits.
 REDUCTIONS: List[Dict[str, Any]] = [{'mlp_ratio': 1 / 16}, {'depth': 2}]
-# Fewer or narrower blocks, for what runs a module's smallest architecture many times, where even that is large. In types
-# that JSON has.
+# Fewer or narrower blocks, for what runs a module's smallest architecture many times, where even that is large. In
+# types that JSON has.
 FEWER: Dict[str, Dict[str, Any]] = {
     'beit': {'depth': 2, 'embed_dim': 192, 'num_heads': 3},
     'cait': {'depth': 2},

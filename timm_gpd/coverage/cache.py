@@ -1,4 +1,5 @@
 """What a sweep has found, kept so that an interrupted one goes on where it stopped."""
+
 import hashlib
 import json
 from pathlib import Path
@@ -14,10 +15,23 @@ Record = Dict[str, Any]
 PACKAGE = Path(__file__).parents[1]
 # What the outcome depends on: the data, the rules, and all that creates, plans and compares with them.
 SOURCES = (
-    'axes.py', 'plan.py', 'private_torch.py', 'rules/**/*.py', 'expansion/**/*.py', 'coverage/architectures.py',
-    'coverage/sweep.py')
+    'axes.py',
+    'plan.py',
+    'private_torch.py',
+    'rules/**/*.py',
+    'expansion/**/*.py',
+    'coverage/architectures.py',
+    'coverage/sweep.py',
+)
 # What else the outcome of the whole path depends on.
-PATH_SOURCES = (*SOURCES, 'coverage/whole_path.py', 'teacher/**/*.py', 'task/**/*.py', 'losses.py', 'distillers/**/*.py')
+PATH_SOURCES = (
+    *SOURCES,
+    'coverage/whole_path.py',
+    'teacher/**/*.py',
+    'task/**/*.py',
+    'losses.py',
+    'distillers/**/*.py',
+)
 
 
 class Cache:
@@ -33,7 +47,8 @@ class Cache:
         state = f'timm-{timm.__version__}-torch-{torch.__version__}-r{ratio}'
         self.keys = {
             step: f'{state}-{fingerprint(sources=sources)}'
-            for step, sources in (('plan', SOURCES), ('compare', SOURCES), ('path', PATH_SOURCES))}
+            for step, sources in (('plan', SOURCES), ('compare', SOURCES), ('path', PATH_SOURCES))
+        }
         self.records: Dict[Tuple[str, str], Record] = {}
         if path.exists():
             for line in path.read_text().splitlines():

@@ -3,15 +3,16 @@
 Every architecture is planned on the meta device. Those that are small enough are also compared numerically with their
 planned teachers, in evaluation and training mode, and read back from them; where even the two smallest of a module are
 too large, with fewer blocks, and the table says so. The smallest of each module goes the whole path of a user: its
-gradients, joint steps, extraction, checkpoint, copies and noise. What was found is kept, line by line, in a cache, so that an
-interrupted sweep goes on where it stopped; it starts again when timm, torch or the rules have changed. Then the table
-is written.
+gradients, joint steps, extraction, checkpoint, copies and noise. What was found is kept, line by line, in a cache, so
+that an interrupted sweep goes on where it stopped; it starts again when timm, torch or the rules have changed. Then the
+page is written.
 
 Exit codes:
     0: every architecture that has a classifier is planned, exact where it was compared, and whole where it was walked.
     1: some are unsupported or inexact, or fail on the path; the page lists them.
     2: the arguments are wrong.
 """
+
 import argparse
 import warnings
 from pathlib import Path
@@ -31,17 +32,27 @@ __all__ = ['main']
 def _parse(arguments: Optional[Sequence[str]]) -> argparse.Namespace:
     """Command line arguments; ends the program with code 2 if they are wrong."""
     parser = argparse.ArgumentParser(
-        prog='python -m timm_gpd.coverage', description="Finds out which of timm's architectures expand exactly.")
+        prog='python -m timm_gpd.coverage', description="Finds out which of timm's architectures expand exactly."
+    )
     parser.add_argument('--modules', nargs='+', metavar='MODULE', help='modules of timm to sweep (default: all)')
     parser.add_argument('--models', nargs='+', metavar='MODEL', help='architectures to sweep (default: all of those)')
     parser.add_argument('--ratio', type=int, default=2, help='expansion ratio (default: %(default)s)')
-    parser.add_argument('--max-params', type=float, default=40, metavar='M',
-                        help='millions of parameters up to which an architecture is compared too; a comparison holds '
-                             'about 50 bytes for each at ratio 2 (default: %(default)s)')
+    parser.add_argument(
+        '--max-params',
+        type=float,
+        default=40,
+        metavar='M',
+        help='millions of parameters up to which an architecture is compared too; a comparison holds '
+        'about 50 bytes for each at ratio 2 (default: %(default)s)',
+    )
     parser.add_argument('--smallest', type=int, metavar='N', help='compare only the N smallest of each module')
     parser.add_argument('--jobs', type=int, default=1, help='worker processes (default: %(default)s)')
-    parser.add_argument('--cache', type=Path, default=Path('.coverage-cache/coverage.jsonl'),
-                        help='JSON lines that a sweep adds to and goes on from (default: %(default)s)')
+    parser.add_argument(
+        '--cache',
+        type=Path,
+        default=Path('.coverage-cache/coverage.jsonl'),
+        help='JSON lines that a sweep adds to and goes on from (default: %(default)s)',
+    )
     parser.add_argument('--output', type=Path, default=Path('docs/coverage.md'), help='(default: %(default)s)')
     options = parser.parse_args(arguments)
     for name in ('ratio', 'jobs', 'smallest'):
@@ -85,6 +96,8 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     options.output.write_text(table(cache, modules, options.ratio))
     failed = [name for name in names if status_of(cache, name) in ('unsupported', 'inexact')]
     broken = [name for name in names if any(cache.get('path', name).get(check) for check in CHECKS)]
-    print(f'{options.output}: {len(names)} architectures, {len(failed)} unsupported or inexact, '
-          f'{len(broken)} that fail on the whole path')
+    print(
+        f'{options.output}: {len(names)} architectures, {len(failed)} unsupported or inexact, '
+        f'{len(broken)} that fail on the whole path'
+    )
     return 1 if failed or broken else 0

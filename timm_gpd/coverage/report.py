@@ -1,4 +1,5 @@
 """The coverage page: what a sweep has found, as a table in Markdown."""
+
 from collections import Counter
 from typing import List, Mapping, Sequence
 
@@ -46,7 +47,7 @@ def table(cache: Cache, modules: Mapping[str, Sequence[str]], ratio: int) -> str
     totals = Counter(status_of(cache, name) for name in names)
     classifiers = len(names) - totals['no classifier']
     planned = totals['exact'] + totals['planned only'] + totals['inexact']
-    seconds, slowest = max([(0., ''), *((cache.get('plan', name).get('seconds', 0.), name) for name in names)])
+    seconds, slowest = max([(0.0, ''), *((cache.get('plan', name).get('seconds', 0.0), name) for name in names)])
     lines = [
         '# Coverage',
         '',
@@ -58,8 +59,8 @@ def table(cache: Cache, modules: Mapping[str, Sequence[str]], ratio: int) -> str
         f'{totals["exact"]} were compared and are exact, {totals["inexact"]} were compared and are not. '
         f'The slowest plan took {seconds:.1f} s of CPU time ({slowest}).',
         '',
-        '- *exact*: in float64, with randomised weights and running statistics and no stochastic layer, the teacher\'s '
-        'logits are the student\'s in evaluation and training mode, and extraction returns the student. The errors are '
+        "- *exact*: in float64, with randomised weights and running statistics and no stochastic layer, the teacher's "
+        "logits are the student's in evaluation and training mode, and extraction returns the student. The errors are "
         'the worst max \\|T − S\\| / max \\|S\\| of the module.',
         '- *planned only*: planned on the meta device, not compared.',
         '',
@@ -104,32 +105,37 @@ def _whole_paths(cache: Cache, modules: Mapping[str, Sequence[str]]) -> List[str
         '',
         '## The whole path',
         '',
-        f'What a user does, with the smallest architecture of each module: {len(whole)} of {len(records)} are whole. In '
-        'float64, with randomised weights, running statistics from data and no stochastic layer, on two images of 32 '
-        'pixels or, where the architecture does not take them, as small as it takes:',
+        f'What a user does, with the smallest architecture of each module: {len(whole)} of {len(records)} are whole. '
+        'In float64, with randomised weights, running statistics from data and no stochastic layer, on two images of '
+        '32 pixels or, where the architecture does not take them, the smallest of a few sizes that it takes:',
         '',
-        '- *gradient*: the student\'s loss gives the stored tensors\' replica 0 the plain student\'s gradient, and running '
-        'statistics move alike, bit for bit.',
+        "- *gradient*: the student's loss gives the stored tensors' replica 0 the plain student's gradient, and "
+        'running statistics move alike, bit for bit.',
         '- *steps*: three steps of `GapPreservingTask` with SGD train every tensor that has a gradient.',
         '- *extraction*: `extract_student()`, a new timm model that loads its `state_dict` with `strict=True`, and '
         '`extract_teacher()` have the logits of the models inside, bit for bit.',
         '- *state*: a checkpoint that was saved, and read with `weights_only=True`, makes a new task the same.',
         '- *copies*: so do `deepcopy` and pickle.',
-        '- *noise*: in how many tensors `noise=0.1` tells replicas apart: all that sum over replicated inputs and have '
-        'replicated outputs. The teacher\'s function stays within rounding, the student bit for bit. In none where all such '
-        'weights are standardised, since a standardised weight has no such noise.',
+        '- *noise*: in how many tensors `noise=0.1` tells replicas apart: all that sum over replicated inputs and '
+        "have replicated outputs. The teacher's function stays within rounding, the student bit for bit. Standardised "
+        'weights are not among them: there is no such noise.',
         '',
         f'| module | architecture | {" | ".join(CHECKS)} |',
         f'|---|---|{":---:|" * len(CHECKS)}',
     ]
     for module, record in records.items():
-        cells = ['fails' if record[check] else str(record['told_apart']) if check == 'noise' else 'yes' for check in CHECKS]
+        cells = [
+            'fails' if record[check] else str(record['told_apart']) if check == 'noise' else 'yes' for check in CHECKS
+        ]
         reduction = ', '.join(f'{key}={value}' for key, value in record['reduction'].items())
         name = f'`{record["model"]}`' + (f' ({reduction})' if reduction else '')
         lines.append(f'| {module} | {name} | {" | ".join(cells)} |')
     failures = [
         f'- `{record["model"]}`, {check}: {record[check]}'
-        for record in records.values() for check in CHECKS if record[check]]
+        for record in records.values()
+        for check in CHECKS
+        if record[check]
+    ]
     return [*lines, *(['', *failures] if failures else [])]
 
 
@@ -162,4 +168,6 @@ def _reduced(cache: Cache, names: Sequence[str]) -> List[str]:
     reductions = [(name, cache.get('compare', name).get('reduction')) for name in names]
     return [
         f'`{name}` ({", ".join(f"{key}={value}" for key, value in reduction.items())})'
-        for name, reduction in reductions if reduction]
+        for name, reduction in reductions
+        if reduction
+    ]

@@ -1,4 +1,5 @@
 """Plans, compares and walks architectures, in worker processes if asked, and keeps what it finds in a cache."""
+
 import gc
 import multiprocessing
 import time
@@ -27,15 +28,16 @@ Modules = Mapping[str, Sequence[str]]
 
 
 def sweep(
-        cache: Cache,
-        modules: Modules,
-        ratio: int,
-        max_parameters: float,
-        smallest: Optional[int] = None,
-        jobs: int = 1,
+    cache: Cache,
+    modules: Modules,
+    ratio: int,
+    max_parameters: float,
+    smallest: Optional[int] = None,
+    jobs: int = 1,
 ) -> None:
-    """Plans every architecture, goes the whole path with the smallest of every module, and compares those that are small
-    enough, unless the cache knows them.
+    """Plans every architecture, goes the whole path with each module's smallest, and compares those that are small.
+
+    What the cache knows is left out.
 
     Args:
         cache: what is known; records are added to it.
@@ -144,7 +146,9 @@ def smallest_of(cache: Cache, names: Sequence[str]) -> Optional[str]:
     """The architecture that has the fewest parameters of those that are planned; None if there is none."""
     sizes = [
         (cache.get('plan', name)['parameters'], name)
-        for name in names if cache.get('plan', name).get('status') == 'planned']
+        for name in names
+        if cache.get('plan', name).get('status') == 'planned'
+    ]
     return min(sizes)[1] if sizes else None
 
 
@@ -159,10 +163,10 @@ def _failure(error: Exception) -> str:
 
 
 def _chosen(
-        cache: Cache,
-        modules: Modules,
-        max_parameters: float,
-        smallest: Optional[int],
+    cache: Cache,
+    modules: Modules,
+    max_parameters: float,
+    smallest: Optional[int],
 ) -> Dict[str, Record]:
     """The architectures to compare, and how each is reduced: planned, at most so large, and the smallest few if asked.
 
@@ -172,24 +176,26 @@ def _chosen(
     for module in modules.values():
         sizes = [
             (cache.get('plan', name)['parameters'], name)
-            for name in module if cache.get('plan', name).get('status') == 'planned']
+            for name in module
+            if cache.get('plan', name).get('status') == 'planned'
+        ]
         for position, (size, name) in enumerate(sorted(sizes)[:smallest]):
             if size <= max_parameters:
                 models[name] = {}
             elif position < (smallest or ALWAYS_COMPARED):
-                models.update({
-                    name: reduction for reduction in REDUCTIONS
-                    if count_parameters(name, **reduction) <= max_parameters})
+                for reduction in REDUCTIONS:
+                    if count_parameters(name, **reduction) <= max_parameters:
+                        models[name] = reduction
     return models
 
 
 def _run(
-        task: Callable[..., Record],
-        step: str,
-        models: Mapping[str, Record],
-        ratio: int,
-        jobs: int,
-        cache: Cache,
+    task: Callable[..., Record],
+    step: str,
+    models: Mapping[str, Record],
+    ratio: int,
+    jobs: int,
+    cache: Cache,
 ) -> None:
     """Runs a task, with keyword arguments, for every architecture that the cache does not know yet."""
     todo = {name: kwargs for name, kwargs in models.items() if not cache.knows(step, name, kwargs)}

@@ -1,4 +1,5 @@
 """What a user does with a student, from its expansion to the checkpoint that is resumed, with every value checked."""
+
 import copy
 import io
 import pickle
@@ -30,13 +31,13 @@ class PathError(AssertionError):
 class WholePath:
     """One student's path, in float64, with randomised weights, running statistics from data and no stochastic layer.
 
-    Its methods, named in ``CHECKS``, go the path in that order. Each raises a :class:`PathError` that says what is wrong,
-    or whatever error of the package stops it.
+    Its methods, named in ``CHECKS``, go the path in that order. Each raises a :class:`PathError` that says what is
+    wrong, or whatever error stops it.
 
-    What is compared is equal bit for bit: on a CPU, at ratio 2 and with what is stored at the student's scale, the same
-    kernels run on the same numbers. Where they do not there is rounding: a ratio or a scale that multiplies by what is no
-    power of two, merged branches, a compiler, and kernels of a GPU that add up in any order. Noise changes the order of
-    sums in the wide model; its function is kept up to that.
+    What is compared is equal bit for bit: on a CPU, without branches and with what is stored at the student's scale,
+    the same kernels run on the same numbers. Elsewhere there is rounding: at the teacher's scale a divisor that is no
+    power of two is multiplied with, branches are summed, a compiler and a GPU choose kernels that add up in another
+    order. So does noise in the wide model, whose function is kept up to that.
 
     Args:
         create: creates the student, the same architecture every time.
@@ -61,7 +62,7 @@ class WholePath:
         return self.task.get_dynamic_teacher()
 
     def gradient(self) -> None:
-        """The student's loss has the plain student's gradient in replica 0, and statistics move as the plain student's."""
+        """The student's loss has the plain student's gradient in replica 0; statistics move as the plain student's."""
         plain = copy.deepcopy(self.reference).train()
         twin = copy.deepcopy(self.teacher).train()
         with InFloat64():
@@ -74,7 +75,8 @@ class WholePath:
                 of_stored = tensor_map.first_replica(of_stored)
             _expect(
                 _is_zero(of_stored) if gradient is None else of_stored is not None and torch.equal(of_stored, gradient),
-                f'the gradient of {name} is not the plain student\'s')
+                f"the gradient of {name} is not the plain student's",
+            )
         _expect_equal(dict(twin.student.named_buffers()), dict(plain.named_buffers()))
 
     def steps(self) -> None:
@@ -104,9 +106,10 @@ class WholePath:
         loaded = self.create().double().eval()
         loaded.load_state_dict(extracted.state_dict(), strict=True)
         for what, plain, logits in (
-                ('the extracted student', extracted, student),
-                ('a new model with the student\'s state', loaded, student),
-                ('the extracted teacher', self.teacher.extract_teacher(), teacher)):
+            ('the extracted student', extracted, student),
+            ("a new model with the student's state", loaded, student),
+            ('the extracted teacher', self.teacher.extract_teacher(), teacher),
+        ):
             with InFloat64():
                 _expect(torch.equal(plain(self.x), logits), f'{what} has other logits')
 
@@ -125,11 +128,13 @@ class WholePath:
         """Deep copies and pickled ones are the same functions, on memory of their own."""
         memory = {tensor.data_ptr() for tensor in self.teacher.state_dict().values() if tensor.numel()}
         for what, other in (
-                ('the deep copy', copy.deepcopy(self.task).get_dynamic_teacher()),
-                ('the pickled copy', pickle.loads(pickle.dumps(self.teacher)))):
+            ('the deep copy', copy.deepcopy(self.task).get_dynamic_teacher()),
+            ('the pickled copy', pickle.loads(pickle.dumps(self.teacher))),
+        ):
             self._expect_same_functions(other, what)
             _expect(
-                all(tensor.data_ptr() not in memory for tensor in other.state_dict().values()), f'{what} shares memory')
+                all(tensor.data_ptr() not in memory for tensor in other.state_dict().values()), f'{what} shares memory'
+            )
 
     def noise(self) -> int:
         """Noise tells replicas apart wherever such noise exists, and changes neither function nor student.
@@ -146,10 +151,14 @@ class WholePath:
         for name, parameter in self.reference.named_parameters():
             tensor_map = self.plan.tensors.get(name)
             differs = tensor_map is not None and not torch.equal(
-                tensor_map.replicate(parameter), noisy.wide.get_parameter(name))
+                tensor_map.replicate(parameter), noisy.wide.get_parameter(name)
+            )
             # The replicas of an input must cancel out, and one of them is the student's where outputs have no replicas.
-            exists = tensor_map is not None and tensor_map.divisor > 1 and (
-                tensor_map.divisor > 2 or len(tensor_map.axes) > 1)
+            exists = (
+                tensor_map is not None
+                and tensor_map.divisor > 1
+                and (tensor_map.divisor > 2 or len(tensor_map.axes) > 1)
+            )
             _expect(differs == exists, f'noise {"does not tell" if exists else "tells"} replicas of {name} apart')
             told_apart += [name] * differs
         return len(told_apart)
@@ -167,7 +176,8 @@ class WholePath:
 def _reference(student: nn.Module, plan: ExpansionPlan) -> Tuple[nn.Module, torch.Tensor]:
     """What :func:`reference_model` returns, with images that are smaller than its own where the student takes them."""
     images = torch.randn(
-        IMAGES, plan.input_shape[0], SMALL_IMAGE, SMALL_IMAGE, generator=torch.Generator().manual_seed(0))
+        IMAGES, plan.input_shape[0], SMALL_IMAGE, SMALL_IMAGE, generator=torch.Generator().manual_seed(0)
+    )
     try:
         return reference_model(student, plan, images.double())
     except Exception:

@@ -9,22 +9,32 @@ A task states its losses once, taps the models, and builds one :class:`Distiller
     output = student_tap(x)                                        # logits and features in one pass
     terms = distillers(output, teacher_tap(x), target)             # {'dkd': ..., 'nd': ...}
 """
+
 import math
 from typing import Any, Dict, List, Mapping, Optional, Type
 
 import torch
 import torch.nn as nn
 
+from ..errors import InputError
 from .base import Distiller
 from .embedding import ND, Feature
+from .feature_tap import ModelOutput, Tap, example_output
 from .ofa import OFA
 from .plain import AT, DIST, DKD, KD, RKD
 from .reviewkd import ReviewKD
-from .feature_tap import ModelOutput, Tap, example_output
 
 __all__ = [
-    'DISTILLERS', 'DistillSettings', 'Distiller', 'Distillers', 'ModelOutput', 'Tap', 'distill_settings',
-    'example_output', 'tap_learner', 'tap_teacher',
+    'DISTILLERS',
+    'DistillSettings',
+    'Distiller',
+    'Distillers',
+    'ModelOutput',
+    'Tap',
+    'distill_settings',
+    'example_output',
+    'tap_learner',
+    'tap_teacher',
 ]
 
 # Under the names of ``--kd-distill-type``; ``logit`` and ``feature`` are timm's.
@@ -63,14 +73,17 @@ class Distillers(nn.ModuleDict):
     def __init__(self, settings: DistillSettings, learner: ModelOutput, teacher: ModelOutput) -> None:
         counts = learner.logits.shape[-1], teacher.logits.shape[-1]
         if counts[0] != counts[1]:
-            raise ValueError(f'the static teacher has {counts[1]} classes and the student {counts[0]}: '
-                             'give one that was trained on the same classes')
-        super().__init__({
-            name: DISTILLERS[name](learner, teacher, **{k: v for k, v in arguments.items() if k != 'weight'})
-            for name, arguments in settings.items()
-        })
-        self.weights = {
-            name: arguments.get('weight', DISTILLERS[name].weight) for name, arguments in settings.items()}
+            raise InputError(
+                f'the static teacher has {counts[1]} classes and the student {counts[0]}: '
+                'give one that was trained on the same classes'
+            )
+        super().__init__(
+            {
+                name: DISTILLERS[name](learner, teacher, **{k: v for k, v in arguments.items() if k != 'weight'})
+                for name, arguments in settings.items()
+            }
+        )
+        self.weights = {name: arguments.get('weight', DISTILLERS[name].weight) for name, arguments in settings.items()}
 
     def forward(self, learner: ModelOutput, teacher: ModelOutput, target: torch.Tensor) -> Dict[str, torch.Tensor]:
         """Weighted loss terms by name, whose sum is L_KD.
@@ -84,9 +97,9 @@ class Distillers(nn.ModuleDict):
 
 
 def distill_settings(
-        types: str,
-        loss_args: Optional[Mapping[str, Any]] = None,
-        temperature: Optional[float] = None,
+    types: str,
+    loss_args: Optional[Mapping[str, Any]] = None,
+    temperature: Optional[float] = None,
 ) -> DistillSettings:
     """Reads ``--kd-distill-type`` and ``--kd-loss-args``.
 
@@ -102,9 +115,9 @@ def distill_settings(
     names = [name.strip() for name in types.split(',')]
     for name in names:
         if name not in DISTILLERS:
-            raise ValueError(f'{name!r} is not a distillation loss: choose of {", ".join(DISTILLERS)}')
+            raise InputError(f'{name!r} is not a distillation loss: choose of {", ".join(DISTILLERS)}')
     if len({DISTILLERS[name] for name in names}) < len(names):
-        raise ValueError(f'{types!r} names a distillation loss twice: name it once')
+        raise InputError(f'{types!r} names a distillation loss twice: name it once')
     settings: DistillSettings = {name: {} for name in names}
     for key, value in (loss_args or {}).items():
         prefix, _, argument = key.rpartition('.')
@@ -112,7 +125,7 @@ def distill_settings(
         if len(owners) != 1:
             problem = f'could be of {" or ".join(owners)}' if owners else 'is none'
             known = ', '.join(f'{name}.{argument}' for name in names for argument in _defaults(name))
-            raise ValueError(f'loss argument {key!r} {problem}: choose of {known}')
+            raise InputError(f'loss argument {key!r} {problem}: choose of {known}')
         settings[owners[0]][argument] = _checked(f'{owners[0]}.{argument}', value, _defaults(owners[0])[argument])
     for name in names:
         if DISTILLERS[name] is KD and temperature is not None:
@@ -145,9 +158,9 @@ def _defaults(name: str) -> Dict[str, Any]:
 def _checked(name: str, value: Any, default: Any) -> Any:
     if isinstance(default, int):
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f'{name} must be an integer of at least 1, but is {value!r}')
+            raise InputError(f'{name} must be an integer of at least 1, but is {value!r}')
     elif not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
-        raise ValueError(f'{name} must be a number, but is {value!r}')
+        raise InputError(f'{name} must be a number, but is {value!r}')
     elif name.endswith('temperature') and value <= 0:
-        raise ValueError(f'{name} must be more than 0, but is {value!r}')
+        raise InputError(f'{name} must be more than 0, but is {value!r}')
     return value

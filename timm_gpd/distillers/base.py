@@ -1,4 +1,5 @@
 """What all distillers share."""
+
 import inspect
 from typing import Any, Callable, Dict, FrozenSet, Sequence, Tuple
 

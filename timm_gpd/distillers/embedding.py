@@ -1,4 +1,5 @@
 """Distillers of embeddings: the learner's is projected where its width differs from the teacher's."""
+
 from typing import Any
 
 import torch
@@ -59,10 +60,12 @@ class ND(Distiller):
     def _count(self, embedding: torch.Tensor, classes: torch.Tensor) -> None:
         sums = torch.zeros_like(self.class_centers).index_add_(0, classes, embedding.to(self.class_centers.dtype))
         counts = torch.zeros_like(self.class_counts).index_add_(
-            0, classes, torch.ones_like(classes, dtype=self.class_counts.dtype))
+            0, classes, torch.ones_like(classes, dtype=self.class_counts.dtype)
+        )
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(sums)
             dist.all_reduce(counts)
         self.class_counts += counts
-        self.class_centers += (sums - counts.unsqueeze(1) * self.class_centers) \
-            / self.class_counts.clamp(min=1).unsqueeze(1)
+        self.class_centers += (sums - counts.unsqueeze(1) * self.class_centers) / self.class_counts.clamp(
+            min=1
+        ).unsqueeze(1)

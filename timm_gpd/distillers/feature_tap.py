@@ -1,9 +1,12 @@
 """Logits, stages and embedding of a timm model out of one forward pass."""
+
 import contextlib
 from typing import Any, Callable, Iterator, List, Mapping, NamedTuple, Optional, Tuple
 
 import torch
 import torch.nn as nn
+
+from ..errors import InputError
 
 __all__ = ['ModelOutput', 'Tap', 'example_output', 'model_name', 'stage_indices']
 
@@ -21,6 +24,7 @@ class ModelOutput(NamedTuple):
         stages: feature maps from shallow to deep, each of shape (B, C, H, W); empty if they were not asked for.
         embedding: the classifier's input, shape (B, D); None if it was not asked for.
     """
+
     logits: torch.Tensor
     stages: Tuple[torch.Tensor, ...] = ()
     embedding: Optional[torch.Tensor] = None
@@ -30,7 +34,8 @@ class ModelOutput(NamedTuple):
         return ModelOutput(
             self.logits.detach(),
             tuple(stage.detach() for stage in self.stages),
-            None if self.embedding is None else self.embedding.detach())
+            None if self.embedding is None else self.embedding.detach(),
+        )
 
 
 class Tap(nn.Module):
@@ -83,7 +88,8 @@ class Tap(nn.Module):
             self._fail('no single embedding', self.needs['embedding'])
         embeddings = [x.flatten(1) for x in inputs]
         return ModelOutput(
-            logits, tuple(stages), torch.stack(embeddings).mean(0) if len(embeddings) > 1 else embeddings[0])
+            logits, tuple(stages), torch.stack(embeddings).mean(0) if len(embeddings) > 1 else embeddings[0]
+        )
 
     @torch.no_grad()
     def verify(self, x: torch.Tensor) -> None:
@@ -112,8 +118,9 @@ class Tap(nn.Module):
         # forward_head(pre_logits=True) would be a second pass through the head, with another dropout mask and another
         # update of its BatchNorm statistics
         inputs: List[torch.Tensor] = []
-        handles = [module.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
-                   for module in self._classifiers()]
+        handles = [
+            module.register_forward_pre_hook(lambda _, args: inputs.append(args[0])) for module in self._classifiers()
+        ]
         try:
             yield inputs
         finally:
@@ -125,15 +132,16 @@ class Tap(nn.Module):
             self._fail(f'no {attribute}', losses)
 
     def _fail(self, what: str, losses: str) -> None:
-        raise ValueError(f'{model_name(self.model)} has {what}, which {losses} would need: '
-                         'choose another model or another loss')
+        raise InputError(
+            f'{model_name(self.model)} has {what}, which {losses} would need: choose another model or another loss'
+        )
 
 
 @torch.no_grad()
 def example_output(
-        module: nn.Module,
-        example_input: torch.Tensor,
-        run: Optional[Callable[[torch.Tensor], Any]] = None,
+    module: nn.Module,
+    example_input: torch.Tensor,
+    run: Optional[Callable[[torch.Tensor], Any]] = None,
 ) -> Any:
     """A model's output in evaluation mode, from which distillers take their shapes. Leaves the model as it was.
 

@@ -1,4 +1,5 @@
 """OFA-KD (arXiv 2310.19444): every stage of the learner predicts classes, which any teacher can teach."""
+
 from typing import Any, List, Tuple
 
 import torch
@@ -28,14 +29,17 @@ class OFA(Distiller):
     def __init__(self, learner: ModelOutput, teacher: ModelOutput, **hyperparameters: Any) -> None:
         super().__init__(learner, teacher, **hyperparameters)
         stages = [(stage.shape[1], stage.shape[-1]) for stage in learner.stages]
-        self.projectors = nn.ModuleList([
-            nn.Sequential(
-                *_remaining_stages(stages[index:]),
-                nn.AdaptiveAvgPool2d(1),
-                nn.Flatten(),
-                nn.Linear(stages[-1][0], learner.logits.shape[-1]),
-            ) for index in range(len(stages))
-        ])
+        self.projectors = nn.ModuleList(
+            [
+                nn.Sequential(
+                    *_remaining_stages(stages[index:]),
+                    nn.AdaptiveAvgPool2d(1),
+                    nn.Flatten(),
+                    nn.Linear(stages[-1][0], learner.logits.shape[-1]),
+                )
+                for index in range(len(stages))
+            ]
+        )
         self.apply(_init_weights)
 
     def forward(self, learner: ModelOutput, teacher: ModelOutput, target: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,5 @@
 """Losses that compare two models as they are, without parameters."""
+
 import torch
 
 from ..losses import at_loss, dist_loss, dkd_loss, kd_loss, rkd_loss

@@ -1,4 +1,5 @@
 """ReviewKD (arXiv 2104.09044): deep stages of the learner help to imitate the teacher's shallow ones."""
+
 from typing import Any, List, Optional, Tuple
 
 import torch
@@ -28,10 +29,12 @@ class ReviewKD(Distiller):
         super().__init__(learner, teacher, **hyperparameters)
         levels, teacher_levels = deepest_pairs(_levels(learner), _levels(teacher))
         mid_channels = min(self.hyperparameters['mid_channels'], levels[-1].shape[1])
-        self.fusions = nn.ModuleList([
-            Fusion(level.shape[1], mid_channels, teacher_level.shape[1], fuse=level is not levels[-1])
-            for level, teacher_level in zip(levels, teacher_levels)
-        ])
+        self.fusions = nn.ModuleList(
+            [
+                Fusion(level.shape[1], mid_channels, teacher_level.shape[1], fuse=level is not levels[-1])
+                for level, teacher_level in zip(levels, teacher_levels)
+            ]
+        )
 
     def forward(self, learner: ModelOutput, teacher: ModelOutput, target: torch.Tensor) -> torch.Tensor:
         levels, teacher_levels = deepest_pairs(_levels(learner), _levels(teacher))
@@ -55,19 +58,19 @@ class Fusion(nn.Module):
 
     def __init__(self, in_channels: int, mid_channels: int, out_channels: int, fuse: bool) -> None:
         super().__init__()
-        self.reduce = nn.Sequential(
-            nn.Conv2d(in_channels, mid_channels, 1, bias=False), nn.BatchNorm2d(mid_channels))
+        self.reduce = nn.Sequential(nn.Conv2d(in_channels, mid_channels, 1, bias=False), nn.BatchNorm2d(mid_channels))
         self.attention = nn.Sequential(nn.Conv2d(2 * mid_channels, 2, 1), nn.Sigmoid()) if fuse else None
         self.expand = nn.Sequential(
-            nn.Conv2d(mid_channels, out_channels, 3, padding=1, bias=False), nn.BatchNorm2d(out_channels))
+            nn.Conv2d(mid_channels, out_channels, 3, padding=1, bias=False), nn.BatchNorm2d(out_channels)
+        )
         for conv in (self.reduce[0], self.expand[0]):
             nn.init.kaiming_uniform_(conv.weight, a=1)
 
     def forward(
-            self,
-            x: torch.Tensor,
-            residual: Optional[torch.Tensor],
-            size: Tuple[int, int],
+        self,
+        x: torch.Tensor,
+        residual: Optional[torch.Tensor],
+        size: Tuple[int, int],
     ) -> Tuple[torch.Tensor, torch.Tensor]:
         """Imitation of the teacher's level, and what the next shallower level receives, both of the given size."""
         x = self.reduce(x)

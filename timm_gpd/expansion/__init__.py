@@ -1,4 +1,5 @@
 """How a student widens: the plan, inferred from a dry run, and the numeric check of it."""
+
 from .planner import plan_expansion
 from .verify import verify_plan
 

@@ -1,14 +1,15 @@
 """Tells a student in the dry run what the rules of its modules say, before it runs."""
-from typing import Any, Callable
+
+from typing import Any, Callable, Sequence
 
 import torch
-from ..private_torch import tree_map_only
 
+from ..private_torch import tree_map_only
 from ..rules import Rule, RuleContext, find_rule
 from ..rules.context import find_axes, find_children, join
 from .widening import Widening
 
-__all__ = ['apply_rules']
+__all__ = ['apply_rules', 'follow_children']
 
 
 def apply_rules(widening: Widening) -> None:
@@ -28,6 +29,28 @@ def apply_rules(widening: Widening) -> None:
     widening.running = ['']
 
 
+def follow_children(widening: Widening) -> None:
+    """Lets attributes that repeat a child's take its new value.
+
+    Args:
+        widening: the student in the dry run, which has run.
+    """
+    for name, module in widening.modules.items():
+        rule = find_rule(module)
+        for attribute, targets in rule.follow.items() if rule is not None else ():
+            _follow(widening, name, attribute, (targets,) if isinstance(targets, str) else targets)
+
+
+def _follow(widening: Widening, name: str, attribute: str, targets: Sequence[str]) -> None:
+    for target in targets:
+        path, _, key = target.rpartition('.')
+        for child in find_children(widening.modules[name], path):
+            before, after = widening.attributes.get(join(name, child), {}).get(key, (None, None))
+            if before is not None and getattr(widening.modules[name], attribute, None) == before:
+                widening.set_attribute(name, attribute, after)
+                return
+
+
 def _apply(widening: Widening, name: str, rule: Rule) -> None:
     module, ratio = widening.modules[name], widening.ratio
     for target, block in rule.blocks.items():
@@ -43,9 +66,13 @@ def _apply(widening: Widening, name: str, rule: Rule) -> None:
     for key, axes in rule.params.items():
         tensor = getattr(module, key, None)
         if isinstance(tensor, torch.Tensor):
-            widening.widen(tensor, {
-                axis: widening.axis(tensor, '', tensor.shape[axis], ratio)
-                for axis in ((axes,) if isinstance(axes, int) else axes)})
+            widening.widen(
+                tensor,
+                {
+                    axis: widening.axis(tensor, '', tensor.shape[axis], ratio)
+                    for axis in ((axes,) if isinstance(axes, int) else axes)
+                },
+            )
     if rule.code is not None:
         rule.code(RuleContext(widening, name, module))
 

@@ -1,4 +1,5 @@
 """Copies of a model whose tensors are exchanged on the way: no tensor is copied only to be thrown away."""
+
 import copy
 from typing import Any, Callable, Dict, Sequence, Tuple
 
@@ -10,7 +11,14 @@ from ..plan import ExpansionPlan
 from ..private_torch import forget_flat_weights, list_flat_weights
 
 __all__ = [
-    'blank', 'blank_copy', 'copy_model', 'forget_computed_tensors_', 'parameterless_copy', 'plain_copy', 'wide_copy',
+    'blank',
+    'blank_copy',
+    'copy_model',
+    'first_input',
+    'forget_computed_tensors_',
+    'parameterless_copy',
+    'plain_copy',
+    'wide_copy',
 ]
 
 
@@ -103,9 +111,9 @@ def blank_copy(model: nn.Module, device: str = 'meta') -> nn.Module:
 
 @torch.no_grad()
 def wide_copy(
-        student: nn.Module,
-        plan: ExpansionPlan,
-        expand: Callable[[str, torch.Tensor], torch.Tensor],
+    student: nn.Module,
+    plan: ExpansionPlan,
+    expand: Callable[[str, torch.Tensor], torch.Tensor],
 ) -> nn.Module:
     """The student's class with a plan applied: wider tensors, and the attributes that count them.
 
@@ -124,8 +132,13 @@ def wide_copy(
         for attribute, (_, value) in changes.items():
             setattr(modules[name], attribute, value)
     for name, ratio in plan.divided_inputs.items():
-        modules[name].register_forward_pre_hook(_InputDivision(ratio))
+        modules[name].register_forward_pre_hook(_InputDivision(ratio), with_kwargs=True)
     return wide
+
+
+def first_input(args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> Any:
+    """The first of the arguments that a module is called with, by position or by name; None if there is none."""
+    return args[0] if args else next(iter(kwargs.values()), None)
 
 
 class _InputDivision:
@@ -134,8 +147,16 @@ class _InputDivision:
     def __init__(self, ratio: int) -> None:
         self.ratio = ratio
 
-    def __call__(self, module: nn.Module, inputs: Tuple[torch.Tensor, ...]) -> Tuple[torch.Tensor, ...]:
-        return (inputs[0] / self.ratio, *inputs[1:])
+    def __call__(
+        self,
+        module: nn.Module,
+        args: Tuple[Any, ...],
+        kwargs: Dict[str, Any],
+    ) -> Tuple[Tuple[Any, ...], Dict[str, Any]]:
+        if args:
+            return (args[0] / self.ratio, *args[1:]), kwargs
+        name = next(iter(kwargs))
+        return args, {**kwargs, name: kwargs[name] / self.ratio}
 
 
 @torch.no_grad()
@@ -150,7 +171,8 @@ def parameterless_copy(model: nn.Module) -> nn.Module:
     """
     buffers = {name for name, _ in model.named_buffers()}
     bare = copy_model(
-        model, lambda name, tensor: tensor.clone() if name in buffers else torch.empty_like(tensor, device='meta'))
+        model, lambda name, tensor: tensor.clone() if name in buffers else torch.empty_like(tensor, device='meta')
+    )
     for module in bare.modules():
         for key in module._parameters:
             module._parameters[key] = None

@@ -1,4 +1,5 @@
 """What images a model takes."""
+
 import math
 from typing import Iterator, Optional, Tuple
 
@@ -7,27 +8,34 @@ import torch.nn as nn
 
 from .copies import blank, blank_copy
 
-__all__ = ['SMALL_IMAGES', 'accepted_input_shape', 'blank_images', 'input_shape']
+__all__ = ['SMALL_IMAGES', 'accepted_input_shape', 'blank_images', 'error_with', 'has_record', 'input_shape']
 
 SMALL_IMAGES = (64, 56, 128)  # pixels: enough for a check wherever a model accepts one of them
+CHANNELS = (3, 1, 4, 2)  # of images, where a model has no record
 
 
 def input_shape(model: nn.Module) -> Tuple[int, int, int]:
     """What images a timm model was made for, by its own records.
 
     Args:
-        model: a model of any kind; without records 3 channels and 224 x 224 pixels are taken for granted.
+        model: a model of any kind; without records the channels of its first convolution, or 3, and 224 x 224 pixels
+            are taken for granted.
 
     Returns:
         ``(channels, height, width)`` in pixels.
     """
-    channels, height, width = (getattr(model, 'pretrained_cfg', None) or {}).get('input_size', (3, 224, 224))
+    config = getattr(model, 'pretrained_cfg', None) or {}
+    channels, height, width = config.get('input_size') or (_first_channels(model), 224, 224)
     for module in model.modules():
         img_size = getattr(module, 'img_size', None)
         if img_size is not None:  # what the instance was made for; its config only knows the default
             height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
             break
     return getattr(model, 'in_chans', None) or channels, height, width
+
+
+def _first_channels(model: nn.Module) -> int:
+    return next((module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d)), 3)
 
 
 def blank_images(model: nn.Module, shape: Tuple[int, int, int], device: str = 'meta') -> torch.Tensor:
@@ -45,27 +53,42 @@ def blank_images(model: nn.Module, shape: Tuple[int, int, int], device: str = 'm
     return blank((2, *shape), dtype, device)
 
 
-def accepted_input_shape(model: nn.Module) -> Optional[Tuple[int, int, int]]:
-    """An input shape that a model's forward accepts: its own, or the first that runs on the meta device.
+def has_record(model: nn.Module) -> bool:
+    """Whether a model says how many channels its images have, as timm's do."""
+    return bool(getattr(model, 'in_chans', None) or (getattr(model, 'pretrained_cfg', None) or {}).get('input_size'))
+
+
+def accepted_input_shape(model: nn.Module, device: str = 'meta') -> Optional[Tuple[int, int, int]]:
+    """An input shape that a model's forward accepts: its own, or the first that runs without values.
 
     Some classes bake ``img_size`` into a table and keep no record of it. The search may take many forward passes:
     ``plan.input_shape`` has its result.
 
     Args:
         model: a model of any kind. It is not modified.
+        device: where it is tried, ``'meta'``, or ``'cpu'`` with its recorded size alone.
 
     Returns:
         ``(channels, height, width)`` in pixels; None if no shape runs.
     """
     channels, *recorded = input_shape(model)
-    copy = blank_copy(model).eval()
-    for height, width in _sizes(*recorded):
-        try:
-            with torch.no_grad():
-                copy(blank_images(copy, (channels, height, width)))
-            return channels, height, width
-        except Exception:
-            continue
+    copy = blank_copy(model, device).eval()
+    sizes = _sizes(*recorded) if device == 'meta' else [recorded]
+    shapes = (
+        (number, height, width)
+        for height, width in sizes
+        for number in ((channels,) if has_record(model) else CHANNELS)
+    )
+    return next((shape for shape in shapes if error_with(copy, shape, device) is None), None)
+
+
+def error_with(model: nn.Module, shape: Tuple[int, int, int], device: str = 'meta') -> Optional[Exception]:
+    """What a model raises when it is given blank images of a shape ``(channels, height, width)``, or None."""
+    try:
+        with torch.no_grad():
+            model(blank_images(model, shape, device))
+    except Exception as error:
+        return error
     return None
 
 

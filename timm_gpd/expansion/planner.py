@@ -9,26 +9,38 @@ What shapes cannot tell (head counts, split sizes) comes from :mod:`timm_gpd.rul
 
 The run itself is in ``dry_run``, what happens to a function in ``functions``, what has become wider in ``widening``.
 """
-from typing import Any, Set, Tuple
+
+from typing import Sequence, Set, Tuple, Union
 
 import torch.nn as nn
 
-from ..errors import NoClassifierError, UnsupportedModelError
+from ..errors import InputError, UnsupportedModelError, first_line
 from ..plan import ExpansionPlan
-from .apply_rules import apply_rules
+from .apply_rules import apply_rules, follow_children
+from .copies import blank_copy
 from .dry_run import dry_run
-from .images import accepted_input_shape, input_shape
+from .images import accepted_input_shape, error_with, has_record, input_shape
+from .parametrizations import refuse_parametrizations
+from .student import classifier_names, unwrap_student
+from .timm_records import widen_records
 from .widening import Widening
 
 __all__ = ['plan_expansion']
 
 
-def plan_expansion(student: nn.Module, ratio: int = 2) -> ExpansionPlan:
+def plan_expansion(
+    student: nn.Module,
+    ratio: int = 2,
+    classifier: Union[str, Sequence[str], None] = None,
+) -> ExpansionPlan:
     """Plans how every tensor and attribute of a student widens; allocates neither a student nor a teacher.
 
     Args:
-        student: a timm model with a classifier. It is not modified.
+        student: a timm model with a classifier, or any model whose ``classifier`` is named. It is not modified. What
+            ``torch.compile``, ``DataParallel`` or ``DistributedDataParallel`` put around it is looked through.
         ratio: expansion ratio r of the channels, a positive integer.
+        classifier: dotted names of the modules whose outputs are logits, such as ``'fc'``; one or several (default:
+            what the model's ``get_classifier()`` returns). An empty sequence: the model gives features, which widen.
 
     Returns:
         The plan; ``print(plan)`` shows it.
@@ -39,47 +51,47 @@ def plan_expansion(student: nn.Module, ratio: int = 2) -> ExpansionPlan:
         UnsupportedModelError: if a module cannot be widened.
     """
     if not isinstance(ratio, int) or isinstance(ratio, bool) or ratio < 1:
-        raise ValueError(f'ratio must be a positive integer, but is {ratio!r}')
-    classifiers = _classifier_names(student)
+        raise InputError(f'ratio must be a positive integer, but is {ratio!r}')
+    student = unwrap_student(student)
+    classifiers = classifier_names(student, classifier)
+    refuse_parametrizations(student)
     shape = input_shape(student)
-    try:
-        return _plan(student, ratio, classifiers, shape)
-    except UnsupportedModelError:
+    if has_record(student):
+        try:
+            return _plan(student, ratio, classifiers, shape)
+        except UnsupportedModelError:
+            accepted = accepted_input_shape(student)
+            if accepted == shape:
+                raise
+    else:
         accepted = accepted_input_shape(student)
-        if accepted == shape:
-            raise
     if accepted is not None:
         return _plan(student, ratio, classifiers, accepted)
+    accepted = accepted_input_shape(student, device='cpu')
+    if accepted is None:
+        error = error_with(blank_copy(student, 'cpu').eval(), shape, 'cpu')
+        raise UnsupportedModelError(
+            f'{type(student).__name__} runs on no images that were tried (with {shape}: {type(error).__name__}: '
+            f'{first_line(error)}): say which it takes, as attributes of the model: in_chans and img_size, or '
+            "pretrained_cfg = {'input_size': (channels, height, width)}"
+        )
     note = f'planned on the CPU: the forward of {type(student).__name__} does not run on the meta device'
-    return _plan(student, ratio, classifiers, shape, device='cpu', notes=(note,))
+    return _plan(student, ratio, classifiers, accepted, device='cpu', notes=(note,))
 
 
 def _plan(
-        student: nn.Module,
-        ratio: int,
-        classifiers: Set[str],
-        shape: Tuple[int, int, int],
-        device: str = 'meta',
-        notes: Tuple[str, ...] = (),
+    student: nn.Module,
+    ratio: int,
+    classifiers: Set[str],
+    shape: Tuple[int, int, int],
+    device: str = 'meta',
+    notes: Tuple[str, ...] = (),
 ) -> ExpansionPlan:
     widening = Widening(student, ratio, kept=classifiers, device=device)
     apply_rules(widening)
     dry_run(widening, shape)
+    follow_children(widening)
+    widen_records(widening)
     return ExpansionPlan(
-        ratio, widening.tensors, widening.attributes, widening.divided_inputs, notes, input_shape=shape)
-
-
-def _classifier_names(model: nn.Module) -> Set[str]:
-    """Names of the modules that produce class logits, as the model's own ``get_classifier()`` tells."""
-    get_classifier: Any = getattr(model, 'get_classifier', None)
-    classifiers = get_classifier() if get_classifier is not None else None
-    classifiers = classifiers if isinstance(classifiers, (tuple, list)) else (classifiers,)
-    wanted = {id(module) for module in classifiers if isinstance(module, nn.Module)}
-    names = {
-        name for name, module in model.named_modules()
-        if id(module) in wanted and any(True for _ in module.parameters())
-    }
-    if not names:
-        raise NoClassifierError(
-            f'{type(model).__name__} has no classifier: create it with num_classes > 0 to distil logits')
-    return names
+        ratio, widening.tensors, widening.attributes, widening.divided_inputs, notes, input_shape=shape
+    )

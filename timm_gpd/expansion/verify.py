@@ -1,21 +1,29 @@
 """The numeric check: no dynamic teacher is handed out that is not exactly its student."""
+
 import contextlib
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
 from torch.overrides import TorchFunctionMode
-from ..private_torch import tree_map_only
 
 from ..errors import UnsupportedModelError
 from ..plan import ExpansionPlan
-from ..private_torch import BatchNorm
-from .copies import plain_copy, wide_copy
+from ..private_torch import BatchNorm, tree_map_only
+from .copies import first_input, plain_copy, wide_copy
 from .images import SMALL_IMAGES, accepted_input_shape, input_shape
 
 __all__ = [
-    'Agreement', 'InFloat64', 'agreement', 'compare', 'disable_randomness_', 'randomize_', 'read_back_error',
-    'reference_model', 'relative_error', 'verify_plan',
+    'Agreement',
+    'InFloat64',
+    'agreement',
+    'compare',
+    'disable_randomness_',
+    'randomize_',
+    'read_back_error',
+    'reference_model',
+    'relative_error',
+    'verify_plan',
 ]
 
 MODES = ('evaluation', 'training')
@@ -34,6 +42,7 @@ class Agreement(NamedTuple):
         sensitivity: what rounding does to the student itself: the same for its output after every parameter and pixel
             moved by 2^-52, relative. Batch statistics of a few samples can make it exceed 1e-12. 0 where not measured.
     """
+
     error: float
     sensitivity: float
 
@@ -49,7 +58,8 @@ class InFloat64(TorchFunctionMode):
     def __torch_function__(self, func: Callable, types: Any, args: Tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         func = torch.Tensor.double if func is torch.Tensor.float else func
         args, kwargs = tree_map_only(
-            torch.dtype, lambda dtype: torch.float64 if dtype == torch.float32 else dtype, (args, kwargs or {}))
+            torch.dtype, lambda dtype: torch.float64 if dtype == torch.float32 else dtype, (args, kwargs or {})
+        )
         return func(*args, **kwargs)
 
 
@@ -71,7 +81,7 @@ def randomize_(model: nn.Module, seed: int = 0) -> nn.Module:
         fan_in = parameter[0].numel() if parameter.dim() > 1 else 1
         fan_in = fan_in if fan_in > 1 else 25  # a scale or a shift of each output
         noise = torch.randn(parameter.shape, generator=generator)
-        parameter.add_(noise.to(parameter) / fan_in ** 0.5)
+        parameter.add_(noise.to(parameter) / fan_in**0.5)
     for name, buffer in model.named_buffers():
         noise = torch.rand(buffer.shape, generator=generator)
         if name.endswith('running_mean'):
@@ -90,8 +100,8 @@ def _statistics_from_data(model: nn.Module, seed: int = 0) -> Iterator[None]:
     """
     generator = torch.Generator().manual_seed(seed)
 
-    def set_statistics(norm: Any, inputs: Tuple[torch.Tensor, ...]) -> None:
-        x = inputs[0].transpose(0, 1).flatten(1)
+    def set_statistics(norm: Any, args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> None:
+        x = first_input(args, kwargs).transpose(0, 1).flatten(1)
         var, mean = torch.var_mean(x, dim=1, correction=0)
         var = var + var.mean()  # a channel may be the same everywhere
         shift, stretch = torch.rand(2, len(var), generator=generator, dtype=var.dtype)
@@ -99,8 +109,10 @@ def _statistics_from_data(model: nn.Module, seed: int = 0) -> Iterator[None]:
         norm.running_var.copy_(var * (stretch + 0.5))
 
     hooks = [
-        module.register_forward_pre_hook(set_statistics) for module in model.modules()
-        if isinstance(module, BatchNorm) and module.running_var is not None]
+        module.register_forward_pre_hook(set_statistics, with_kwargs=True)
+        for module in model.modules()
+        if isinstance(module, BatchNorm) and module.running_var is not None
+    ]
     try:
         yield
     finally:
@@ -120,7 +132,7 @@ def disable_randomness_(model: nn.Module) -> nn.Module:
     for module in model.modules():
         for name in RANDOM_RATES:
             if isinstance(getattr(module, name, None), float):
-                setattr(module, name, 0.)
+                setattr(module, name, 0.0)
         for name in RANDOM_SWITCHES:
             if hasattr(module, name):
                 setattr(module, name, False)
@@ -143,10 +155,10 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 @torch.no_grad()
 def compare(
-        student: nn.Module,
-        plan: ExpansionPlan,
-        modes: Sequence[str] = MODES,
-        images: Optional[torch.Tensor] = None,
+    student: nn.Module,
+    plan: ExpansionPlan,
+    modes: Sequence[str] = MODES,
+    images: Optional[torch.Tensor] = None,
 ) -> Dict[str, Agreement]:
     """Runs student and planned teacher on images, in float64 with randomised weights and no stochastic layer.
 
@@ -171,7 +183,8 @@ def compare(
         except Exception as failure:
             raise UnsupportedModelError(
                 f'{type(student).__name__} cannot be widened: the planned teacher does not run '
-                f'({type(failure).__name__}: {str(failure).splitlines()[0]}); a rule for one of its modules is missing')
+                f'({type(failure).__name__}: {str(failure).splitlines()[0]}); a rule for one of its modules is missing'
+            )
 
     agreements = {}
     for mode in modes:
@@ -183,9 +196,9 @@ def compare(
 
 @torch.no_grad()
 def reference_model(
-        student: nn.Module,
-        plan: ExpansionPlan,
-        images: Optional[torch.Tensor] = None,
+    student: nn.Module,
+    plan: ExpansionPlan,
+    images: Optional[torch.Tensor] = None,
 ) -> Tuple[nn.Module, torch.Tensor]:
     """What a check runs: the student in float64 on the CPU, randomised, in evaluation mode, without stochastic layers.
 
@@ -215,7 +228,7 @@ def agreement(run: Callable[[torch.Tensor], Any], reference: nn.Module, x: torch
     """
     expected = _run(reference, x)
     error = _largest_error(_run(run, x), expected)
-    return Agreement(error, _sensitivity(reference, x) if error > ROUNDING else 0.)
+    return Agreement(error, _sensitivity(reference, x) if error > ROUNDING else 0.0)
 
 
 def verify_plan(student: nn.Module, plan: ExpansionPlan) -> float:
@@ -235,7 +248,8 @@ def verify_plan(student: nn.Module, plan: ExpansionPlan) -> float:
     if not agreement.is_exact:
         raise UnsupportedModelError(
             f'{type(student).__name__} cannot be widened exactly: the planned teacher differs from the student by '
-            f'{agreement.error:.1e}, relative; a rule for one of its modules is missing or wrong')
+            f'{agreement.error:.1e}, relative; a rule for one of its modules is missing or wrong'
+        )
     return agreement.error
 
 
@@ -252,10 +266,14 @@ def read_back_error(student: nn.Module, plan: ExpansionPlan) -> float:
     """
     tensors = dict([*student.named_parameters(), *student.named_buffers()])
     back = plan.extract(plan.expand(tensors))
-    return max((
-        0. if torch.equal(back[name], tensor) else relative_error(back[name], tensor)
-        for name, tensor in tensors.items() if tensor.numel()
-    ), default=0.)
+    return max(
+        (
+            0.0 if torch.equal(back[name], tensor) else relative_error(back[name], tensor)
+            for name, tensor in tensors.items()
+            if tensor.numel()
+        ),
+        default=0.0,
+    )
 
 
 def _run(model: Callable[[torch.Tensor], Any], x: torch.Tensor) -> Any:
@@ -264,11 +282,12 @@ def _run(model: Callable[[torch.Tensor], Any], x: torch.Tensor) -> Any:
 
 
 def _set_statistics_(
-        model: nn.Module,
-        images: Optional[torch.Tensor],
-        shape: Optional[Tuple[int, int, int]],
+    model: nn.Module,
+    images: Optional[torch.Tensor],
+    shape: Optional[Tuple[int, int, int]],
 ) -> torch.Tensor:
     """Sets running statistics from images: those given, or random ones as small as the model accepts. Returns them."""
+
     def run(x: torch.Tensor) -> torch.Tensor:
         with _statistics_from_data(model):
             _run(model, x)
@@ -280,8 +299,9 @@ def _set_statistics_(
     sizes = [(min(size, height), min(size, width)) for size in SMALL_IMAGES] + [(height, width)]
     for size in sizes:
         try:
-            return run(torch.randn(
-                BATCH, channels, *size, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
+            return run(
+                torch.randn(BATCH, channels, *size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+            )
         except Exception as failure:
             error = failure
     raise error

@@ -1,4 +1,5 @@
 """A student as it widens: which of its tensors have become wider, and what the plan will say of them."""
+
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Set, Tuple, Union
 
 import torch
@@ -8,7 +9,7 @@ from ..axes import AxisMap, TensorMap
 from ..errors import UnsupportedModelError
 from ..rules.context import join
 from .copies import blank, blank_copy
-from .traced import from_parameters, is_own, mark_derived, mark_own, sources
+from .traced import is_own, mark_derived, mark_own, mark_wide, sources, view_axes
 
 __all__ = ['Widening']
 
@@ -20,8 +21,7 @@ class Widening:
 
     Attributes:
         ratio: the expansion ratio.
-        device: where the copy is, ``'meta'`` or ``'cpu'``.
-        model: the copy.
+        model, device: the copy, and where it is: ``'meta'`` or ``'cpu'``.
         modules: its modules by name.
         kept: names of modules whose outputs keep their width, and so does what is inside them.
         running: names of the modules whose forward runs, outermost first; messages name the last.
@@ -62,7 +62,8 @@ class Widening:
         cls = type(self.modules[name])
         return UnsupportedModelError(
             f'{self.student_class} cannot be widened: module {name or "(root)"!r} of class '
-            f'{cls.__module__}.{cls.__qualname__}: {reason} (register_rule can teach it)')
+            f'{cls.__module__}.{cls.__qualname__}: {reason} (register_rule can teach it)'
+        )
 
     # -- tensors and attributes -----------------------------------------------------------------------------------
 
@@ -75,6 +76,17 @@ class Widening:
         """A parameter or buffer by its name, as wide as it is by now."""
         owner, _, key = name.rpartition('.')
         return getattr(self.modules[owner], key)
+
+    def current(self, tensor: torch.Tensor) -> torch.Tensor:
+        """What an own tensor, or one whose axes are in another order, has become since it was read."""
+        order = view_axes(tensor)
+        if order is None or sources(tensor)[0] not in self.tensors:
+            return tensor
+        now = self.tensor(sources(tensor)[0])
+        if is_own(tensor):
+            return now
+        shape = [size if axis is None else now.shape[axis] for axis, size in zip(order, tensor.shape)]
+        return tensor if shape == list(tensor.shape) else self.derived(shape, tensor)
 
     def owner(self, tensor: torch.Tensor) -> str:
         """Name of the module that owns a parameter or buffer."""
@@ -140,13 +152,17 @@ class Widening:
             raise self.unsupported(f'{sources(tensor)[0]} has {size} entries, not a multiple of {described}')
         return AxisMap.uniform(size, ratio, described)
 
-    def axis_like(self, tensor: torch.Tensor, side: str, size: int, actual: int, what: str) -> AxisMap:
+    def axis_like(self, tensor: torch.Tensor, side: str, size: int, actual: int, what: str, block: int = 1) -> AxisMap:
         """:meth:`axis` of an axis that meets ``actual`` channels, which ``what``, for the message, expects.
+
+        Entries that arrive in blocks are replicated in blocks, where no rule says more.
 
         Raises:
             UnsupportedModelError: if no replication of it has that size.
         """
         axis_map = self.axis(tensor, side, size, max(actual // size, 1))
+        if len(axis_map) == 1 and axis_map[0].block == 1 and axis_map.ratio > 1 and size % block == 0:
+            axis_map = AxisMap.uniform(size, axis_map.ratio, block)
         if axis_map.teacher_size != actual:
             raise self.unsupported(f'{what} expects {size} channels and got {actual}')
         return axis_map
@@ -161,7 +177,8 @@ class Widening:
     def mismatch(self, shape: Sequence[int], other: Sequence[int]) -> Dict[int, int]:
         """Axes, counted from the end, on which ``other`` is ``ratio`` times as wide and does not broadcast."""
         return {
-            -k: self.ratio for k in range(1, min(len(shape), len(other)) + 1)
+            -k: self.ratio
+            for k in range(1, min(len(shape), len(other)) + 1)
             if self.ratio > 1 and shape[-k] > 1 and other[-k] == shape[-k] * self.ratio
         }
 
@@ -181,7 +198,7 @@ class Widening:
         Raises:
             UnsupportedModelError: if ``sum_axis`` has entries of different ratios.
         """
-        first, = sources(tensor)
+        (first,) = sources(tensor)
         self.met.add(first)
         if first in self.tensors:
             return tensor
@@ -194,11 +211,12 @@ class Widening:
         return self._replace(tensor, TensorMap(tuple(tensor.shape), wider, sum_axis))
 
     def _replace(self, tensor: torch.Tensor, tensor_map: TensorMap) -> torch.Tensor:
-        first, = sources(tensor)
+        (first,) = sources(tensor)
         wide = blank(tensor_map.teacher_shape, tensor.dtype, self.device)
         if isinstance(tensor, nn.Parameter):
             wide = nn.Parameter(wide, requires_grad=tensor.requires_grad)
         mark_own(wide, first)
+        mark_wide(wide)
         for name in self._names[first]:
             owner, _, key = name.rpartition('.')
             module = self.modules[owner]
@@ -224,31 +242,47 @@ class Widening:
         if not ratios:
             return tensor
         if is_own(tensor):
-            return self.widen(tensor, {
-                axis: self.axis(tensor, '', tensor.shape[axis], ratio) for axis, ratio in ratios.items()})
+            return self.widen(
+                tensor, {axis: self.axis(tensor, '', tensor.shape[axis], ratio) for axis, ratio in ratios.items()}
+            )
         return self._widen_derived(tensor, ratios)
 
     def _widen_derived(self, tensor: torch.Tensor, ratios: Mapping[int, int]) -> torch.Tensor:
-        """Widens the parameters that a tensor was computed from, and the tensor along with them.
-
-        Which axis of a parameter an axis of the result came from is told by its size, which must be unique there.
-        """
+        """Widens the parameters that a tensor was computed from, and the tensor along with them."""
         shape = list(tensor.shape)
         for axis, ratio in ratios.items():
             size = shape[axis]
             for source in sources(tensor):
                 parameter = self.tensor(source)
-                student_shape = self.tensors[source].shape if source in self.tensors else tuple(parameter.shape)
-                if student_shape.count(size) != 1:
-                    raise self.unsupported(
-                        f'an axis of {size} entries, computed from {", ".join(sources(tensor))}, met one of '
-                        f'{size * ratio}, and its origin is not clear')
-                self.widen(parameter, {student_shape.index(size): self.axis(parameter, '', size, ratio)})
+                if parameter.numel() > 1 or tensor.numel() == 1:  # one entry is for all channels
+                    own_axis = _axis_in_source(self, tensor, axis, source, size * ratio)
+                    self.widen(parameter, {own_axis: self.axis(parameter, '', size, ratio)})
             shape[axis] = size * ratio
         return self.derived(shape, tensor)
 
     def derived(self, shape: Sequence[int], tensor: torch.Tensor) -> torch.Tensor:
         """A blank tensor of another shape, computed from the same parameters as a derived one."""
         wide = blank(shape, tensor.dtype, self.device)
-        mark_derived(wide, sources(tensor))
+        mark_derived(wide, sources(tensor), view_axes(tensor))
+        mark_wide(wide)
         return wide
+
+
+def _axis_in_source(widening: Widening, tensor: torch.Tensor, axis: int, source: str, actual: int) -> int:
+    """Which axis of a parameter an axis of a derived tensor came from.
+
+    That is told by the order of axes, if nothing else was done, or by its size, which must be unique there.
+    """
+    size, order, widened = tensor.shape[axis], view_axes(tensor), widening.tensors.get(source)
+    student_shape = tuple(widening.tensor(source).shape) if widened is None else widened.shape
+    if order is None and student_shape.count(size) != 1:
+        raise widening.unsupported(
+            f'an axis of {size} entries, computed from {", ".join(sources(tensor))}, met one of '
+            f'{actual}, and its origin is not clear'
+        )
+    own_axis = student_shape.index(size) if order is None else order[axis]
+    if own_axis is None:
+        raise widening.unsupported(f'{source} is repeated along an axis that is wider')
+    if widened is not None and own_axis not in dict(widened.axes):
+        raise widening.unsupported(f'{source} was met before, where other axes were wider')
+    return own_axis

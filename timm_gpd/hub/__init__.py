@@ -1,4 +1,5 @@
 """Students on the Hugging Face Hub: ``python -m timm_gpd.hub push | pull | convert``; ``--help`` explains each."""
+
 from .command import main
 from .convert import convert
 from .pull import pull

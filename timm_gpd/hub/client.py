@@ -1,11 +1,18 @@
 """Talking to the Hub through huggingface_hub: what went wrong is said in one line."""
+
 from contextlib import contextmanager
 from typing import Iterator, Optional
 
 from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import (
-    HfHubHTTPError, HFValidationError, HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled,
-    RepositoryNotFoundError, RevisionNotFoundError)
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
 from ..errors import UsageError, first_line
 from ..version import __version__
@@ -42,22 +49,31 @@ def hub_errors(repo_id: str, revision: Optional[str]) -> Iterator[None]:
     except RevisionNotFoundError as error:
         raise UsageError(f'{repo_id} has no revision {revision}: check --revision') from error
     except RepositoryNotFoundError as error:
-        raise UsageError(f'{repo_id} was not found at {server}, or the token may not see it: check the name, and '
-                         'HF_TOKEN or `hf auth login`') from error
+        raise UsageError(
+            f'{repo_id} was not found at {server}, or the token may not see it: check the name, and '
+            'HF_TOKEN or `hf auth login`'
+        ) from error
     except HfHubHTTPError as error:
         status = error.response.status_code
         if status in (401, 403):
-            raise UsageError(f'{server} refused the token for {repo_id} ({status}): set HF_TOKEN, or run '
-                             '`hf auth login`, with a token that has the permission') from error
-        raise UsageError(f'{server} answered {status} for {repo_id}: '
-                         f'{error.server_message or "no reason given"}; try again later') from error
+            raise UsageError(
+                f'{server} refused the token for {repo_id} ({status}): set HF_TOKEN, or run '
+                '`hf auth login`, with a token that has the permission'
+            ) from error
+        raise UsageError(
+            f'{server} answered {status} for {repo_id}: {error.server_message or "no reason given"}; try again later'
+        ) from error
     except OfflineModeIsEnabled as error:
         raise UsageError('HF_HUB_OFFLINE is set, and this needs the Hub: unset it') from error
     except LocalEntryNotFoundError as error:
         why = 'HF_HUB_OFFLINE is set' if constants.HF_HUB_OFFLINE else f'{server} cannot be reached'
-        raise UsageError(f'{why}, and {repo_id} is not in the cache, {constants.HF_HUB_CACHE} (HF_HUB_CACHE): check '
-                         'the network, HF_ENDPOINT and HF_HUB_OFFLINE') from error
+        raise UsageError(
+            f'{why}, and {repo_id} is not in the cache, {constants.HF_HUB_CACHE} (HF_HUB_CACHE): check '
+            'the network, HF_ENDPOINT and HF_HUB_OFFLINE'
+        ) from error
     except (HTTPError, OSError, RuntimeError) as error:
         cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
-        raise UsageError(f'the transfer with {server} broke off: {first_line(cause)}; run the same command again, or '
-                         f'check the network and HF_ENDPOINT ({cache})') from error
+        raise UsageError(
+            f'the transfer with {server} broke off: {first_line(cause)}; run the same command again, or '
+            f'check the network and HF_ENDPOINT ({cache})'
+        ) from error

@@ -1,6 +1,6 @@
 """Turns a checkpoint of the paper's authors into a student's folder."""
+
 import os
-import pickle
 
 import timm
 
@@ -25,8 +25,7 @@ def convert(path: str, folder: str) -> None:
     if not os.path.isfile(path):
         raise UsageError(f'checkpoint {path} does not exist')
     check_free(folder)
-    with usage_errors('give a checkpoint of the authors\' repository, guoyongcs/GPD', ValueError, RuntimeError, OSError,
-                      KeyError, pickle.UnpicklingError, EOFError):
+    with usage_errors("give a checkpoint of the authors' repository, guoyongcs/GPD"):
         arch, state_dict = convert_checkpoint(path)
         # The variant's config tells how the authors evaluate, and the release which activation they use.
         model_args = dict(RELEASES[arch].model_args)
@@ -34,5 +33,6 @@ def convert(path: str, folder: str) -> None:
         num_classes = len(state_dict[f'{classifier}.bias'])
         student = timm.create_model(f'{arch}_gpd', num_classes=num_classes, **model_args)
         student.load_state_dict(state_dict)
-    save_student(student, folder, dict(
-        model=arch, model_kwargs=model_args, gpd=True, converted_from=os.path.basename(path)))
+    save_student(
+        student, folder, dict(model=arch, model_kwargs=model_args, gpd=True, converted_from=os.path.basename(path))
+    )

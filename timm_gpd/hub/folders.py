@@ -1,4 +1,5 @@
 """Folders on this machine that a command reads or writes."""
+
 import os
 
 from ..errors import UsageError

@@ -1,4 +1,5 @@
 """Fetches a student."""
+
 import os
 import shutil
 from typing import Optional
@@ -6,7 +7,7 @@ from typing import Optional
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
 
-from ..errors import UsageError, usage_errors
+from ..errors import UsageError
 from ..student_folder import STUDENT_FILES, new_folder
 from ..version import __version__
 from .client import LIBRARY, create_api, hub_errors
@@ -29,11 +30,14 @@ def pull(repo_id: str, folder: str, revision: Optional[str] = None) -> None:
     check_free(folder)
     with hub_errors(repo_id, revision):
         snapshot = snapshot_download(
-            repo_id, revision=revision, allow_patterns=list(STUDENT_FILES), library_name=LIBRARY,
-            library_version=__version__)
+            repo_id,
+            revision=revision,
+            allow_patterns=list(STUDENT_FILES),
+            library_name=LIBRARY,
+            library_version=__version__,
+        )
         _discard_damaged(repo_id, snapshot)
-    with usage_errors('choose a repo that timm or timm-gpd published', UsageError):
-        check_student(snapshot, repo_id)
+    check_student(snapshot, repo_id)
     with new_folder(folder) as partial:
         for name in STUDENT_FILES:
             if os.path.isfile(os.path.join(snapshot, name)):

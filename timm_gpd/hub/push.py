@@ -1,4 +1,5 @@
 """Publishes a student."""
+
 import argparse
 import os
 import pickle
@@ -23,12 +24,12 @@ __all__ = ['push']
 
 
 def push(
-        source: str,
-        repo_id: str,
-        private: bool = False,
-        revision: Optional[str] = None,
-        create_pr: bool = False,
-        dry_run: bool = False,
+    source: str,
+    repo_id: str,
+    private: bool = False,
+    revision: Optional[str] = None,
+    create_pr: bool = False,
+    dry_run: bool = False,
 ) -> str:
     """Publishes a student: all of its files in one commit, so that an interrupted push leaves the repo as it was.
 
@@ -53,11 +54,14 @@ def push(
     with tempfile.TemporaryDirectory() as scratch:
         folder = _student_folder(source, scratch)
         contents: Dict[str, Union[str, bytes]] = {
-            name: os.path.join(folder, name) for name in STUDENT_FILES if os.path.isfile(os.path.join(folder, name))}
+            name: os.path.join(folder, name) for name in STUDENT_FILES if os.path.isfile(os.path.join(folder, name))
+        }
         contents[CARD] = card_of_repo(folder, repo_id).encode()
         if dry_run:
-            sizes = {name: len(content) if isinstance(content, bytes) else os.path.getsize(content)
-                     for name, content in contents.items()}
+            sizes = {
+                name: len(content) if isinstance(content, bytes) else os.path.getsize(content)
+                for name, content in contents.items()
+            }
             lines = [f'  {name} ({size:,} bytes)' for name, size in sizes.items()]
             return '\n'.join([f'Would upload to {repo_id}:', *lines])
         operations = [CommitOperationAdd(name, content) for name, content in contents.items()]
@@ -66,13 +70,18 @@ def push(
             url = api.create_repo(repo_id, private=private or None, exist_ok=True)
             if private and not api.repo_info(url.repo_id).private:
                 raise UsageError(
-                    f'{repo_id} exists and is public: make it private in its settings, or leave out --private')
+                    f'{repo_id} exists and is public: make it private in its settings, or leave out --private'
+                )
             if revision:
                 api.create_branch(url.repo_id, branch=revision, exist_ok=True)
             # Not upload_folder: with Xet it may split a folder into several commits.
             commit = api.create_commit(
-                url.repo_id, operations, commit_message=f'Upload student with timm-gpd {__version__}',
-                revision=revision, create_pr=create_pr)
+                url.repo_id,
+                operations,
+                commit_message=f'Upload student with timm-gpd {__version__}',
+                revision=revision,
+                create_pr=create_pr,
+            )
     return commit.pr_url or (f'{url}/tree/{revision}' if revision else str(url))
 
 
@@ -83,7 +92,7 @@ def _student_folder(source: str, scratch: str) -> str:
         _save_student_of_checkpoint(source, folder)
         return folder
     if not os.path.isdir(source):
-        raise UsageError(f'{source} does not exist: give the folder of a run, a student\'s folder or a checkpoint')
+        raise UsageError(f"{source} does not exist: give the folder of a run, a student's folder or a checkpoint")
     if not os.path.isfile(os.path.join(source, 'args.yaml')):
         check_student(source, source)
         return source
@@ -102,11 +111,17 @@ def _save_student_of_checkpoint(path: str, folder: str) -> None:
     if not isinstance(checkpoint, dict) or not {'args', 'epoch', 'state_dict'} <= checkpoint.keys():
         raise UsageError(f'{path} is no checkpoint of train.py: it lacks args, epoch or state_dict')
     # Its own weights follow: what the run started from is neither needed nor always there.
-    args = Arguments(**{
-        **vars(checkpoint['args']), 'pretrained': False, 'pretrained_path': None, 'initial_checkpoint': ''})
-    with usage_errors('give a checkpoint of train.py', RuntimeError, AttributeError):
+    args = Arguments(
+        **{**vars(checkpoint['args']), 'pretrained': False, 'pretrained_path': None, 'initial_checkpoint': ''}
+    )
+    try:
         student = create_student(args)
         set_input(student, resolve_input(args, student))
+    except AttributeError as error:
+        if error.obj is not args:
+            raise
+        raise UsageError(f'{path} is no checkpoint of train.py: its arguments lack {error.name}') from error
+    with usage_errors('give a checkpoint of train.py', RuntimeError):
         student.load_state_dict(checkpoint.get('state_dict_ema') or checkpoint['state_dict'])
     run = os.path.dirname(os.path.abspath(path))
     recipe = _recipe_of_run(run) or dict(vars(checkpoint['args']))

@@ -1,3 +1,6 @@
 """Models that importing this package adds to timm's registry."""
-from . import rvt
-from . import variants  # last: it makes a variant of everything that is registered
+
+from . import (
+    rvt,
+    variants,  # last: it makes a variant of everything that is registered
+)

@@ -6,6 +6,7 @@ multiplied by r where their outputs are tiled. A multi-branch convolution is a s
 sliced one by one and then merged into one kernel (OREPA, arXiv 2204.00826). BatchNorm keeps the student's running
 statistics as ``tiny_running_mean`` and ``tiny_running_var``.
 """
+
 import argparse
 import pickle
 import zipfile
@@ -16,11 +17,16 @@ import timm
 import torch
 from timm.models import clean_state_dict
 
-from ..errors import first_line
+from ..errors import InputError, first_line
 from .rvt import checkpoint_filter_fn as rename_rvt
 
 __all__ = [
-    'RELEASES', 'Release', 'convert_checkpoint', 'convert_state_dict', 'is_release', 'merge_branches',
+    'RELEASES',
+    'Release',
+    'convert_checkpoint',
+    'convert_state_dict',
+    'is_release',
+    'merge_branches',
     'read_checkpoint',
 ]
 
@@ -38,6 +44,7 @@ class Release:
         rename: the authors' parameter names to timm's.
         model_args: what makes timm's architecture the authors' model.
     """
+
     stem: str
     stem_width: int
     classifier: str
@@ -50,8 +57,9 @@ def _rename_mobilenet(state_dict: StateDict) -> StateDict:
     blocks = [f'blocks.{stage}.{block}' for stage, depth in enumerate((1, 2, 2, 6, 2)) for block in range(depth)]
     layers = {'0': 'conv_dw', '1': 'bn1', '3': 'conv_pw', '4': 'bn2'}
     prefixes = {'model.0.0': 'conv_stem', 'model.0.1': 'bn1', 'fc': 'classifier'}
-    prefixes.update({
-        f'model.{i}.{layer}': f'{block}.{name}' for i, block in enumerate(blocks, 1) for layer, name in layers.items()})
+    prefixes.update(
+        {f'model.{i}.{layer}': f'{block}.{name}' for i, block in enumerate(blocks, 1) for layer, name in layers.items()}
+    )
     renamed = {}
     for name, tensor in state_dict.items():
         prefix, _, key = name.rpartition('.')
@@ -80,8 +88,10 @@ def convert_checkpoint(path: str) -> Tuple[str, Dict[str, torch.Tensor]]:
     """
     checkpoint = read_checkpoint(path)
     if not is_release(checkpoint):
-        raise ValueError(f"{path} is not a checkpoint of the authors' dynamic teachers: it needs no conversion, or "
-                         f'is of another model than {", ".join(RELEASES)}')
+        raise InputError(
+            f"{path} is not a checkpoint of the authors' dynamic teachers: it needs no conversion, or "
+            f'is of another model than {", ".join(RELEASES)}'
+        )
     return convert_state_dict(checkpoint)
 
 
@@ -96,15 +106,15 @@ def read_checkpoint(path: str) -> Dict[str, Any]:
             # Mapped, a file's optimizer state and averaged weights cost no memory.
             checkpoint = torch.load(path, map_location='cpu', weights_only=True, mmap=zipfile.is_zipfile(path))
     except FileNotFoundError:
-        raise ValueError(f'there is no checkpoint at {path}')
+        raise InputError(f'there is no checkpoint at {path}')
     except pickle.UnpicklingError as error:
         if 'GLOBAL' in str(error):  # the pickle asks for a function or class
-            raise ValueError(f'{path} holds more than weights, which could run code when loaded: refused')
-        raise ValueError(f'{path} is not a checkpoint, or is truncated or corrupted')
+            raise InputError(f'{path} holds more than weights, which could run code when loaded: refused')
+        raise InputError(f'{path} is not a checkpoint, or is truncated or corrupted')
     except (RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
-        raise ValueError(f'{path} is not a checkpoint, or is truncated or corrupted: {first_line(error)}')
+        raise InputError(f'{path} is not a checkpoint, or is truncated or corrupted: {first_line(error)}')
     if not isinstance(checkpoint, dict) or not all(isinstance(key, str) for key in checkpoint):
-        raise ValueError(f'{path} holds a {type(checkpoint).__name__}, not a checkpoint')
+        raise InputError(f'{path} holds a {type(checkpoint).__name__}, not a checkpoint')
     return checkpoint
 
 
@@ -125,17 +135,18 @@ def convert_state_dict(checkpoint: Mapping[str, Any]) -> Tuple[str, Dict[str, to
     """
     branches = getattr(checkpoint.get('args'), 'num_branches_orepa', 6)
     if branches != 6:
-        raise ValueError(f'the checkpoint was trained with num_branches_orepa {branches}, but only 6 can be merged')
+        raise InputError(f'the checkpoint was trained with num_branches_orepa {branches}, but only 6 can be merged')
     teacher = _weights(checkpoint)
     for architecture, release in RELEASES.items():
         if f'{release.stem}.weight' in teacher and f'{release.classifier}.weight' in teacher:
             student = _read_student(release, teacher)
             with torch.device('meta'):
                 expected = timm.create_model(
-                    architecture, num_classes=len(teacher[f'{release.classifier}.weight']), **release.model_args)
+                    architecture, num_classes=len(teacher[f'{release.classifier}.weight']), **release.model_args
+                )
             _check_fits(architecture, student, expected.state_dict())
             return architecture, student
-    raise ValueError(f"the checkpoint is of none of the authors' released models, {', '.join(RELEASES)}")
+    raise InputError(f"the checkpoint is of none of the authors' released models, {', '.join(RELEASES)}")
 
 
 def merge_branches(branches: StateDict, groups: int = 1) -> torch.Tensor:
@@ -159,8 +170,13 @@ def merge_branches(branches: StateDict, groups: int = 1) -> torch.Tensor:
     mixing = branches['weight_orepa_gconv_pw'].reshape(groups, -1, inputs, depthwise.shape[2])
     separable = torch.einsum('githw,goit->goihw', depthwise, mixing)
     kernels = (
-        origin, average, frequency, sequence.reshape(origin.shape), branches['weight_orepa_1x1'],
-        separable.reshape(origin.shape))
+        origin,
+        average,
+        frequency,
+        sequence.reshape(origin.shape),
+        branches['weight_orepa_1x1'],
+        separable.reshape(origin.shape),
+    )
     return sum(gamma.view(-1, 1, 1, 1) * kernel for gamma, kernel in zip(branches['vector'], kernels))
 
 
@@ -210,7 +226,7 @@ def _read_student(release: Release, teacher: StateDict) -> Dict[str, torch.Tenso
                 out_ratio=1 if name == release.classifier else ratio,
             )
         except (KeyError, IndexError, RuntimeError) as error:
-            raise ValueError(f"{name} of the checkpoint is not laid out as the authors' are: {first_line(error)}")
+            raise InputError(f"{name} of the checkpoint is not laid out as the authors' are: {first_line(error)}")
         student.update((f'{name}.{key}', tensor) for key, tensor in narrow.items())
     student = dict(release.rename(student))
 
@@ -229,7 +245,7 @@ def _read_module(tensors: StateDict, in_ratio: int, out_ratio: int) -> Dict[str,
         for key, (axes, divided) in _BRANCHES.items():
             if depthwise and key != 'vector':
                 axes = axes[:1]
-            branch = _narrow(tensors[key], {axis: out_ratio for axis in axes})
+            branch = _narrow(tensors[key], dict.fromkeys(axes, out_ratio))
             branches[key] = branch * out_ratio if divided and not depthwise else branch
         groups = branches['weight_orepa_origin'].shape[0] if depthwise else 1
         return {'weight': merge_branches(branches, groups), 'bias': branches['bias_orepa_origin'].clone()}
@@ -266,4 +282,4 @@ def _check_fits(architecture: str, student: StateDict, expected: StateDict) -> N
     wrong = [name for name in expected if name not in student or student[name].shape != expected[name].shape]
     wrong += [name for name in student if name not in expected]
     if wrong:
-        raise ValueError(f'the checkpoint is not of a {architecture}: {wrong[0]} does not fit ({len(wrong)} such)')
+        raise InputError(f'the checkpoint is not of a {architecture}: {wrong[0]} does not fit ({len(wrong)} such)')

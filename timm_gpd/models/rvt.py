@@ -4,6 +4,7 @@ A convolutional stem, transformer stages over the whole grid without position em
 that mix neighbours with a depthwise convolution, and average pooling before the classifier. Parameter names follow
 timm's hierarchical models; :func:`checkpoint_filter_fn` renames those of the authors' releases.
 """
+
 import re
 from functools import partial
 from typing import Any, Dict, Iterable, List, Optional, Sequence, Set, Tuple, Type, Union, cast
@@ -11,9 +12,17 @@ from typing import Any, Dict, Iterable, List, Optional, Sequence, Set, Tuple, Ty
 import torch
 import torch.nn as nn
 from timm.layers import (
-    Attention, DropPath, LayerNorm2d, Mlp, NormMlpClassifierHead, calculate_drop_path_rates, to_2tuple)
+    Attention,
+    DropPath,
+    LayerNorm2d,
+    Mlp,
+    NormMlpClassifierHead,
+    calculate_drop_path_rates,
+    to_2tuple,
+)
 from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
 
+from ..errors import InputError
 from ..private_timm import checkpoint, feature_take_indices
 
 __all__ = ['RobustVisionTransformer']  # timm's registry adds the name of every entrypoint
@@ -26,13 +35,13 @@ class ConvEmbedding(nn.Module):
     """
 
     def __init__(
-            self,
-            in_chans: int,
-            embed_dim: int,
-            img_size: Union[int, Tuple[int, int]] = 224,
-            stem_width: int = 32,
-            device=None,
-            dtype=None,
+        self,
+        in_chans: int,
+        embed_dim: int,
+        img_size: Union[int, Tuple[int, int]] = 224,
+        stem_width: int = 32,
+        device=None,
+        dtype=None,
     ):
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
@@ -50,13 +59,13 @@ class ConvMlp(nn.Module):
     """Feed-forward with a depthwise 3x3 convolution in its middle, on (B, H, W, C)."""
 
     def __init__(
-            self,
-            dim: int,
-            hidden_dim: int,
-            act_layer: Type[nn.Module] = nn.GELU,
-            drop: float = 0.,
-            device=None,
-            dtype=None,
+        self,
+        dim: int,
+        hidden_dim: int,
+        act_layer: Type[nn.Module] = nn.GELU,
+        drop: float = 0.0,
+        device=None,
+        dtype=None,
     ):
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
@@ -82,28 +91,28 @@ class Block(nn.Module):
     """Attention over all positions and a feed-forward, both residual and pre-normalised, on (B, H, W, C)."""
 
     def __init__(
-            self,
-            dim: int,
-            num_heads: int,
-            mlp_ratio: float = 4.,
-            conv_mlp: bool = True,
-            proj_drop: float = 0.,
-            attn_drop: float = 0.,
-            drop_path: float = 0.,
-            act_layer: Type[nn.Module] = nn.GELU,
-            device=None,
-            dtype=None,
+        self,
+        dim: int,
+        num_heads: int,
+        mlp_ratio: float = 4.0,
+        conv_mlp: bool = True,
+        proj_drop: float = 0.0,
+        attn_drop: float = 0.0,
+        drop_path: float = 0.0,
+        act_layer: Type[nn.Module] = nn.GELU,
+        device=None,
+        dtype=None,
     ):
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
         norm_layer = partial(nn.LayerNorm, eps=1e-6)
         self.norm1 = norm_layer(dim, **dd)
         self.attn = Attention(dim, num_heads, qkv_bias=True, attn_drop=attn_drop, proj_drop=proj_drop, **dd)
-        self.drop_path1 = DropPath(drop_path) if drop_path > 0. else nn.Identity()
+        self.drop_path1 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
         self.norm2 = norm_layer(dim, **dd)
         mlp_layer = ConvMlp if conv_mlp else Mlp
         self.mlp = mlp_layer(dim, int(dim * mlp_ratio), act_layer=act_layer, drop=proj_drop, **dd)
-        self.drop_path2 = DropPath(drop_path) if drop_path > 0. else nn.Identity()
+        self.drop_path2 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = x + self.drop_path1(self.attn(self.norm1(x).flatten(1, 2)).view(x.shape))
@@ -114,24 +123,28 @@ class Stage(nn.Module):
     """Blocks at one resolution, after a strided depthwise convolution that widens; (B, C, H, W) in and out."""
 
     def __init__(
-            self,
-            in_dim: int,
-            dim: int,
-            depth: int,
-            num_heads: int,
-            drop_path: Sequence[float],
-            downsample: bool = False,
-            device=None,
-            dtype=None,
-            **block_args,
+        self,
+        in_dim: int,
+        dim: int,
+        depth: int,
+        num_heads: int,
+        drop_path: Sequence[float],
+        downsample: bool = False,
+        device=None,
+        dtype=None,
+        **block_args,
     ):
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
         self.grad_checkpointing = False
-        self.downsample = nn.Conv2d(
-            in_dim, dim, kernel_size=3, stride=2, padding=1, groups=in_dim, **dd) if downsample else nn.Identity()
-        self.blocks = nn.Sequential(*[
-            Block(dim, num_heads, drop_path=drop_path[i], **block_args, **dd) for i in range(depth)])
+        self.downsample = (
+            nn.Conv2d(in_dim, dim, kernel_size=3, stride=2, padding=1, groups=in_dim, **dd)
+            if downsample
+            else nn.Identity()
+        )
+        self.blocks = nn.Sequential(
+            *[Block(dim, num_heads, drop_path=drop_path[i], **block_args, **dd) for i in range(depth)]
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.downsample(x).permute(0, 2, 3, 1)
@@ -170,29 +183,29 @@ class RobustVisionTransformer(nn.Module):
     """
 
     def __init__(
-            self,
-            img_size: Union[int, Tuple[int, int]] = 224,
-            in_chans: int = 3,
-            num_classes: int = 1000,
-            global_pool: str = 'avg',
-            head_dims: Sequence[int] = (32, 32),
-            depths: Sequence[int] = (10, 2),
-            num_heads: Sequence[int] = (6, 12),
-            mlp_ratio: float = 4.,
-            conv_mlp: bool = True,
-            act_layer: Type[nn.Module] = nn.GELU,
-            drop_rate: float = 0.,
-            pos_drop_rate: float = 0.,
-            proj_drop_rate: float = 0.,
-            attn_drop_rate: float = 0.,
-            drop_path_rate: float = 0.,
-            device=None,
-            dtype=None,
+        self,
+        img_size: Union[int, Tuple[int, int]] = 224,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = 'avg',
+        head_dims: Sequence[int] = (32, 32),
+        depths: Sequence[int] = (10, 2),
+        num_heads: Sequence[int] = (6, 12),
+        mlp_ratio: float = 4.0,
+        conv_mlp: bool = True,
+        act_layer: Type[nn.Module] = nn.GELU,
+        drop_rate: float = 0.0,
+        pos_drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        device=None,
+        dtype=None,
     ):
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
         if min(to_2tuple(img_size)) < 15:
-            raise ValueError(f'RVT needs images of at least 15 x 15 pixels, but img_size is {img_size}')
+            raise InputError(f'RVT needs images of at least 15 x 15 pixels, but img_size is {img_size}')
         self.num_classes = num_classes
         self.in_chans = in_chans
         dims = [head_dim * heads for head_dim, heads in zip(head_dims, num_heads)]
@@ -200,26 +213,30 @@ class RobustVisionTransformer(nn.Module):
         self.patch_embed = ConvEmbedding(in_chans, dims[0], img_size, **dd)
         self.pos_drop = nn.Dropout(pos_drop_rate)
         drop_path_rates = cast(
-            List[List[float]], calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True))
+            List[List[float]], calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        )
         self.feature_info = []
         stages = []
         for i, (dim, depth) in enumerate(zip(dims, depths)):
-            stages.append(Stage(
-                dims[max(i - 1, 0)],
-                dim,
-                depth,
-                num_heads[i],
-                drop_path_rates[i],
-                downsample=i > 0,
-                mlp_ratio=mlp_ratio,
-                conv_mlp=conv_mlp,
-                act_layer=act_layer,
-                proj_drop=proj_drop_rate,
-                attn_drop=attn_drop_rate,
-                **dd,
-            ))
+            stages.append(
+                Stage(
+                    dims[max(i - 1, 0)],
+                    dim,
+                    depth,
+                    num_heads[i],
+                    drop_path_rates[i],
+                    downsample=i > 0,
+                    mlp_ratio=mlp_ratio,
+                    conv_mlp=conv_mlp,
+                    act_layer=act_layer,
+                    proj_drop=proj_drop_rate,
+                    attn_drop=attn_drop_rate,
+                    **dd,
+                )
+            )
             self.feature_info += [
-                dict(num_chs=dim, reduction=16 * 2 ** i, module=f'stages.{i}.blocks.{j}') for j in range(depth)]
+                dict(num_chs=dim, reduction=16 * 2**i, module=f'stages.{i}.blocks.{j}') for j in range(depth)
+            ]
         self.stages = nn.Sequential(*stages)
         self.num_features = self.head_hidden_size = dims[-1]
         self.head = NormMlpClassifierHead(
@@ -239,7 +256,9 @@ class RobustVisionTransformer(nn.Module):
     def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
         return dict(
             stem=r'^patch_embed',
-            blocks=r'^stages\.(\d+)' if coarse else [
+            blocks=r'^stages\.(\d+)'
+            if coarse
+            else [
                 (r'^stages\.(\d+)\.downsample', (0,)),
                 (r'^stages\.(\d+)\.blocks\.(\d+)', None),
                 (r'^head\.norm', (99999,)),
@@ -256,23 +275,27 @@ class RobustVisionTransformer(nn.Module):
         return self.head.fc
 
     def reset_classifier(
-            self,
-            num_classes: int,
-            global_pool: Optional[str] = None,
-            reset_other: bool = False,
+        self,
+        num_classes: int,
+        global_pool: Optional[str] = None,
+        reset_other: bool = False,
     ) -> None:
         self.num_classes = num_classes
-        self.head.reset(num_classes, global_pool, reset_other=reset_other, in_features=self.num_features)
+        # Before timm 1.0.31 the head's reset has no arguments for these two.
+        if reset_other:
+            self.head.norm = nn.Identity().train(self.training)
+        self.head.in_features = self.head.num_features = self.num_features
+        self.head.reset(num_classes, global_pool)
         self.head_hidden_size = self.head.num_features
 
     def forward_intermediates(
-            self,
-            x: torch.Tensor,
-            indices: Optional[Union[int, List[int]]] = None,
-            norm: bool = False,
-            stop_early: bool = False,
-            output_fmt: str = 'NCHW',
-            intermediates_only: bool = False,
+        self,
+        x: torch.Tensor,
+        indices: Optional[Union[int, List[int]]] = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = 'NCHW',
+        intermediates_only: bool = False,
     ) -> Union[List[torch.Tensor], Tuple[torch.Tensor, List[torch.Tensor]]]:
         """Forward that also returns the outputs of blocks.
 
@@ -313,18 +336,18 @@ class RobustVisionTransformer(nn.Module):
         return x, intermediates
 
     def prune_intermediate_layers(
-            self,
-            indices: Union[int, List[int]] = 1,
-            prune_norm: bool = False,
-            prune_head: bool = True,
+        self,
+        indices: Union[int, List[int]] = 1,
+        prune_norm: bool = False,
+        prune_head: bool = True,
     ) -> List[int]:
         """Removes the blocks after the last of ``indices``, and the head."""
         take_indices, max_index = feature_take_indices(len(self.feature_info), indices)
         info = self.feature_info[max_index]
         _, last_stage, _, last_block = info['module'].split('.')
-        self.stages = self.stages[:int(last_stage) + 1]
+        self.stages = self.stages[: int(last_stage) + 1]
         stage = cast(Stage, self.stages[-1])
-        stage.blocks = stage.blocks[:int(last_block) + 1]
+        stage.blocks = stage.blocks[: int(last_block) + 1]
         self.num_features = info['num_chs']
         if prune_norm:
             self.head.norm = nn.Identity()
@@ -342,15 +365,18 @@ class RobustVisionTransformer(nn.Module):
         return self.forward_head(self.forward_features(x))
 
 
-_RENAMES = tuple((re.compile(pattern), replacement) for pattern, replacement in (
-    (r'^patch_embed\.proj\.0\.', 'patch_embed.conv.'),
-    (r'^patch_embed\.proj\.1\.', 'patch_embed.norm.'),
-    (r'^patch_embed\.proj\.3\.', 'patch_embed.proj.'),
-    (r'^transformers\.', 'stages.'),
-    (r'^pools\.(\d+)\.conv\.', lambda match: f'stages.{int(match[1]) + 1}.downsample.'),
-    (r'^norm\.', 'head.norm.'),
-    (r'^head\.(weight|bias)$', r'head.fc.\1'),
-))
+_RENAMES = tuple(
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
+        (r'^patch_embed\.proj\.0\.', 'patch_embed.conv.'),
+        (r'^patch_embed\.proj\.1\.', 'patch_embed.norm.'),
+        (r'^patch_embed\.proj\.3\.', 'patch_embed.proj.'),
+        (r'^transformers\.', 'stages.'),
+        (r'^pools\.(\d+)\.conv\.', lambda match: f'stages.{int(match[1]) + 1}.downsample.'),
+        (r'^norm\.', 'head.norm.'),
+        (r'^head\.(weight|bias)$', r'head.fc.\1'),
+    )
+)
 
 
 def checkpoint_filter_fn(state_dict: Dict[str, Any], model: Optional[nn.Module] = None) -> Dict[str, torch.Tensor]:
@@ -378,19 +404,29 @@ def _create_rvt(variant: str, pretrained: bool = False, **kwargs: Any) -> Robust
 
 def _cfg(**kwargs: Any) -> Dict[str, Any]:
     return {
-        'num_classes': 1000, 'input_size': (3, 224, 224), 'min_input_size': (3, 15, 15), 'pool_size': (14, 14),
-        'crop_pct': 0.875, 'interpolation': 'bicubic', 'first_conv': 'patch_embed.conv', 'classifier': 'head.fc',
-        'license': 'apache-2.0', 'paper_name': 'Towards Robust Vision Transformer', 'paper_ids': 'arXiv:2105.07926',
+        'num_classes': 1000,
+        'input_size': (3, 224, 224),
+        'min_input_size': (3, 15, 15),
+        'pool_size': (14, 14),
+        'crop_pct': 0.875,
+        'interpolation': 'bicubic',
+        'first_conv': 'patch_embed.conv',
+        'classifier': 'head.fc',
+        'license': 'apache-2.0',
+        'paper_name': 'Towards Robust Vision Transformer',
+        'paper_ids': 'arXiv:2105.07926',
         'origin_url': 'https://github.com/vtddggg/Robust-Vision-Transformer',
         **kwargs,
     }
 
 
-default_cfgs = generate_default_cfgs({
-    'rvt_tiny.untrained': _cfg(pool_size=(7, 7)),
-    'rvt_small.untrained': _cfg(),
-    'rvt_base.untrained': _cfg(),
-})
+default_cfgs = generate_default_cfgs(
+    {
+        'rvt_tiny.untrained': _cfg(pool_size=(7, 7)),
+        'rvt_small.untrained': _cfg(),
+        'rvt_base.untrained': _cfg(),
+    }
+)
 
 
 @register_model

@@ -3,6 +3,7 @@
 Without ``gpd_ratio`` a variant is the plain architecture, ready for distilled weights; with it, its dynamic teacher.
 Three variants have published weights, the authors' own (v0.1 of https://github.com/guoyongcs/GPD).
 """
+
 import dataclasses
 from typing import Any, Callable, Dict, Optional, cast
 
@@ -10,8 +11,15 @@ import torch.nn as nn
 from timm import create_model
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import (
-    PretrainedCfg, generate_default_cfgs, get_pretrained_cfg, list_models, register_model, resolve_pretrained_cfg)
+    PretrainedCfg,
+    generate_default_cfgs,
+    get_pretrained_cfg,
+    list_models,
+    register_model,
+    resolve_pretrained_cfg,
+)
 
+from ..errors import InputError, WeightsError
 from ..teacher import expand
 from .releases import RELEASES
 from .weights import hub_errors, resolve_weights
@@ -50,43 +58,53 @@ def _cfg(arch: str, file: str, interpolation: str) -> PretrainedCfg:
     )
 
 
-default_cfgs = generate_default_cfgs({
-    'resnet18_gpd.dkd_in1k': _cfg('resnet18', 'resnet18_dkd_gpd.pth.tar', 'bilinear'),
-    'mobilenetv1_100_gpd.dkd_in1k': _cfg('mobilenetv1_100', 'mobilenet_dkd_gpd.pth.tar', 'bilinear'),
-    'rvt_tiny_gpd.dkd_in1k': _cfg('rvt_tiny', 'rvt_tiny_gpd.pth.tar', 'bicubic'),
-})
+default_cfgs = generate_default_cfgs(
+    {
+        'resnet18_gpd.dkd_in1k': _cfg('resnet18', 'resnet18_dkd_gpd.pth.tar', 'bilinear'),
+        'mobilenetv1_100_gpd.dkd_in1k': _cfg('mobilenetv1_100', 'mobilenet_dkd_gpd.pth.tar', 'bilinear'),
+        'rvt_tiny_gpd.dkd_in1k': _cfg('rvt_tiny', 'rvt_tiny_gpd.pth.tar', 'bicubic'),
+    }
+)
 
 
 def _make_entrypoint(arch: str) -> Callable[..., nn.Module]:
     variant = arch + SUFFIX
 
     def entrypoint(
-            pretrained: bool = False,
-            gpd_ratio: Optional[int] = None,
-            gpd_branches: Optional[int] = None,
-            **kwargs: Any,
+        pretrained: bool = False,
+        gpd_ratio: Optional[int] = None,
+        gpd_branches: Optional[int] = None,
+        **kwargs: Any,
     ) -> nn.Module:
+        is_teacher = gpd_ratio is not None or gpd_branches is not None
+        if is_teacher and kwargs.get('features_only'):
+            raise InputError(
+                f'features_only would leave {arch} no logits to distil: create {variant} without it; the '
+                "dynamic teacher's forward_intermediates gives its features"
+            )
         cfg, overlay = kwargs.pop('pretrained_cfg', None), kwargs.pop('pretrained_cfg_overlay', None)
         if not isinstance(cfg, (dict, PretrainedCfg)):
             tag = f'.{cfg}' if cfg else ''
             cfg = get_pretrained_cfg(variant + tag) or _without_weights(get_pretrained_cfg(arch + tag))
         cfg = dataclasses.replace(resolve_pretrained_cfg(arch, cfg, overlay), architecture=arch)
         if pretrained and not (cfg.has_weights or cfg.state_dict):
-            raise RuntimeError(
+            raise WeightsError(
                 f'{variant} has no published weights ({", ".join(default_cfgs)} have): name a file or a Hub repo, as '
-                "in pretrained_cfg_overlay=dict(file='student/model.safetensors') or dict(hf_hub_id='me/my-student')")
+                "in pretrained_cfg_overlay=dict(file='student/model.safetensors') or dict(hf_hub_id='me/my-student')"
+            )
         found = resolve_weights(cfg, kwargs.get('cache_dir')) if pretrained else {}
         if 'state_dict' in found:  # converted from a release, whose architecture may differ in an activation
             kwargs = {**RELEASES[arch].model_args, **kwargs}
         with hub_errors(cfg.hf_hub_id if pretrained and not found else None):
             student = create_model(
-                arch, pretrained=pretrained, pretrained_cfg=dataclasses.replace(cfg, **found), **kwargs)
+                arch, pretrained=pretrained, pretrained_cfg=dataclasses.replace(cfg, **found), **kwargs
+            )
         for key in found:  # the student's config tells where weights come from; it does not carry them
             config = cast(Dict[str, Any], student.pretrained_cfg)
             config.pop(key)
             if getattr(cfg, key) is not None:
                 config[key] = getattr(cfg, key)
-        if gpd_ratio is None and gpd_branches is None:
+        if not is_teacher:
             return student
         return expand(student, 2 if gpd_ratio is None else gpd_ratio, 1 if gpd_branches is None else gpd_branches)
 

@@ -1,4 +1,5 @@
 """Where the weights of a variant come from: the authors' releases are converted on the way, all else is timm's task."""
+
 import os
 import zipfile
 from contextlib import contextmanager
@@ -10,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from timm.models import PretrainedCfg
 from torch.hub import download_url_to_file, get_dir
 
-from ..errors import first_line
+from ..errors import InputError, WeightsError, first_line
 from .releases import convert_state_dict, is_release, read_checkpoint
 
 __all__ = ['resolve_weights', 'hub_errors']
@@ -34,7 +35,7 @@ def resolve_weights(cfg: PretrainedCfg, cache_dir: Optional[str] = None) -> Dict
         return {}
     path = cfg.file or _download(str(cfg.url), cache_dir or os.path.join(get_dir(), 'checkpoints'))
     if not os.path.isfile(path):
-        raise RuntimeError(f'there are no weights at {path}')
+        raise WeightsError(f'there are no weights at {path}')
     if path.endswith('.safetensors'):
         return {'file': path}
     try:
@@ -43,9 +44,9 @@ def resolve_weights(cfg: PretrainedCfg, cache_dir: Optional[str] = None) -> Dict
             return {'file': path}
         architecture, state_dict = convert_state_dict(checkpoint)
     except ValueError as error:
-        raise RuntimeError(str(error)) from error
+        raise WeightsError(str(error)) from error
     if architecture != cfg.architecture:
-        raise RuntimeError(f'{path} holds a {architecture}, not a {cfg.architecture}: create a {architecture}_gpd')
+        raise WeightsError(f'{path} holds a {architecture}, not a {cfg.architecture}: create a {architecture}_gpd')
     return {'state_dict': state_dict}
 
 
@@ -58,10 +59,12 @@ def hub_errors(hub_id: Optional[str]) -> Iterator[None]:
         if not hub_id:
             raise
         from huggingface_hub.constants import HF_HUB_CACHE
-        raise RuntimeError(
+
+        raise WeightsError(
             f'the weights at hf-hub:{hub_id} cannot be loaded ({first_line(error)}): once downloaded they are read '
             f'from {HF_HUB_CACHE} (HF_HOME moves it, HF_HUB_OFFLINE=1 asks no network), or name a local file with '
-            "pretrained_cfg_overlay=dict(file='...')") from error
+            "pretrained_cfg_overlay=dict(file='...')"
+        ) from error
 
 
 def _download(url: str, cache_dir: str) -> str:
@@ -76,12 +79,13 @@ def _download(url: str, cache_dir: str) -> str:
         _check_whole(partial, cached)
         os.replace(partial, cached)
     except (OSError, HTTPException) as error:
-        raise RuntimeError(
+        raise WeightsError(
             f'{url} cannot be downloaded ({first_line(error)}): without network, put the file at {cached} '
-            "(TORCH_HOME moves this cache), or name it with pretrained_cfg_overlay=dict(file='...')") from error
+            "(TORCH_HOME moves this cache), or name it with pretrained_cfg_overlay=dict(file='...')"
+        ) from error
     except (ValueError, SafetensorError) as error:
         reason = first_line(error).replace(partial, 'it')
-        raise RuntimeError(f'the download of {url} is refused and not kept: {reason}') from error
+        raise WeightsError(f'the download of {url} is refused and not kept: {reason}') from error
     finally:
         if os.path.exists(partial):
             os.remove(partial)
@@ -98,4 +102,4 @@ def _check_whole(path: str, name: str) -> None:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()  # torch.load itself skips the checksums
         if damaged:
-            raise ValueError(f'{path} is corrupted')
+            raise InputError(f'{path} is corrupted')

@@ -1,9 +1,6 @@
 """What a module's forward does not say by itself, one file for each kind of reason."""
-from . import attention_heads
-from . import channels
-from . import substitutes
-from . import tokens
-from . import weights
+
+from . import attention_heads, channels, later_layers, substitutes, tokens, weights
 from .context import RuleContext
 from .rule import Rule, find_rule, register_rule
 

@@ -1,4 +1,5 @@
 """Rules of attention: whole heads are replicated, so scores, softmax, RoPE and q/k norms keep an unchanged head_dim."""
+
 from dataclasses import replace
 from typing import Any
 
@@ -21,8 +22,25 @@ def head_dim(attention: Any) -> int:
 
 
 HEAD_AXES = (
-    'qkv.out', 'q.out', 'k.out', 'v.out', 'qk.out', 'kv.out', 'q_proj.out', 'k_proj.out', 'v_proj.out', 'wq.out',
-    'wk.out', 'wv.out', 'q_bias', 'k_bias', 'v_bias', 'gate.out', 'norm.out', 'proj.in', 'o_proj.in',
+    'qkv.out',
+    'q.out',
+    'k.out',
+    'v.out',
+    'qk.out',
+    'kv.out',
+    'q_proj.out',
+    'k_proj.out',
+    'v_proj.out',
+    'wq.out',
+    'wk.out',
+    'wv.out',
+    'q_bias',
+    'k_bias',
+    'v_bias',
+    'gate.out',
+    'norm.out',
+    'proj.in',
+    'o_proj.in',
 )
 
 # Projections to heads and back. What else counts heads or carries one entry per head is multiplied or replicated.
@@ -33,8 +51,14 @@ heads = Rule(
         **dict.fromkeys(('cpb_mlp.2.out', 'meta_mlp.fc2.out'), 1),  # heads, even if there is only one
     },
     params={
-        'q_bias': 0, 'k_bias': 0, 'v_bias': 0, 'relative_position_bias_table': 1, 'gating_param': 0, 'temperature': 0,
-        'logit_scale': 0},
+        'q_bias': 0,
+        'k_bias': 0,
+        'v_bias': 0,
+        'relative_position_bias_table': 1,
+        'gating_param': 0,
+        'temperature': 0,
+        'logit_scale': 0,
+    },
 )
 for name in (
     'timm.layers.attention.Attention',
@@ -77,7 +101,8 @@ for name in (
 
 # Here `norm` is the norm of the tokens that keys and values are projected from, which are not heads yet.
 heads_of_reduced_tokens = replace(
-    heads, blocks={target: block for target, block in heads.blocks.items() if target != 'norm.out'})
+    heads, blocks={target: block for target, block in heads.blocks.items() if target != 'norm.out'}
+)
 for name in (
     'timm.models.nextvit.EfficientAttention',
     'timm.models.pvt_v2.Attention',
@@ -89,33 +114,45 @@ for name in (
 register_rule('timm.models.nest.Attention', Rule(multiply=('num_heads',), blocks={'qkv.out': head_dim}))
 
 # A head of values is two of queries and keys, side by side; all of them share a scalar.
-register_rule('timm.layers.diff_attention.DiffAttention', Rule(
-    multiply=('num_heads',),
-    blocks=dict.fromkeys(('qkv.out', 'norm.out', 'proj.in'), lambda m: 2 * m.head_dim)))
+register_rule(
+    'timm.layers.diff_attention.DiffAttention',
+    Rule(multiply=('num_heads',), blocks=dict.fromkeys(('qkv.out', 'norm.out', 'proj.in'), lambda m: 2 * m.head_dim)),
+)
 
 # Every window position of a head has its own weights.
-register_rule('timm.models.volo.OutlookAttention', Rule(
-    multiply=('num_heads',),
-    blocks={
-        'v.out': lambda m: m.v.out_features // m.num_heads,
-        'attn.out': lambda m: m.kernel_size ** 4,
-        'proj.in': lambda m: m.v.out_features // m.num_heads,
-    },
-))
+register_rule(
+    'timm.models.volo.OutlookAttention',
+    Rule(
+        multiply=('num_heads',),
+        blocks={
+            'v.out': lambda m: m.v.out_features // m.num_heads,
+            'attn.out': lambda m: m.kernel_size**4,
+            'proj.in': lambda m: m.v.out_features // m.num_heads,
+        },
+    ),
+)
 
 # One head of keys and values serves every query.
-register_rule('timm.layers.attention2d.MultiQueryAttention2d', Rule(
-    multiply=('num_heads',), blocks={'query.proj.out': 'key_dim', 'output.proj.in': 'value_dim'},
-    keep=('key.proj', 'value.proj')))
+register_rule(
+    'timm.layers.attention2d.MultiQueryAttention2d',
+    Rule(
+        multiply=('num_heads',),
+        blocks={'query.proj.out': 'key_dim', 'output.proj.in': 'value_dim'},
+        keep=('key.proj', 'value.proj'),
+    ),
+)
 
-register_rule('timm.layers.attention_pool.AttentionPoolLatent', Rule(
-    multiply=('num_heads',),
-    blocks={
-        **dict.fromkeys(('q.out', 'kv.out', 'proj.in'), head_dim),
-        'latent': lambda m: m.head_dim if isinstance(m.q, nn.Identity) else 1,
-    },
-    params={'latent': 2, 'pos_embed': 1},
-))
+register_rule(
+    'timm.layers.attention_pool.AttentionPoolLatent',
+    Rule(
+        multiply=('num_heads',),
+        blocks={
+            **dict.fromkeys(('q.out', 'kv.out', 'proj.in'), head_dim),
+            'latent': lambda m: m.head_dim if isinstance(m.q, nn.Identity) else 1,
+        },
+        params={'latent': 2, 'pos_embed': 1},
+    ),
+)
 
 
 def unprojected_scores(rule: RuleContext) -> None:
@@ -123,12 +160,15 @@ def unprojected_scores(rule: RuleContext) -> None:
     rule.set('fused_attn', False)
 
 
-register_rule('timm.layers.attention_pool.AttentionPoolPrr', Rule(
-    multiply=('head_dim', 'out_features'), divide=('scale',), code=unprojected_scores))
+register_rule(
+    'timm.layers.attention_pool.AttentionPoolPrr',
+    Rule(multiply=('head_dim', 'out_features'), divide=('scale',), code=unprojected_scores),
+)
 
 # Frequencies of every head.
-register_rule('timm.layers.pos_embed_sincos.RotaryEmbeddingMixed', Rule(
-    multiply=('num_heads', 'dim'), params={'freqs': 2}))
+register_rule(
+    'timm.layers.pos_embed_sincos.RotaryEmbeddingMixed', Rule(multiply=('num_heads', 'dim'), params={'freqs': 2})
+)
 
 # Bias of every head: a table of its own, or a small network whose outputs are heads.
 register_rule('timm.models.beit.RelativePositionBias', Rule(params={'relative_position_bias_table': 1}))
@@ -140,31 +180,49 @@ def relative_position_bias(rule: RuleContext) -> None:
 
 
 for name in ('RelPosBias', 'RelPosMlp'):
-    register_rule(f'timm.layers.pos_embed_rel.{name}', Rule(
-        multiply=('num_heads',), blocks={'mlp.fc2.out': 1}, params={'relative_position_bias_table': 1},
-        code=relative_position_bias))
-register_rule('timm.layers.pos_embed_rel.RelPosBiasTf', Rule(
-    multiply=('num_heads',), params={'relative_position_bias_table': 0}))
+    register_rule(
+        f'timm.layers.pos_embed_rel.{name}',
+        Rule(
+            multiply=('num_heads',),
+            blocks={'mlp.fc2.out': 1},
+            params={'relative_position_bias_table': 1},
+            code=relative_position_bias,
+        ),
+    )
+register_rule(
+    'timm.layers.pos_embed_rel.RelPosBiasTf', Rule(multiply=('num_heads',), params={'relative_position_bias_table': 0})
+)
 
 # Query, key and value of one head lie side by side: they are replicated together.
 for name in ('timm.models.efficientformer.Attention', 'timm.models.levit.Attention', 'timm.models.tiny_vit.Attention'):
-    register_rule(name, Rule(
-        multiply=('num_heads', 'key_attn_dim', 'val_attn_dim', 'out_dim'),
-        blocks={'qkv.out': lambda m: 2 * m.key_dim + m.val_dim, 'proj.in': 'val_dim'},
+    register_rule(
+        name,
+        Rule(
+            multiply=('num_heads', 'key_attn_dim', 'val_attn_dim', 'out_dim'),
+            blocks={'qkv.out': lambda m: 2 * m.key_dim + m.val_dim, 'proj.in': 'val_dim'},
+            params={'attention_biases': 0},
+        ),
+    )
+register_rule(
+    'timm.models.levit.AttentionDownsample',
+    Rule(
+        multiply=('num_heads', 'key_attn_dim', 'val_attn_dim'),
+        blocks={'q.ln.out': 'key_dim', 'kv.out': lambda m: m.key_dim + m.val_dim, 'proj.in': 'val_dim'},
         params={'attention_biases': 0},
-    ))
-register_rule('timm.models.levit.AttentionDownsample', Rule(
-    multiply=('num_heads', 'key_attn_dim', 'val_attn_dim'),
-    blocks={'q.ln.out': 'key_dim', 'kv.out': lambda m: m.key_dim + m.val_dim, 'proj.in': 'val_dim'},
-    params={'attention_biases': 0},
-))
+    ),
+)
 for name in (
-    'timm.layers.attention2d.Attention2d', 'timm.models.maxxvit.Attention2d', 'timm.models.maxxvit.AttentionCl',
+    'timm.layers.attention2d.Attention2d',
+    'timm.models.maxxvit.Attention2d',
+    'timm.models.maxxvit.AttentionCl',
 ):
-    register_rule(name, Rule(
-        multiply=('num_heads',),
-        blocks={'qkv.out': lambda m: (3 if m.head_first else 1) * m.dim_head, 'proj.in': 'dim_head'},
-    ))
+    register_rule(
+        name,
+        Rule(
+            multiply=('num_heads',),
+            blocks={'qkv.out': lambda m: (3 if m.head_first else 1) * m.dim_head, 'proj.in': 'dim_head'},
+        ),
+    )
 
 
 def parallel_block(rule: RuleContext) -> None:
@@ -178,39 +236,58 @@ def parallel_block(rule: RuleContext) -> None:
 
 
 for name in ('ParallelScalingBlock', 'DiffParallelScalingBlock'):
-    register_rule(f'timm.models.vision_transformer.{name}', Rule(
-        multiply=('num_heads', 'in_split'), params={'mlp_bias': 0}, code=parallel_block))
+    register_rule(
+        f'timm.models.vision_transformer.{name}',
+        Rule(multiply=('num_heads', 'in_split'), params={'mlp_bias': 0}, code=parallel_block),
+    )
 for name in ('timm.models.cpubone.ConvAttention', 'timm.models.lowformer.ConvAttention'):
-    register_rule(name, Rule(
-        multiply=('num_heads', 'o_proj_inpdim'),
-        blocks={
-            'pwise.out': lambda m: m.num_keys * m.head_dim,
-            'o_proj.in': 'head_dim',
-            # The upsampling is the output projection where there is no other.
-            'upsampling.in': lambda m: m.head_dim if isinstance(m.o_proj, nn.Identity) else 1,
-        },
-    ))
-register_rule('timm.models.efficientvit_mit.LiteMLA', Rule(
-    multiply=('aggreg.*.1.groups',),
-    blocks={'qkv.out': lambda m: 3 * m.dim, 'aggreg.out': lambda m: 3 * m.dim, 'proj.in': 'dim'},
-))
-register_rule('timm.models.coat.ConvRelPosEnc', Rule(
-    multiply=('channel_splits',),
-    blocks={'conv_list.out': lambda m: m.channel_splits[0] // m.head_splits[0]},
-))
+    register_rule(
+        name,
+        Rule(
+            multiply=('num_heads', 'o_proj_inpdim'),
+            blocks={
+                'pwise.out': lambda m: m.num_keys * m.head_dim,
+                'o_proj.in': 'head_dim',
+                # The upsampling is the output projection where there is no other.
+                'upsampling.in': lambda m: m.head_dim if isinstance(m.o_proj, nn.Identity) else 1,
+            },
+        ),
+    )
+register_rule(
+    'timm.models.efficientvit_mit.LiteMLA',
+    Rule(
+        multiply=('aggreg.*.1.groups',),
+        blocks={'qkv.out': lambda m: 3 * m.dim, 'aggreg.out': lambda m: 3 * m.dim, 'proj.in': 'dim'},
+    ),
+)
+register_rule(
+    'timm.models.coat.ConvRelPosEnc',
+    Rule(
+        multiply=('channel_splits',),
+        blocks={'conv_list.out': lambda m: m.channel_splits[0] // m.head_splits[0]},
+    ),
+)
 for name in ('Attention2d', 'Attention2dDownsample'):
-    register_rule(f'timm.models.efficientformer_v2.{name}', Rule(
-        multiply=('num_heads', 'dh'),
-        blocks={
-            ('q.proj.out' if name == 'Attention2dDownsample' else 'q.out'): 'key_dim', 'k.out': 'key_dim',
-            'v.out': 'd', 'v_local.out': 'd', 'proj.in': 'd'},
-        params={'attention_biases': 0},
-    ))
+    register_rule(
+        f'timm.models.efficientformer_v2.{name}',
+        Rule(
+            multiply=('num_heads', 'dh'),
+            blocks={
+                ('q.proj.out' if name == 'Attention2dDownsample' else 'q.out'): 'key_dim',
+                'k.out': 'key_dim',
+                'v.out': 'd',
+                'v_local.out': 'd',
+                'proj.in': 'd',
+            },
+            params={'attention_biases': 0},
+        ),
+    )
 
 
 # One module for each head, so heads cannot be multiplied: the entries of a head are, and scores are sums over them.
-register_rule('timm.models.efficientvit_msra.CascadedGroupAttention', Rule(
-    multiply=('key_dim', 'val_dim'), divide=('scale',)))
+register_rule(
+    'timm.models.efficientvit_msra.CascadedGroupAttention', Rule(multiply=('key_dim', 'val_dim'), divide=('scale',))
+)
 register_rule('timm.layers.non_local_attn.NonLocalAttn', Rule(divide=('scale',)))
 
 
@@ -245,23 +322,26 @@ def halo_values(rule: RuleContext) -> None:
 
 def bottleneck_values(rule: RuleContext) -> None:
     """Queries and keys of all heads come before the values."""
-    rule.axis(
-        'qkv.out', (2 * rule.module.dim_out_qk, 1, 1), (rule.module.dim_out_v // rule.ratio, rule.ratio, 1))
+    rule.axis('qkv.out', (2 * rule.module.dim_out_qk, 1, 1), (rule.module.dim_out_v // rule.ratio, rule.ratio, 1))
 
 
 def lambda_values(rule: RuleContext) -> None:
     """Queries of all heads and one key come before the values."""
     module = rule.module
-    rule.axis(
-        'qkv.out', ((module.num_heads + 1) * module.dim_qk, 1, 1), (module.dim_v // rule.ratio, rule.ratio, 1))
+    rule.axis('qkv.out', ((module.num_heads + 1) * module.dim_qk, 1, 1), (module.dim_v // rule.ratio, rule.ratio, 1))
 
 
-register_rule('timm.layers.halo_attn.HaloAttn', Rule(
-    multiply=('dim_head_v', 'dim_out_v'), keep=('q', 'pos_embed'), code=halo_values))
-register_rule('timm.layers.bottleneck_attn.BottleneckAttn', Rule(
-    multiply=('dim_head_v', 'dim_out_v'), keep=('pos_embed',), code=bottleneck_values))
-register_rule('timm.layers.lambda_layer.LambdaLayer', Rule(
-    multiply=('dim_v',), keep=('conv_lambda',), code=lambda_values))
+register_rule(
+    'timm.layers.halo_attn.HaloAttn',
+    Rule(multiply=('dim_head_v', 'dim_out_v'), keep=('q', 'pos_embed'), code=halo_values),
+)
+register_rule(
+    'timm.layers.bottleneck_attn.BottleneckAttn',
+    Rule(multiply=('dim_head_v', 'dim_out_v'), keep=('pos_embed',), code=bottleneck_values),
+)
+register_rule(
+    'timm.layers.lambda_layer.LambdaLayer', Rule(multiply=('dim_v',), keep=('conv_lambda',), code=lambda_values)
+)
 register_rule('timm.layers.non_local_attn.BilinearAttnTransform', Rule(keep=('conv1', 'conv_p', 'conv_q')))
 
 

@@ -1,4 +1,5 @@
 """Rules of stored channel counts: split sizes, slices, and channels whose neighbours matter."""
+
 from .context import RuleContext
 from .rule import Rule, register_rule
 
@@ -12,7 +13,6 @@ for name, attributes in {
     'timm.models.fasternet.Partial_conv3': ('dim_conv3', 'dim_untouched'),
     'timm.models.ghostnet.GhostModule': ('out_chs',),
     'timm.models.ghostnet.GhostModuleV2': ('out_chs',),
-    'timm.models.ghostnet.GhostModuleV3': ('out_chs',),
     'timm.models.inception_next.InceptionDWConv2d': ('split_indexes',),
     'timm.models.mambaout.GatedConvBlock': ('split_indices',),
     'timm.models.res2net.Bottle2neck': ('width',),
@@ -23,15 +23,18 @@ for name, attributes in {
     register_rule(name, Rule(multiply=attributes))
 
 # Pixels of a patch become channels, those of one channel side by side.
-register_rule('timm.models.deepseek_vit.DeepseekVitAligner', Rule(
-    multiply=('hidden_size',), blocks={'fc1.in': lambda m: m.downsample_ratio ** 2}))
+register_rule(
+    'timm.models.deepseek_vit.DeepseekVitAligner',
+    Rule(multiply=('hidden_size',), blocks={'fc1.in': lambda m: m.downsample_ratio**2}),
+)
 
 # A fixed blur, one copy for each channel.
 register_rule('timm.layers.blur_pool.BlurPool2d', Rule(multiply=('channels',), params={'filt': 0}))
 
 # A convolution along the channel axis: the next channel is `ratio` entries away.
-register_rule('timm.layers.eca.EcaModule', Rule(
-    multiply=('conv.dilation', 'conv.padding', 'conv2.dilation', 'conv2.padding')))
+register_rule(
+    'timm.layers.eca.EcaModule', Rule(multiply=('conv.dilation', 'conv.padding', 'conv2.dilation', 'conv2.padding'))
+)
 register_rule('timm.layers.eca.CecaModule', Rule(multiply=('conv.dilation', 'padding')))
 
 

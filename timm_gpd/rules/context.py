@@ -1,4 +1,5 @@
 """What a rule's code may do."""
+
 from typing import Any, List, Optional, Protocol, Sequence, Tuple
 
 import torch
@@ -11,6 +12,7 @@ __all__ = ['RuleContext', 'find_axes', 'find_children', 'join']
 
 class Planner(Protocol):
     """What the planner does for a rule's code. Modules and tensors go by their full names in the student."""
+
     ratio: int
 
     def set_attribute(self, module: str, attribute: str, value: Any) -> None:
@@ -96,7 +98,8 @@ def find_children(module: nn.Module, pattern: str) -> List[str]:
     for key in filter(None, pattern.split('.')):
         found = [
             (join(path, name), child)
-            for path, parent in found for name, child in parent._modules.items()
+            for path, parent in found
+            for name, child in parent._modules.items()
             if child is not None and key in (name, '*')
         ]
     return [path for path, _ in found]

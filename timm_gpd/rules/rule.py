@@ -4,6 +4,7 @@ The planner (:mod:`timm_gpd.expansion.planner`) reads nearly everything off a dr
 meets is wider. A rule adds what shapes alone cannot tell: integers that count heads or channels, axes replicated in
 blocks, children that mix something other than channels. Rules know no training; most are data.
 """
+
 from dataclasses import dataclass, field
 from typing import Any, Callable, Dict, Mapping, Optional, Tuple, Type, Union
 
@@ -31,14 +32,18 @@ class Rule:
             that is no layer itself it holds for the layers inside, wherever it divides their axis.
         params: own parameter or buffer -> its channel axis, or a tuple of them.
         keep: children that keep their width, such as those that mix tokens.
+        follow: own attribute -> a child's, dotted, that it repeats, or several of which the first that is there counts.
+            For sizes that are kept as numbers and that forward does not use, such as those of a fused layer to come.
         code: for what data cannot say: a function of a :class:`RuleContext`, called after the rest of the rule and
             before the dry run.
     """
+
     multiply: Tuple[str, ...] = ()
     divide: Tuple[str, ...] = ()
     blocks: Mapping[str, Block] = field(default_factory=dict)
     params: Mapping[str, Union[int, Tuple[int, ...]]] = field(default_factory=dict)
     keep: Tuple[str, ...] = ()
+    follow: Mapping[str, Union[str, Tuple[str, ...]]] = field(default_factory=dict)
     code: Optional[Callable[[RuleContext], None]] = None
 
 

@@ -2,6 +2,7 @@
 
 A substitute is the same function on the student's own tensors. Being a class, it is still data in a plan.
 """
+
 from typing import Callable
 
 import torch
@@ -40,6 +41,7 @@ class AlignedSplitTransposeBlock(SplitTransposeBlock):
 
 class ReplicatedSimpleNorm(SimpleNorm):
     """Divides by the unbiased standard deviation of the student: n replicas of C channels have n (C - 1) freedoms."""
+
     replicas = 1
     dim = -1
 
@@ -53,6 +55,7 @@ class ReplicatedSimpleNorm(SimpleNorm):
 
 class ReplicatedSimpleNorm2d(ReplicatedSimpleNorm, SimpleNorm2d):
     """The same for (B, C, H, W)."""
+
     dim = -3
 
 
@@ -63,9 +66,11 @@ def align_splits(rule: RuleContext) -> None:
 
 def count_freedoms(substitute: type) -> Callable[[RuleContext], None]:
     """Code of a rule that replaces the class by one that counts the replicas."""
+
     def code(rule: RuleContext) -> None:
         rule.set('__class__', substitute)
         rule.set('replicas', rule.ratio)
+
     return code
 
 

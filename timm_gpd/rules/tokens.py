@@ -1,4 +1,5 @@
 """Rules of tokens: position embeddings, and axes that are mixed but are not channels."""
+
 from .rule import Rule, register_rule
 
 # Two embeddings are added before they meet the tokens.
@@ -9,8 +10,7 @@ register_rule('timm.models.gemma4_vit.Gemma4PatchEmbed', Rule(params={'position_
 register_rule('timm.models.csatv2.SpatialTransformerBlock', Rule(keep=('',)))
 
 # The states are what tokens are summed into and read back from.
-register_rule('timm.models.efficientvim.HSMSSD', Rule(
-    multiply=('d_inner',), keep=('BCdt_proj', 'dw')))
+register_rule('timm.models.efficientvim.HSMSSD', Rule(multiply=('d_inner',), keep=('BCdt_proj', 'dw')))
 
 # A fixed transform of pixels.
 register_rule('timm.models.csatv2.LearnableDct2d', Rule(keep=('transform',)))

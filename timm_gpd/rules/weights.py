@@ -1,4 +1,5 @@
 """Rules of modules that compute a weight, or hold one in another shape."""
+
 from ..axes import AxisMap
 from .context import RuleContext
 from .rule import Rule, register_rule

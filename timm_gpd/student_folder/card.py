@@ -1,4 +1,5 @@
 """The model card of a student: what was trained, how, and what came of it."""
+
 import json
 import os
 from typing import Any, Dict, List, Optional, cast
@@ -12,24 +13,36 @@ __all__ = ['CARD', 'card_of_repo', 'model_card']
 
 CARD = 'README.md'
 
-_OF_THE_MACHINE = ('checkpoint_hist', 'config', 'data', 'data_dir', 'device', 'experiment', 'log_interval', 'output',
-                   'pin_mem', 'recovery_interval', 'resume', 'workers')
+_OF_THE_MACHINE = (
+    'checkpoint_hist',
+    'config',
+    'data',
+    'data_dir',
+    'device',
+    'experiment',
+    'log_interval',
+    'output',
+    'pin_mem',
+    'recovery_interval',
+    'resume',
+    'workers',
+)
 _PAPER = 'https://arxiv.org/abs/2410.04140'
-_CITATION = '''@inproceedings{guo2025gap,
+_CITATION = """@inproceedings{guo2025gap,
   title={Gap Preserving Distillation by Building Bidirectional Mappings with A Dynamic Teacher},
   author={Guo, Yong and Zhang, Shulian and Pan, Haolin and Liu, Jing and Zhang, Yulun and Chen, Jian},
   booktitle={The Thirteenth International Conference on Learning Representations},
   year={2025},
   url={https://openreview.net/forum?id=PnfghHD4Pi}
-}'''
+}"""
 _LOCAL_NAME = 'local-dir:path/to/this/folder'
 
 
 def model_card(
-        student: nn.Module,
-        recipe: Dict[str, Any],
-        metrics: Dict[str, float],
-        plot: Optional[str] = None,
+    student: nn.Module,
+    recipe: Dict[str, Any],
+    metrics: Dict[str, float],
+    plot: Optional[str] = None,
 ) -> ModelCard:
     """Says what a student is: method, teachers, data, results, usage, recipe and citation.
 
@@ -63,8 +76,16 @@ def model_card(
         lines += ['', f'![Top-1 of the student and its teachers over epochs]({plot})']
     lines += ['', *_usage(student)]
     settings = _recipe_of_any_machine(recipe)
-    lines += ['', '## Recipe', '', f'Arguments of timm-gpd {__version__}:', '',
-              '```json', json.dumps(settings, indent=2, sort_keys=True), '```']
+    lines += [
+        '',
+        '## Recipe',
+        '',
+        f'Arguments of timm-gpd {__version__}:',
+        '',
+        '```json',
+        json.dumps(settings, indent=2, sort_keys=True),
+        '```',
+    ]
     if gpd:
         lines += ['', '## Citation', '', '```bibtex', _CITATION, '```']
     return ModelCard(f'---\n{data.to_yaml()}\n---\n\n' + '\n'.join(lines) + '\n')
@@ -95,10 +116,17 @@ def _dataset(recipe: Dict[str, Any]) -> str:
 def _eval_results(recipe: Dict[str, Any], metrics: Dict[str, float]) -> List[EvalResult]:
     return [
         EvalResult(
-            task_type='image-classification', dataset_type=_dataset(recipe), dataset_name=_dataset(recipe),
-            dataset_split=recipe.get('val_split'), metric_type='accuracy', metric_name=label,
-            metric_value=round(metrics[key], 3))
-        for key, label in (('top1', 'top-1 (%)'), ('top5', 'top-5 (%)')) if key in metrics]
+            task_type='image-classification',
+            dataset_type=_dataset(recipe),
+            dataset_name=_dataset(recipe),
+            dataset_split=recipe.get('val_split'),
+            metric_type='accuracy',
+            metric_name=label,
+            metric_value=round(metrics[key], 3),
+        )
+        for key, label in (('top1', 'top-1 (%)'), ('top5', 'top-5 (%)'))
+        if key in metrics
+    ]
 
 
 def _method(recipe: Dict[str, Any]) -> str:
@@ -106,8 +134,10 @@ def _method(recipe: Dict[str, Any]) -> str:
     if recipe.get('converted_from'):
         return f'Converted from `{recipe["converted_from"]}`, a checkpoint of the authors of {gpd}.'
     if recipe.get('gpd'):
-        return (f'Trained by {gpd} with a dynamic teacher of ratio {recipe["gpd_ratio"]}, with which it shares its '
-                'parameters and from which it was read without post-training.')
+        return (
+            f'Trained by {gpd} with a dynamic teacher of ratio {recipe["gpd_ratio"]}, with which it shares its '
+            'parameters and from which it was read without post-training.'
+        )
     return 'Trained by distillation.' if recipe.get('kd_model_name') else 'Trained on its own.'
 
 
@@ -115,36 +145,54 @@ def _details(student: nn.Module, recipe: Dict[str, Any]) -> Dict[str, str]:
     config = _config(student)
     details = {
         'Student': f'`{config["architecture"]}`, {sum(p.numel() for p in student.parameters()):,} parameters, input '
-                   + ' × '.join(str(size) for size in config['input_size']),
+        + ' × '.join(str(size) for size in config['input_size']),
     }
     if recipe.get('gpd') and not recipe.get('converted_from'):
         details['Dynamic teacher'] = (
             f'ratio {recipe["gpd_ratio"]}, branches per convolution: {recipe["gpd_branches"]}; '
-            f'its loss `{recipe["gpd_loss"]}` has weight {recipe["gpd_weight"]:g}')
+            f'its loss `{recipe["gpd_loss"]}` has weight {recipe["gpd_weight"]:g}'
+        )
     if recipe.get('kd_model_name'):
         details['Static teacher'] = (
-            f'`{_without_folder(recipe["kd_model_name"])}`, by the losses `{recipe["kd_distill_type"]}`')
+            f'`{_without_folder(recipe["kd_model_name"])}`, by the losses `{recipe["kd_distill_type"]}`'
+        )
     if not recipe.get('converted_from'):
         details['Data'] = f'`{_dataset(recipe)}`'
     if 'epochs' in recipe:
-        rate = (f'learning rate {recipe["lr"]:g}' if recipe.get('lr') else
-                f'base learning rate {recipe["lr_base"]:g} for batches of {recipe["lr_base_size"]}')
+        rate = (
+            f'learning rate {recipe["lr"]:g}'
+            if recipe.get('lr')
+            else f'base learning rate {recipe["lr_base"]:g} for batches of {recipe["lr_base_size"]}'
+        )
         details['Training'] = (
             f'{recipe["epochs"]} epochs, batch {recipe["batch_size"] * recipe["grad_accum_steps"]}, '
-            f'`{recipe["opt"]}`, {rate}, weight decay {recipe["weight_decay"]:g}, `{recipe["sched"]}` schedule')
+            f'`{recipe["opt"]}`, {rate}, weight decay {recipe["weight_decay"]:g}, `{recipe["sched"]}` schedule'
+        )
     return details
 
 
 def _usage(student: nn.Module) -> List[str]:
-    register = ['import timm_gpd  # registers the architecture'] if type(student).__module__.startswith(
-        __package__.partition('.')[0] + '.') else []
+    register = (
+        ['import timm_gpd  # registers the architecture']
+        if type(student).__module__.startswith(__package__.partition('.')[0] + '.')
+        else []
+    )
     return [
-        '## Usage', '', 'With timm:' if not register else 'With timm and timm-gpd:', '',
-        '```python', 'import timm', *register, '',
+        '## Usage',
+        '',
+        'With timm:' if not register else 'With timm and timm-gpd:',
+        '',
+        '```python',
+        'import timm',
+        *register,
+        '',
         f"model = timm.create_model('{_LOCAL_NAME}', pretrained=True).eval()",
         'config = timm.data.resolve_model_data_config(model)',
         'transform = timm.data.create_transform(**config, is_training=False)',
-        '```', '', 'With timm-gpd, to go on from these weights:', '',
+        '```',
+        '',
+        'With timm-gpd, to go on from these weights:',
+        '',
         '```bash',
         f'python train.py --gpd --model {_LOCAL_NAME} --pretrained --data-dir path/to/images',
         f'python train.py --gpd --model resnet18 --kd-model-name {_LOCAL_NAME} --data-dir path/to/images',
@@ -155,8 +203,10 @@ def _usage(student: nn.Module) -> List[str]:
 def _recipe_of_any_machine(recipe: Dict[str, Any]) -> Dict[str, Any]:
     """What repeats the run elsewhere: no folders of this machine, and no argument that was left unset."""
     return {
-        key: _without_folder(value) for key, value in recipe.items()
-        if key not in _OF_THE_MACHINE and value is not None and value != '' and value != {}}
+        key: _without_folder(value)
+        for key, value in recipe.items()
+        if key not in _OF_THE_MACHINE and value is not None and value != '' and value != {}
+    }
 
 
 def _without_folder(value: Any) -> Any:

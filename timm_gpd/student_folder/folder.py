@@ -1,4 +1,5 @@
 """A student as a folder that timm alone loads, and that is published as it is: weights, config, model card, plot."""
+
 import copy
 import csv
 import os
@@ -43,11 +44,11 @@ def new_folder(folder: str) -> Iterator[str]:
 
 
 def save_student(
-        student: nn.Module,
-        folder: str,
-        recipe: Dict[str, Any],
-        metrics: Optional[Dict[str, float]] = None,
-        plot: Optional[str] = None,
+    student: nn.Module,
+    folder: str,
+    recipe: Dict[str, Any],
+    metrics: Optional[Dict[str, float]] = None,
+    plot: Optional[str] = None,
 ) -> None:
     """Writes ``model.safetensors``, ``config.json``, ``README.md`` and, where there is one, ``gap.png``.
 
@@ -62,8 +63,11 @@ def save_student(
         plot: PNG file of the accuracies over epochs; skipped if there is no such file.
     """
     # These weights are new: what the config says of the ones that it came with is no longer true.
-    config = {key: value for key, value in cast(Dict[str, Any], student.pretrained_cfg).items()
-              if key not in _OF_OTHER_WEIGHTS}
+    config = {
+        key: value
+        for key, value in cast(Dict[str, Any], student.pretrained_cfg).items()
+        if key not in _OF_OTHER_WEIGHTS
+    }
     published = copy.copy(student)
     published.__dict__['pretrained_cfg'] = config
     if plot is not None and not os.path.isfile(plot):
@@ -92,4 +96,6 @@ def read_metrics(path: str, epoch: Optional[int] = None) -> Dict[str, float]:
         rows = [row for row in csv.DictReader(file) if epoch is None or int(row['epoch']) == epoch]
     return {
         name.removeprefix('eval_'): float(value)
-        for name, value in (rows[-1] if rows else {}).items() if name.startswith('eval_') and value}
+        for name, value in (rows[-1] if rows else {}).items()
+        if name.startswith('eval_') and value
+    }

@@ -1,4 +1,5 @@
 """What the tasks of this package share: checkpoints, validation, DDP, clipping, compilation."""
+
 from copy import deepcopy
 from typing import Any, Dict, List, Optional
 
@@ -6,6 +7,7 @@ import torch.nn as nn
 from timm.task import TrainingTask
 from timm.utils import unwrap_model
 
+from ..errors import InputError
 from ..private_torch import trace_backward
 from .learners import Learners
 from .static_teacher import StaticTeacher
@@ -56,23 +58,27 @@ class BaseTask(TrainingTask):
         return {'settings': deepcopy(self.settings), **state}
 
     def load_task_state(
-            self,
-            state: Optional[Dict[str, Any]],
-            strict: bool = True,
-            module: Optional[nn.Module] = None,
-            ema: bool = False,
+        self,
+        state: Optional[Dict[str, Any]],
+        strict: bool = True,
+        module: Optional[nn.Module] = None,
+        ema: bool = False,
     ) -> None:
         """Restores the modules. Without a state they stay as they are.
 
         Raises:
-            ValueError: if the state was made with other settings.
+            InputError: if the state was made with other settings, or lacks a module.
         """
         if not state:
             return
         if state['settings'] != self.settings:
-            raise ValueError(f'the checkpoint was made with {state["settings"]}, and this run has {self.settings}: '
-                             'resume with the settings of the checkpoint')
+            raise InputError(
+                f'the checkpoint was made with {state["settings"]}, and this run has {self.settings}: '
+                'resume with the settings of the checkpoint'
+            )
         for name, module in self.get_state_modules(ema).items():
+            if name not in state:
+                raise InputError(f'the checkpoint holds no {name}, which this run has')
             module.load_state_dict(state[name], strict=strict)
 
     def get_clip_parameters(self, exclude_head: bool = False) -> List[nn.Parameter]:
@@ -95,5 +101,6 @@ class BaseTask(TrainingTask):
     def prepare_distributed(self, device_ids: Optional[list] = None, **ddp_kwargs: Any) -> 'BaseTask':
         """Wraps what is trained in DistributedDataParallel; a static teacher stays as it is."""
         self.trainable_module = nn.parallel.DistributedDataParallel(
-            self.trainable_module, device_ids=device_ids, **ddp_kwargs)
+            self.trainable_module, device_ids=device_ids, **ddp_kwargs
+        )
         return self

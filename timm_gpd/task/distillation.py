@@ -1,4 +1,5 @@
 """Distillation from a static teacher alone, with the losses of the literature, as one of timm's training tasks."""
+
 import logging
 from typing import Any, Dict, Mapping, Optional, Union
 
@@ -8,6 +9,7 @@ from timm.utils import unwrap_model
 
 from ..distillers import distill_settings
 from ..expansion.images import accepted_input_shape, input_shape
+from ..expansion.student import unwrap_student
 from .base import BaseTask
 from .learners import Learners, StudentLearner, example_batch
 from .static_teacher import StaticTeacher, resolve_static_teacher
@@ -25,7 +27,8 @@ class DistillationTask(BaseTask):
     ``state_dict`` is the plain student's, and its ``task_state`` the distillers, which train with it.
 
     Args:
-        student: timm model with a classifier.
+        student: timm model with a classifier, without the wrappers of ``torch.compile`` and DDP, which are for the
+            task.
         static_teacher: timm model name (created with pretrained weights), timm DistillationTeacher or module. A module
             is used as it is, not copied: it is moved to ``device`` and frozen.
         criterion: task loss of logits and targets (default: cross-entropy).
@@ -44,34 +47,39 @@ class DistillationTask(BaseTask):
     """
 
     def __init__(
-            self,
-            student: nn.Module,
-            static_teacher: Union[str, nn.Module],
-            criterion: Optional[nn.Module] = None,
-            distill_type: str = 'logit',
-            distill_args: Optional[Mapping[str, Any]] = None,
-            distill_loss_weight: Optional[float] = None,
-            task_loss_weight: Optional[float] = None,
-            temperature: float = 4.0,
-            device: Optional[torch.device] = None,
-            dtype: Optional[torch.dtype] = None,
-            verbose: bool = True,
+        self,
+        student: nn.Module,
+        static_teacher: Union[str, nn.Module],
+        criterion: Optional[nn.Module] = None,
+        distill_type: str = 'logit',
+        distill_args: Optional[Mapping[str, Any]] = None,
+        distill_loss_weight: Optional[float] = None,
+        task_loss_weight: Optional[float] = None,
+        temperature: float = 4.0,
+        device: Optional[torch.device] = None,
+        dtype: Optional[torch.dtype] = None,
+        verbose: bool = True,
     ) -> None:
         super().__init__(device=device, dtype=dtype, verbose=verbose)
+        student = unwrap_student(student)
         settings = distill_settings(distill_type, distill_args, temperature)
         self.settings = dict(distillers=settings)
         self.task_loss_weight, self.distill_loss_weight = loss_weights(task_loss_weight, distill_loss_weight)
         self.criterion = criterion if criterion is not None else nn.CrossEntropyLoss()
         self.static_teacher = StaticTeacher(
-            resolve_static_teacher(static_teacher, student, self.device, self.dtype), student, settings)
+            resolve_static_teacher(static_teacher, student, self.device, self.dtype), student, settings
+        )
         shape = accepted_input_shape(student) or input_shape(student)
         example = example_batch(student, self.static_teacher, settings, shape)
         self.trainable_module = StudentLearner(
-            student, settings, StepLoss(self.criterion, self.task_loss_weight, self.distill_loss_weight))
+            student, settings, StepLoss(self.criterion, self.task_loss_weight, self.distill_loss_weight)
+        )
         self.trainable_module.add_distillers(settings, *example)
         if verbose:
-            _logger.info(f'DistillationTask: task_loss_weight={self.task_loss_weight}, '
-                         f'distill_loss_weight={self.distill_loss_weight}, {settings}')
+            _logger.info(
+                f'DistillationTask: task_loss_weight={self.task_loss_weight}, '
+                f'distill_loss_weight={self.distill_loss_weight}, {settings}'
+            )
 
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> Dict[str, torch.Tensor]:
         """Forward pass and loss.

@@ -1,4 +1,5 @@
 """Gap Preserving Distillation as one more of timm's training tasks."""
+
 import logging
 from typing import Any, Dict, Mapping, Optional, Sequence, Union
 
@@ -6,6 +7,8 @@ import torch
 import torch.nn as nn
 
 from ..distillers import distill_settings
+from ..errors import InputError
+from ..expansion.student import unwrap_student
 from ..losses import GPD_LOSSES
 from ..teacher import DynamicTeacher, StudentView, expand
 from ..teacher.branches import branch_kinds
@@ -32,7 +35,9 @@ class GapPreservingTask(BaseTask):
     ``task_state`` is the dynamic teacher, and with a static teacher the distillers of both.
 
     Args:
-        student: timm model with a classifier. Not modified; its weights are where the dynamic teacher starts.
+        student: timm model with a classifier, or any model whose ``classifier`` is named; without the wrappers of
+            ``torch.compile`` and DDP, which are for the task. Not modified; its weights are where the dynamic teacher
+            starts.
         static_teacher: timm model name (created with pretrained weights), timm DistillationTeacher, module, or None. A
             module is used as it is, not copied: it is moved to ``device`` and frozen.
         criterion: task loss of logits and targets (default: cross-entropy).
@@ -52,6 +57,7 @@ class GapPreservingTask(BaseTask):
         dtype: dtype of the task.
         verbose: log what was built.
         branches: names the kinds of branch instead of their number, see :func:`timm_gpd.expand`.
+        classifier: names the modules that give logits, see :func:`timm_gpd.expand`.
 
     Raises:
         ValueError: if an argument is out of range, or the static teacher has other classes than the student or not the
@@ -60,29 +66,31 @@ class GapPreservingTask(BaseTask):
     """
 
     def __init__(
-            self,
-            student: nn.Module,
-            static_teacher: Union[str, nn.Module, None] = None,
-            criterion: Optional[nn.Module] = None,
-            ratio: int = 2,
-            num_branches: int = 1,
-            noise: float = 0.0,
-            scale: str = 'student',
-            gpd_loss: str = 'sce',
-            gpd_weight: float = 3.0,
-            distill_type: str = 'logit',
-            distill_args: Optional[Mapping[str, Any]] = None,
-            distill_loss_weight: Optional[float] = None,
-            task_loss_weight: Optional[float] = None,
-            temperature: float = 4.0,
-            device: Optional[torch.device] = None,
-            dtype: Optional[torch.dtype] = None,
-            verbose: bool = True,
-            branches: Optional[Sequence[str]] = None,
+        self,
+        student: nn.Module,
+        static_teacher: Union[str, nn.Module, None] = None,
+        criterion: Optional[nn.Module] = None,
+        ratio: int = 2,
+        num_branches: int = 1,
+        noise: float = 0.0,
+        scale: str = 'student',
+        gpd_loss: str = 'sce',
+        gpd_weight: float = 3.0,
+        distill_type: str = 'logit',
+        distill_args: Optional[Mapping[str, Any]] = None,
+        distill_loss_weight: Optional[float] = None,
+        task_loss_weight: Optional[float] = None,
+        temperature: float = 4.0,
+        device: Optional[torch.device] = None,
+        dtype: Optional[torch.dtype] = None,
+        verbose: bool = True,
+        branches: Optional[Sequence[str]] = None,
+        classifier: Union[str, Sequence[str], None] = None,
     ) -> None:
         super().__init__(device=device, dtype=dtype, verbose=verbose)
+        student = unwrap_student(student)
         if gpd_loss not in GPD_LOSSES:
-            raise ValueError(f'gpd_loss must be one of {", ".join(GPD_LOSSES)}, but is {gpd_loss!r}')
+            raise InputError(f'gpd_loss must be one of {", ".join(GPD_LOSSES)}, but is {gpd_loss!r}')
         self.gpd_loss = GPD_LOSSES[gpd_loss]
         self.gpd_weight = gpd_weight
         self.task_loss_weight, self.distill_loss_weight = loss_weights(task_loss_weight, distill_loss_weight)
@@ -90,9 +98,14 @@ class GapPreservingTask(BaseTask):
         self.settings = dict(ratio=ratio, branches=list(branch_kinds(num_branches, branches)), scale=scale)
         distillers = distill_settings(distill_type, distill_args, temperature)
 
-        self.static_teacher = None if static_teacher is None else StaticTeacher(
-            resolve_static_teacher(static_teacher, student, self.device, self.dtype), student, distillers)
-        dynamic_teacher = expand(student, ratio, num_branches, noise, scale, branches)
+        self.static_teacher = (
+            None
+            if static_teacher is None
+            else StaticTeacher(
+                resolve_static_teacher(static_teacher, student, self.device, self.dtype), student, distillers
+            )
+        )
+        dynamic_teacher = expand(student, ratio, num_branches, noise, scale, branches, classifier)
         step_loss = StepLoss(self.criterion, self.task_loss_weight, self.distill_loss_weight)
         if self.static_teacher is None:
             self.trainable_module = JointLearners(dynamic_teacher, {}, step_loss)
@@ -110,7 +123,8 @@ class GapPreservingTask(BaseTask):
                 f'distill_loss_weight={self.distill_loss_weight}, '
                 f'distillers={self.settings.get("distillers")}; '
                 f'dynamic teacher of {count} parameters over a student of '
-                f'{sum(p.numel() for p in student.parameters())}')
+                f'{sum(p.numel() for p in student.parameters())}'
+            )
 
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> Dict[str, torch.Tensor]:
         """Joint forward pass and loss.
@@ -121,15 +135,19 @@ class GapPreservingTask(BaseTask):
 
         Returns:
             ``loss``; ``output`` and ``teacher_output``, logits of student and dynamic teacher, shape (B, num_classes),
-            and every term without a, b and w: ``task_loss``, ``teacher_task_loss``, ``gpd_loss``, and with a static teacher
-            ``kd/<loss>`` and ``teacher_kd/<loss>`` for every distillation loss. What is the dynamic teacher's is there
-            to be read: its backward pass has run, and a loss on it raises a RuntimeError in ``backward()``.
+            and every term without a, b and w: ``task_loss``, ``teacher_task_loss``, ``gpd_loss``, and with a static
+            teacher ``kd/<loss>`` and ``teacher_kd/<loss>`` for every distillation loss. What is the dynamic teacher's
+            is there to be read: its backward pass has run, and a loss on it raises a RuntimeError in ``backward()``.
         """
         static_output = None if self.static_teacher is None else self.static_teacher(input)
         student, teacher = self.trainable_module(input, target, static_output)
         student['gpd_loss'] = self.gpd_loss(student['output'], teacher['output'])
         loss = student.pop('loss') + teacher.pop('loss') + self.gpd_weight * student['gpd_loss']
-        return {'loss': loss, **student, **{f'teacher_{name}': refuse_gradients(term) for name, term in teacher.items()}}
+        return {
+            'loss': loss,
+            **student,
+            **{f'teacher_{name}': refuse_gradients(term) for name, term in teacher.items()},
+        }
 
     def get_dynamic_teacher(self, ema: bool = False) -> DynamicTeacher:
         """The dynamic teacher itself, without wrappers: calling it gives the teacher's logits."""

@@ -1,4 +1,5 @@
 """What is trained in one forward pass: a model, the learners in it, and the loss of each."""
+
 from functools import partial
 from typing import Callable, Dict, List, Mapping, Optional, Set, Tuple
 
@@ -46,8 +47,9 @@ class Learners(nn.Module):
             static_output: what the static teacher made of them.
         """
         outputs = example_output(self.model, x, self.run)
-        self.step_loss.distillers.update({
-            name: Distillers(settings, output, static_output).to(x) for name, output in outputs.items()})
+        self.step_loss.distillers.update(
+            {name: Distillers(settings, output, static_output).to(x) for name, output in outputs.items()}
+        )
 
     # -- what timm asks of what is trained --------------------------------------------------------------------------
 
@@ -60,7 +62,7 @@ class Learners(nn.Module):
         """The student's layer groups, for layer-wise learning rate decay. What the loss learns goes with the last."""
         layers = group_parameters(self.model, self.model.group_matcher(coarse=coarse), reverse=True)
         last = max(layers.values(), default=0)
-        return lambda name: layers.get(name[len('model.'):], last) if name.startswith('model.') else last
+        return lambda name: layers.get(name[len('model.') :], last) if name.startswith('model.') else last
 
 
 class StudentLearner(Learners):
@@ -73,10 +75,10 @@ class StudentLearner(Learners):
         return {'student': self.taps['student'](x)}
 
     def forward(
-            self,
-            x: torch.Tensor,
-            target: torch.Tensor,
-            static_output: Optional[ModelOutput] = None,
+        self,
+        x: torch.Tensor,
+        target: torch.Tensor,
+        static_output: Optional[ModelOutput] = None,
     ) -> Dict[str, torch.Tensor]:
         """What :meth:`StepLoss.forward` returns.
 
@@ -92,8 +94,10 @@ class JointLearners(Learners):
     """A dynamic teacher and the student inside it."""
 
     def __init__(self, dynamic_teacher: DynamicTeacher, settings: DistillSettings, step_loss: StepLoss) -> None:
-        taps = {'student': tap_learner(dynamic_teacher.student, settings),
-                'dynamic_teacher': tap_learner(dynamic_teacher.wide, settings)}
+        taps = {
+            'student': tap_learner(dynamic_teacher.student, settings),
+            'dynamic_teacher': tap_learner(dynamic_teacher.wide, settings),
+        }
         super().__init__(dynamic_teacher, taps, step_loss)
 
     def run(self, x: torch.Tensor) -> Dict[str, ModelOutput]:
@@ -101,10 +105,10 @@ class JointLearners(Learners):
         return {'student': student, 'dynamic_teacher': teacher}
 
     def forward(
-            self,
-            x: torch.Tensor,
-            target: torch.Tensor,
-            static_output: Optional[ModelOutput] = None,
+        self,
+        x: torch.Tensor,
+        target: torch.Tensor,
+        static_output: Optional[ModelOutput] = None,
     ) -> JointOutput:
         """What :meth:`StepLoss.forward` returns for both; of the dynamic teacher's all but the loss is detached.
 
@@ -115,11 +119,13 @@ class JointLearners(Learners):
             target: see :meth:`StepLoss.forward`.
             static_output: the static teacher's output for the images.
         """
+
         def teacher_loss(output: ModelOutput) -> Dict[str, torch.Tensor]:
             return self.step_loss('dynamic_teacher', output, target, static_output)
 
         output, teacher = self.model.joint(
-            x, *self._runs(), teacher_loss, self.step_loss.parameters_of('dynamic_teacher'))
+            x, *self._runs(), teacher_loss, self.step_loss.parameters_of('dynamic_teacher')
+        )
         return JointOutput(self.step_loss('student', output, target, static_output), teacher)
 
     def _runs(self) -> List[Run]:
@@ -132,10 +138,10 @@ def _run_tapped(tap: Tap, parameters: Mapping[str, torch.Tensor], x: torch.Tenso
 
 
 def example_batch(
-        student: nn.Module,
-        static_teacher: StaticTeacher,
-        settings: DistillSettings,
-        shape: Tuple[int, int, int],
+    student: nn.Module,
+    static_teacher: StaticTeacher,
+    settings: DistillSettings,
+    shape: Tuple[int, int, int],
 ) -> Tuple[torch.Tensor, ModelOutput]:
     """Random images of the student's size, and the static teacher's output for them.
 

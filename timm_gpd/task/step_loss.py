@@ -1,4 +1,5 @@
 """What a learner is trained on at every step, and how its terms are weighted."""
+
 from typing import Dict, Iterator, Mapping, Optional, Tuple
 
 import torch
@@ -20,11 +21,11 @@ class StepLoss(nn.Module):
     """
 
     def __init__(
-            self,
-            criterion: nn.Module,
-            task_weight: float = 1.0,
-            distill_weight: float = 1.0,
-            distillers: Optional[Mapping[str, Distillers]] = None,
+        self,
+        criterion: nn.Module,
+        task_weight: float = 1.0,
+        distill_weight: float = 1.0,
+        distillers: Optional[Mapping[str, Distillers]] = None,
     ) -> None:
         super().__init__()
         self.distillers = nn.ModuleDict(distillers or {})
@@ -32,11 +33,11 @@ class StepLoss(nn.Module):
         self.task_weight, self.distill_weight = task_weight, distill_weight
 
     def forward(
-            self,
-            learner: str,
-            output: ModelOutput,
-            target: torch.Tensor,
-            static_output: Optional[ModelOutput] = None,
+        self,
+        learner: str,
+        output: ModelOutput,
+        target: torch.Tensor,
+        static_output: Optional[ModelOutput] = None,
     ) -> Dict[str, torch.Tensor]:
         """One learner's loss, its logits, and the terms of the loss.
 
@@ -53,8 +54,9 @@ class StepLoss(nn.Module):
         task_loss = self.criterion(output.logits, target)
         terms = {}
         if static_output is not None:
-            terms = {f'kd/{name}': term
-                     for name, term in self.distillers[learner](output, static_output, target).items()}
+            terms = {
+                f'kd/{name}': term for name, term in self.distillers[learner](output, static_output, target).items()
+            }
         loss = self.task_weight * task_loss + self.distill_weight * sum(terms.values())
         return {'loss': loss, 'output': output.logits, 'task_loss': task_loss, **terms}
 

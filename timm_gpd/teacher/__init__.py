@@ -1,4 +1,5 @@
 """The dynamic teacher: one set of stored tensors that runs as a wide teacher and as the student inside it."""
+
 from .dynamic_teacher import DynamicTeacher, JointOutput, expand
 from .student_view import StudentView
 

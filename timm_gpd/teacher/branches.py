@@ -4,6 +4,7 @@ The kinds of branch are those of OREPA (arXiv 2204.00826, Sec. 3; after DBB, arX
 normalisation: a dynamic teacher starts as its student's function, so its first branch has gamma 1 and the others 0
 (channel-branch reparameterization, Sec. 3.3 of arXiv 2410.04140). Nothing here knows about models.
 """
+
 import math
 from typing import Any, Dict, Optional, Sequence, Tuple
 
@@ -11,6 +12,7 @@ import torch
 import torch.nn as nn
 
 from ..axes import TensorMap
+from ..errors import InputError
 from .merge import inputs_last, merge_branches, mix_inputs
 
 __all__ = ['BRANCH_KINDS', 'BranchedKernel', 'branch_kinds', 'cosine_prior', 'is_branchable']
@@ -32,15 +34,16 @@ def branch_kinds(num_branches: int, branches: Optional[Sequence[str]] = None) ->
     """
     most = len(BRANCH_KINDS)
     if not isinstance(num_branches, int) or isinstance(num_branches, bool) or not 1 <= num_branches <= most:
-        raise ValueError(f'num_branches must be a positive integer of at most {most}, but is {num_branches!r}')
+        raise InputError(f'num_branches must be a positive integer of at most {most}, but is {num_branches!r}')
     if branches is None:
         return BRANCH_KINDS[:num_branches]
     kinds = (branches,) if isinstance(branches, str) else tuple(branches)
     if kinds[:1] != BRANCH_KINDS[:1] or len(set(kinds)) < len(kinds) or not set(kinds) <= set(BRANCH_KINDS):
-        raise ValueError(
-            f'branches must be kxk followed by different ones of {", ".join(BRANCH_KINDS[1:])}, but is {branches!r}')
+        raise InputError(
+            f'branches must be kxk followed by different ones of {", ".join(BRANCH_KINDS[1:])}, but is {branches!r}'
+        )
     if num_branches not in (1, len(kinds)):
-        raise ValueError(f'num_branches is {num_branches} and branches names {len(kinds)}: give one of them')
+        raise InputError(f'num_branches is {num_branches} and branches names {len(kinds)}: give one of them')
     return kinds
 
 
@@ -68,7 +71,7 @@ def cosine_prior(channels: int, size: int) -> torch.Tensor:
     position = torch.arange(size, dtype=torch.float64) + 0.5
     wave = torch.cos(math.pi / size * frequency[:, None] * position)
     # Zeros of the cosine come out as 1e-16: as patterns of nothing, whose gradients are denormal numbers.
-    wave = torch.where(wave.abs() < 1e-9, 0., wave)
+    wave = torch.where(wave.abs() < 1e-9, 0.0, wave)
     rows, columns = wave[:, :, None], wave[:, None, :]
     return torch.where(over_rows[:, None, None], rows, columns).expand(-1, size, size).clone()
 
@@ -98,37 +101,38 @@ class BranchedKernel(nn.Module):
     """
 
     def __init__(
-            self,
-            kernel: torch.Tensor,
-            groups: int,
-            kinds: Sequence[str],
-            prior: torch.Tensor,
-            gain: float = 1.0,
+        self,
+        kernel: torch.Tensor,
+        groups: int,
+        kinds: Sequence[str],
+        prior: torch.Tensor,
+        gain: float = 1.0,
     ) -> None:
         super().__init__()
         self.kinds = tuple(kinds)
         self.groups = groups
         self.shape = tuple(kernel.shape)
         outputs, group_inputs, size, _ = kernel.shape
-        patterns = {'avg': torch.full_like(prior, 1 / size ** 2), 'freq': prior, '1x1': torch.zeros_like(prior)}
+        patterns = {'avg': torch.full_like(prior, 1 / size**2), 'freq': prior, '1x1': torch.zeros_like(prior)}
         patterns['1x1'][:, size // 2, size // 2] = 1
         self.patterned = tuple(kind for kind in self.kinds if kind in _PATTERNED)
 
         # Inputs are last in memory: long enough to compute with, as k * k is not. No tensor has four dimensions, or
         # Module.to would reorder it for channels_last.
-        self.kernel = nn.Parameter(kernel.new_empty(outputs, size ** 2, group_inputs))
+        self.kernel = nn.Parameter(kernel.new_empty(outputs, size**2, group_inputs))
         self.gamma = nn.Parameter(kernel.new_empty(len(self.kinds), outputs))
         self.restart(kernel)
         if self.patterned:
-            self.register_buffer('patterns', torch.stack(
-                [patterns[kind].flatten(1) for kind in self.patterned], dim=2).to(kernel))  # (O, k * k, patterns)
+            self.register_buffer(
+                'patterns', torch.stack([patterns[kind].flatten(1) for kind in self.patterned], dim=2).to(kernel)
+            )  # (O, k * k, patterns)
             self.pointwise = _kaiming(kernel, (outputs, len(self.patterned), group_inputs), group_inputs, gain)
         if '1x1_kxk' in self.kinds:
             self.mix = nn.Parameter(kernel.new_zeros(groups, group_inputs, group_inputs))
             self.register_buffer('identity', torch.eye(group_inputs).to(kernel), persistent=False)
-            self.mixed_kernel = _kaiming(kernel, (outputs, size ** 2, group_inputs), group_inputs * size ** 2, gain)
+            self.mixed_kernel = _kaiming(kernel, (outputs, size**2, group_inputs), group_inputs * size**2, gain)
         if 'dw_pw' in self.kinds:
-            self.dw = _kaiming(kernel, (groups * _DW_MULTIPLIER, size ** 2, group_inputs), size ** 2)
+            self.dw = _kaiming(kernel, (groups * _DW_MULTIPLIER, size**2, group_inputs), size**2)
             self.pw = _kaiming(kernel, (outputs, _DW_MULTIPLIER, group_inputs), group_inputs * _DW_MULTIPLIER, gain)
 
     @torch.no_grad()
@@ -139,10 +143,10 @@ class BranchedKernel(nn.Module):
         self.gamma[0] = 1
 
     def forward(
-            self,
-            multiplier: float = 1.0,
-            tensor_map: Optional[TensorMap] = None,
-            memory_format: torch.memory_format = torch.contiguous_format,
+        self,
+        multiplier: float = 1.0,
+        tensor_map: Optional[TensorMap] = None,
+        memory_format: torch.memory_format = torch.contiguous_format,
     ) -> Tuple[torch.Tensor, torch.Tensor]:
         """Merges all branches, once for both models. Differentiable.
 
@@ -165,8 +169,20 @@ class BranchedKernel(nn.Module):
         if 'dw_pw' in self.kinds:
             pw, dw = self.pw, self.dw.unflatten(0, (self.groups, _DW_MULTIPLIER))
         return merge_branches(
-            self.shape, memory_format, tensor_map, self.kernel, gamma['kxk'], mixed, gamma.get('1x1_kxk'),
-            patterns, pattern_gamma, pointwise, pw, gamma.get('dw_pw'), dw)
+            self.shape,
+            memory_format,
+            tensor_map,
+            self.kernel,
+            gamma['kxk'],
+            mixed,
+            gamma.get('1x1_kxk'),
+            patterns,
+            pattern_gamma,
+            pointwise,
+            pw,
+            gamma.get('dw_pw'),
+            dw,
+        )
 
     def _load_from_state_dict(self, state_dict: Dict[str, Any], prefix: str, *args: Any) -> None:
         if f'{prefix}scale' in state_dict:

@@ -1,4 +1,5 @@
 """Which convolutions of a dynamic teacher have branches, and how these start."""
+
 from typing import Dict, Mapping, Optional, Sequence, Tuple
 
 import torch.nn as nn
@@ -10,11 +11,11 @@ __all__ = ['branch_convolutions']
 
 
 def branch_convolutions(
-        wide: nn.Module,
-        tensor_maps: Mapping[str, TensorMap],
-        is_trained: Mapping[str, bool],
-        kinds: Sequence[str],
-        scale: str,
+    wide: nn.Module,
+    tensor_maps: Mapping[str, TensorMap],
+    is_trained: Mapping[str, bool],
+    kinds: Sequence[str],
+    scale: str,
 ) -> Tuple[nn.Module, Dict[str, BranchedKernel]]:
     """Moves every trained kernel that can have branches among its branches, and leaves its slot empty.
 

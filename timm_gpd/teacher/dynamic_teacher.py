@@ -1,13 +1,15 @@
 """The dynamic teacher: one set of parameters that runs as a wide teacher and as the student inside it."""
-import re
+
 from functools import partial
 from typing import Any, Callable, Dict, Iterable, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn as nn
 
+from ..errors import InputError
 from ..expansion import plan_expansion, verify_plan
 from ..expansion.copies import copy_model, forget_computed_tensors_, parameterless_copy, plain_copy, wide_copy
+from ..expansion.student import unwrap_student
 from ..plan import ExpansionPlan
 from .branches import branch_kinds
 from .branching import branch_convolutions
@@ -15,6 +17,7 @@ from .early_backward import EarlyBackward
 from .functional import call_with_parameters, memory_format_of
 from .parameter_layout import ParameterLayout
 from .shared_tensors import SharedTensors
+from .timm_model import TimmModel
 
 __all__ = ['DynamicTeacher', 'JointOutput', 'expand', 'SCALES']
 
@@ -26,17 +29,19 @@ Run = Callable[[Mapping[str, torch.Tensor], torch.Tensor], Any]
 
 class JointOutput(NamedTuple):
     """What student and dynamic teacher made of one batch, see :meth:`DynamicTeacher.joint`."""
+
     student: Any
     teacher: Any
 
 
 def expand(
-        student: nn.Module,
-        ratio: int = 2,
-        num_branches: int = 1,
-        noise: float = 0.0,
-        scale: str = 'student',
-        branches: Optional[Sequence[str]] = None,
+    student: nn.Module,
+    ratio: int = 2,
+    num_branches: int = 1,
+    noise: float = 0.0,
+    scale: str = 'student',
+    branches: Optional[Sequence[str]] = None,
+    classifier: Union[str, Sequence[str], None] = None,
 ) -> 'DynamicTeacher':
     """Builds the dynamic teacher of a student by inverse reparameterization (Sec. 3.2 of arXiv 2410.04140).
 
@@ -45,7 +50,8 @@ def expand(
     each of the student's parameters, besides activations of four small images.
 
     Args:
-        student: a timm model with a classifier. It is not modified.
+        student: a timm model with a classifier, or any model whose ``classifier`` is named; wrappers are looked
+            through. It is not modified.
         ratio: expansion ratio r of the channels.
         num_branches: branches per convolution, 1 to 6 (the paper's); 1 is a plain convolution.
         noise: standard deviation, relative to each weight's own, of noise that tells replicas apart without changing
@@ -54,6 +60,8 @@ def expand(
             rate and weight decay mean what they mean in plain training. ``'teacher'`` (the authors') stores the
             teacher's weights, and the student's are r times a slice of them.
         branches: names the kinds of branch instead of their number, see ``timm_gpd.teacher.branches.BRANCH_KINDS``.
+        classifier: dotted names of the modules that give logits, where the model has no ``get_classifier()``, see
+            :func:`timm_gpd.plan_expansion`.
 
     Returns:
         The dynamic teacher, on the student's device, in its dtype and mode.
@@ -64,17 +72,18 @@ def expand(
     """
     kinds = branch_kinds(num_branches, branches)
     _check_storage(scale, noise)
-    plan = plan_expansion(student, ratio)
+    student = unwrap_student(student)
+    plan = plan_expansion(student, ratio, classifier)
     verify_plan(student, plan)
     return DynamicTeacher(student, plan, noise=noise, scale=scale, branches=kinds)
 
 
-class DynamicTeacher(nn.Module):
+class DynamicTeacher(TimmModel):
     """A student's wide, multi-branch copy, with the student inside it.
 
     The only parameters are those of ``wide`` and ``branches``; the student's are computed from them whenever it runs.
-    ``student`` owns nothing but its own buffers, such as BatchNorm statistics. Build it with :func:`expand`, which checks
-    the plan.
+    ``student`` owns nothing but its own buffers, such as BatchNorm statistics. Build it with :func:`expand`, which
+    checks the plan.
 
     Args:
         student: the model that was planned for. It is not modified.
@@ -98,19 +107,22 @@ class DynamicTeacher(nn.Module):
     """
 
     def __init__(
-            self,
-            student: nn.Module,
-            plan: ExpansionPlan,
-            noise: float = 0.0,
-            scale: str = 'student',
-            branches: Sequence[str] = ('kxk',),
+        self,
+        student: nn.Module,
+        plan: ExpansionPlan,
+        noise: float = 0.0,
+        scale: str = 'student',
+        branches: Sequence[str] = ('kxk',),
     ) -> None:
         super().__init__()
         _check_storage(scale, noise)
+        student = unwrap_student(student)
         self.plan = plan
         self.scale = scale
         self.branch_kinds = branch_kinds(1, branches)
-        self._divisors = {name: tensor_map.divisor for name, tensor_map in plan.tensors.items() if tensor_map.divisor > 1}
+        self._divisors = {
+            name: tensor_map.divisor for name, tensor_map in plan.tensors.items() if tensor_map.divisor > 1
+        }
         self._layout = ParameterLayout.of(student)
         self.branches = nn.Module()  # before the wide model, whose head is the last of all parameters, as of any model
         self.wide = wide_copy(student, plan, self._stored)
@@ -118,14 +130,22 @@ class DynamicTeacher(nn.Module):
         if noise:
             _add_noise_(self.wide, plan, noise)
         self.branches, self._branched = branch_convolutions(
-            self.wide, plan.tensors, self._layout.is_trained, self.branch_kinds, scale)
+            self.wide, plan.tensors, self._layout.is_trained, self.branch_kinds, scale
+        )
         stores_student = scale == 'student'
-        self._teacher_multipliers = {
-            name: 1 / divisor for name, divisor in self._divisors.items()} if stores_student else {}
+        self._teacher_multipliers = (
+            {name: 1 / divisor for name, divisor in self._divisors.items()} if stores_student else {}
+        )
         self._shared = SharedTensors(
-            {name: plan.tensors[name] for name in self._layout.names if name in plan.tensors and name not in self._branched},
+            {
+                name: plan.tensors[name]
+                for name in self._layout.names
+                if name in plan.tensors and name not in self._branched
+            },
             self._teacher_multipliers,
-            {} if stores_student else self._divisors)
+            {} if stores_student else self._divisors,
+        )
+        self._record_config()
         self.train(student.training)
 
     # -- the two models ---------------------------------------------------------------------------------------------
@@ -142,12 +162,12 @@ class DynamicTeacher(nn.Module):
         return call_with_parameters(self.wide, self.teacher_parameters(memory_format_of(x)), x)
 
     def joint(
-            self,
-            x: torch.Tensor,
-            student_tap: Optional[Run] = None,
-            teacher_tap: Optional[Run] = None,
-            teacher_loss: Optional[Callable[[Any], Dict[str, torch.Tensor]]] = None,
-            loss_parameters: Iterable[torch.Tensor] = (),
+        self,
+        x: torch.Tensor,
+        student_tap: Optional[Run] = None,
+        teacher_tap: Optional[Run] = None,
+        teacher_loss: Optional[Callable[[Any], Dict[str, torch.Tensor]]] = None,
+        loss_parameters: Iterable[torch.Tensor] = (),
     ) -> 'JointOutput':
         """Student and dynamic teacher on one batch, from one shared set of parameters.
 
@@ -171,8 +191,8 @@ class DynamicTeacher(nn.Module):
                 shards.
         """
         teacher, student = self.parameters_of_both(memory_format_of(x))
-        run_student = student_tap or partial(call_with_parameters, self.student)
-        run_teacher = teacher_tap or partial(call_with_parameters, self.wide)
+        run_student = partial(call_with_parameters, self.student) if student_tap is None else student_tap
+        run_teacher = partial(call_with_parameters, self.wide) if teacher_tap is None else teacher_tap
         if teacher_loss is None:
             teacher_output = run_teacher(teacher, x)
             return JointOutput(run_student(student, x), teacher_output)
@@ -199,8 +219,10 @@ class DynamicTeacher(nn.Module):
 
     def _stored_tensors(self) -> Dict[str, torch.Tensor]:
         if getattr(self, '_is_replica', False):
-            raise RuntimeError('replicas of nn.DataParallel hold no parameters of their own: train with '
-                               'DistributedDataParallel, one process for each GPU (task.prepare_distributed())')
+            raise RuntimeError(
+                'replicas of nn.DataParallel hold no parameters of their own: train with '
+                'DistributedDataParallel, one process for each GPU (task.prepare_distributed())'
+            )
         return dict(self.wide.named_parameters())
 
     def _merge(self, name: str, memory_format: torch.memory_format, shared: bool = True) -> Tuple[torch.Tensor, ...]:
@@ -209,8 +231,8 @@ class DynamicTeacher(nn.Module):
         return self._branched[name](self._teacher_multipliers.get(name, 1.0), tensor_map, memory_format)
 
     def parameters_of_both(
-            self,
-            memory_format: torch.memory_format = torch.contiguous_format,
+        self,
+        memory_format: torch.memory_format = torch.contiguous_format,
     ) -> Tuple[Dict[str, torch.Tensor], Dict[str, torch.Tensor]]:
         """:meth:`teacher_parameters` and :meth:`student_parameters`, from kernels that are merged once."""
         teacher, student = self._shared(self._stored_tensors())
@@ -219,8 +241,8 @@ class DynamicTeacher(nn.Module):
         return self._layout.under_all_names(teacher), self._layout.under_all_names(student)
 
     def teacher_parameters(
-            self,
-            memory_format: torch.memory_format = torch.contiguous_format,
+        self,
+        memory_format: torch.memory_format = torch.contiguous_format,
     ) -> Dict[str, torch.Tensor]:
         """What the teacher runs on, branches merged, by the student's parameter names. Differentiable.
 
@@ -232,8 +254,8 @@ class DynamicTeacher(nn.Module):
         return self._layout.under_all_names(teacher)
 
     def student_parameters(
-            self,
-            memory_format: torch.memory_format = torch.contiguous_format,
+        self,
+        memory_format: torch.memory_format = torch.contiguous_format,
     ) -> Dict[str, torch.Tensor]:
         """The student's parameters, computed from the stored ones: merged, then sliced. Differentiable (Sec. 3.3).
 
@@ -293,22 +315,6 @@ class DynamicTeacher(nn.Module):
         teacher = copy_model(self.wide, lambda name, tensor: parameters.get(name, tensor).detach().clone())
         return self._layout.fill_slots(teacher, {name: parameters[name] for name in self._branched})
 
-    # -- what timm's optimizer factory asks a model -----------------------------------------------------------------
-
-    def no_weight_decay(self) -> set:
-        """Names of parameters that the student's class exempts from weight decay."""
-        exempt = self.wide.no_weight_decay() if hasattr(self.wide, 'no_weight_decay') else set()
-        return {f'wide.{name}' for name in exempt}
-
-    def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
-        """The student's layer groups, for layer-wise learning rate decay."""
-        return {group: _inside(pattern) for group, pattern in self.wide.group_matcher(coarse=coarse).items()}
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recomputes activations in the backward pass, in both models."""
-        self.wide.set_grad_checkpointing(enable)
-        self.student.set_grad_checkpointing(enable)
-
     def __getstate__(self) -> Dict[str, Any]:
         """What deep copies and pickles are made from."""
         _forget_computed_tensors(self)
@@ -333,16 +339,9 @@ def _forget_computed_tensors(dynamic_teacher: DynamicTeacher) -> None:
 
 def _check_storage(scale: str, noise: float) -> None:
     if scale not in SCALES:
-        raise ValueError(f'scale must be one of {", ".join(SCALES)}, but is {scale!r}')
+        raise InputError(f'scale must be one of {", ".join(SCALES)}, but is {scale!r}')
     if not noise >= 0:
-        raise ValueError(f'noise must be a number of at least 0, but is {noise!r}')
-
-
-def _inside(pattern: Any) -> Any:
-    """A pattern of a group matcher for the same names inside a dynamic teacher."""
-    if isinstance(pattern, str):  # matched from the start of a name, every alternative of it
-        return r'^(?:wide|branches)\.(?:' + re.sub(r'(^|[|(])\^', r'\1', pattern) + ')'
-    return [(_inside(p[0]), *p[1:]) if isinstance(p, tuple) else _inside(p) for p in pattern]
+        raise InputError(f'noise must be a number of at least 0, but is {noise!r}')
 
 
 def _named_tensors(model: nn.Module) -> List[Tuple[str, torch.Tensor]]:

@@ -4,6 +4,7 @@ A sum of losses may be differentiated one by one where no loss needs the graph o
 not need the student, and the student's takes the teacher's logits as constants. What is left of the first loss is its
 gradients, which join the backward pass of the sum. Memory then is that of one model's activations at a time.
 """
+
 from typing import Any, Dict, Iterable, List, Mapping
 
 import torch
@@ -32,14 +33,15 @@ class EarlyBackward:
     """
 
     def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
-        wanted = {id(tensor): tensor for tensor in tensors if tensor.requires_grad}  # tied tensors have several names
-        self.is_early = torch.is_grad_enabled() and bool(wanted) and _is_possible(next(iter(wanted.values())).device)
+        wanted = [tensor for tensor in tensors if tensor.requires_grad]
+        self.is_early = torch.is_grad_enabled() and len(wanted) > 0 and _is_possible(wanted[0].device)
         self._stand_ins: List[torch.Tensor] = []
         self._sources: List[Any] = []
         self._gradients: List[torch.Tensor] = []
         if self.is_early:
-            self._stand_ins = [_StandIn.apply(tensor) for tensor in wanted.values()]
-            self._sources = [_edge(tensor) for tensor in wanted.values()]
+            wanted = list({id(tensor): tensor for tensor in wanted}.values())  # tied tensors have several names
+            self._stand_ins = [_StandIn.apply(tensor) for tensor in wanted]
+            self._sources = [_edge(tensor) for tensor in wanted]
 
     def run(self, result: Mapping[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
         """Runs the backward pass of a loss.
@@ -119,11 +121,13 @@ class _KnownGradients(torch.autograd.Function):
             if gradients is None:
                 raise RuntimeError(
                     "a task's loss can be differentiated once, as the dynamic teacher's backward pass has run and kept "
-                    'no graph: call backward() once for every forward pass')
+                    'no graph: call backward() once for every forward pass'
+                )
             if torch.is_grad_enabled():
                 raise RuntimeError(
                     "a task's loss has no second derivatives, as the dynamic teacher's backward pass has run and kept "
-                    'no graph: leave out create_graph=True, or differentiate a loss of DynamicTeacher.joint()')
+                    'no graph: leave out create_graph=True, or differentiate a loss of DynamicTeacher.joint()'
+                )
         # A pass over all gradients, and on a CPU one worth sparing, as the loss's is 1 where nothing is accumulated.
         if torch.compiler.is_compiling() or grad.device.type != 'cpu' or grad.item() != 1:
             gradients = multiply_each(gradients, grad)
@@ -131,7 +135,6 @@ class _KnownGradients(torch.autograd.Function):
 
 
 class _Refusing(torch.autograd.Function):
-
     @staticmethod
     def forward(ctx, tensor: torch.Tensor):
         return tensor.view_as(tensor)
@@ -140,4 +143,5 @@ class _Refusing(torch.autograd.Function):
     def backward(ctx, grad: torch.Tensor):
         raise RuntimeError(
             "a loss was put on the dynamic teacher's output, which has no gradient any more, as the dynamic teacher's "
-            'backward pass has run: make it part of the criterion, or use DynamicTeacher.joint(); detach() to read only')
+            'backward pass has run: make it part of the criterion, or use DynamicTeacher.joint(); detach() to read only'
+        )

@@ -1,4 +1,5 @@
 """Running a module on parameters that it does not own."""
+
 import copy
 from types import MethodType
 from typing import Any, Dict, Mapping
@@ -65,7 +66,8 @@ class _Twins:
         state = dict(module.__dict__)
         state['_parameters'] = dict(module._parameters)
         state['_modules'] = {
-            key: child if child is None else self.twin_of(child) for key, child in module._modules.items()}
+            key: child if child is None else self.twin_of(child) for key, child in module._modules.items()
+        }
         for key in state.keys() - _TORCHS_OWN:
             if type(state[key]) not in _ATOMS:
                 state[key] = self.twin_value(state[key])

@@ -5,6 +5,7 @@
 Dimensions: O outputs, G groups, I inputs of a group, K = k * k places, P patterns, M the depthwise multiplier. A branch
 that is not there is None.
 """
+
 import math
 from typing import List, Optional, Tuple, Union
 
@@ -21,10 +22,10 @@ KERNEL_FORMAT = torch.channels_last  # of kernels and gradients while they are m
 
 
 def merge_branches(
-        shape: Tuple[int, ...],
-        memory_format: torch.memory_format,
-        tensor_map: Optional[TensorMap],
-        *branches: Optional[torch.Tensor],
+    shape: Tuple[int, ...],
+    memory_format: torch.memory_format,
+    tensor_map: Optional[TensorMap],
+    *branches: Optional[torch.Tensor],
 ) -> Tuple[torch.Tensor, torch.Tensor]:
     """Merges the branches of one convolution, once for both models. Differentiable.
 
@@ -43,19 +44,19 @@ def merge_branches(
 
 
 def merge_plainly(
-        shape: Tuple[int, ...],
-        memory_format: torch.memory_format,
-        tensor_map: Optional[TensorMap],
-        kernel_OKI: torch.Tensor,
-        gamma_O: torch.Tensor,
-        mixed_OKI: Optional[torch.Tensor] = None,
-        mixed_gamma_O: Optional[torch.Tensor] = None,
-        patterns_OKP: Optional[torch.Tensor] = None,
-        pattern_gamma_OP: Optional[torch.Tensor] = None,
-        pointwise_OPI: Optional[torch.Tensor] = None,
-        pw_OMI: Optional[torch.Tensor] = None,
-        pw_gamma_O: Optional[torch.Tensor] = None,
-        dw_GMKI: Optional[torch.Tensor] = None,
+    shape: Tuple[int, ...],
+    memory_format: torch.memory_format,
+    tensor_map: Optional[TensorMap],
+    kernel_OKI: torch.Tensor,
+    gamma_O: torch.Tensor,
+    mixed_OKI: Optional[torch.Tensor] = None,
+    mixed_gamma_O: Optional[torch.Tensor] = None,
+    patterns_OKP: Optional[torch.Tensor] = None,
+    pattern_gamma_OP: Optional[torch.Tensor] = None,
+    pointwise_OPI: Optional[torch.Tensor] = None,
+    pw_OMI: Optional[torch.Tensor] = None,
+    pw_gamma_O: Optional[torch.Tensor] = None,
+    dw_GMKI: Optional[torch.Tensor] = None,
 ) -> Union[torch.Tensor, Tuple[torch.Tensor, torch.Tensor]]:
     """The merge as it is defined: the sum of the branches, each times its gamma, in whatever order in memory.
 
@@ -102,26 +103,35 @@ class _Merge(torch.autograd.Function):
 
     @staticmethod
     def forward(
-            ctx,
-            shape: Tuple[int, ...],
-            memory_format: torch.memory_format,
-            tensor_map: Optional[TensorMap],
-            kernel_OKI: torch.Tensor,
-            gamma_O: torch.Tensor,
-            mixed_OKI: Optional[torch.Tensor],
-            mixed_gamma_O: Optional[torch.Tensor],
-            patterns_OKP: Optional[torch.Tensor],
-            pattern_gamma_OP: Optional[torch.Tensor],
-            pointwise_OPI: Optional[torch.Tensor],
-            pw_OMI: Optional[torch.Tensor],
-            pw_gamma_O: Optional[torch.Tensor],
-            dw_GMKI: Optional[torch.Tensor],
+        ctx,
+        shape: Tuple[int, ...],
+        memory_format: torch.memory_format,
+        tensor_map: Optional[TensorMap],
+        kernel_OKI: torch.Tensor,
+        gamma_O: torch.Tensor,
+        mixed_OKI: Optional[torch.Tensor],
+        mixed_gamma_O: Optional[torch.Tensor],
+        patterns_OKP: Optional[torch.Tensor],
+        pattern_gamma_OP: Optional[torch.Tensor],
+        pointwise_OPI: Optional[torch.Tensor],
+        pw_OMI: Optional[torch.Tensor],
+        pw_gamma_O: Optional[torch.Tensor],
+        dw_GMKI: Optional[torch.Tensor],
     ):
         ctx.shape, ctx.tensor_map = shape, tensor_map
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(
-            kernel_OKI, gamma_O, mixed_OKI, mixed_gamma_O, patterns_OKP, pattern_gamma_OP, pointwise_OPI,
-            pw_OMI, pw_gamma_O, dw_GMKI)
+            kernel_OKI,
+            gamma_O,
+            mixed_OKI,
+            mixed_gamma_O,
+            patterns_OKP,
+            pattern_gamma_OP,
+            pointwise_OPI,
+            pw_OMI,
+            pw_gamma_O,
+            dw_GMKI,
+        )
         tiles = _row_tiles(kernel_OKI, dw_GMKI)
         merged = None
         if len(tiles) > 1:
@@ -150,15 +160,35 @@ class _Merge(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Optional[torch.Tensor], student_grad: Optional[torch.Tensor] = None):
-        (kernel_OKI, gamma_O, mixed_OKI, mixed_gamma_O, patterns_OKP, pattern_gamma_OP, pointwise_OPI,
-         pw_OMI, pw_gamma_O, dw_GMKI) = ctx.saved_tensors
+        (
+            kernel_OKI,
+            gamma_O,
+            mixed_OKI,
+            mixed_gamma_O,
+            patterns_OKP,
+            pattern_gamma_OP,
+            pointwise_OPI,
+            pw_OMI,
+            pw_gamma_O,
+            dw_GMKI,
+        ) = ctx.saved_tensors
         if has_second_derivatives():
             return None, None, None, *_merge_backward_plainly(ctx, grad, student_grad)
         grads = [
             None if tensor is None or tensor is patterns_OKP else torch.empty_like(tensor)
-            for tensor in ctx.saved_tensors[:-1]]
-        (kernel_grad, gamma_grad, mixed_grad, mixed_gamma_grad, _, pattern_gamma_grad, pointwise_grad,
-         pw_grad, pw_gamma_grad) = grads
+            for tensor in ctx.saved_tensors[:-1]
+        ]
+        (
+            kernel_grad,
+            gamma_grad,
+            mixed_grad,
+            mixed_gamma_grad,
+            _,
+            pattern_gamma_grad,
+            pointwise_grad,
+            pw_grad,
+            pw_gamma_grad,
+        ) = grads
         if grad is None:
             grad = kernel_OKI.new_zeros(()).expand(ctx.shape)
         grad_OKI = _sum_gradients(grad, student_grad, ctx.tensor_map)
@@ -174,8 +204,9 @@ class _Merge(torch.autograd.Function):
                 torch.mul(tile_OKI, mixed_gamma_O[rows, None, None], out=mixed_grad[rows])
             if patterns_OKP is not None:
                 product_OPI = torch.bmm(patterns_OKP[rows].transpose(1, 2), tile_OKI)
-                pattern_gamma_grad[rows] = _dot_rows(
-                    product_OPI.flatten(0, 1), pointwise_OPI[rows].flatten(0, 1)).view(product_OPI.shape[:2])
+                pattern_gamma_grad[rows] = _dot_rows(product_OPI.flatten(0, 1), pointwise_OPI[rows].flatten(0, 1)).view(
+                    product_OPI.shape[:2]
+                )
                 torch.mul(product_OPI, pattern_gamma_OP[rows, :, None], out=pointwise_grad[rows])
             if pw_OMI is not None:
                 grad_GOKI = _split_groups(tile_OKI, dw_GMKI)
@@ -188,9 +219,9 @@ class _Merge(torch.autograd.Function):
 
 
 def _merge_backward_plainly(
-        ctx,
-        grad: Optional[torch.Tensor],
-        student_grad: Optional[torch.Tensor],
+    ctx,
+    grad: Optional[torch.Tensor],
+    student_grad: Optional[torch.Tensor],
 ) -> List[Optional[torch.Tensor]]:
     """Gradients of :func:`merge_plainly`, as functions that have derivatives themselves."""
     branches = ctx.saved_tensors
@@ -199,8 +230,12 @@ def _merge_backward_plainly(
     given = [(kernel, grad) for kernel, grad in zip(merged, (grad, student_grad)) if grad is not None]
     wanted = [i for i, tensor in enumerate(branches) if tensor is not None and tensor.requires_grad]
     found = torch.autograd.grad(
-        [kernel for kernel, _ in given], [branches[i] for i in wanted], [grad for _, grad in given],
-        create_graph=True, allow_unused=True)
+        [kernel for kernel, _ in given],
+        [branches[i] for i in wanted],
+        [grad for _, grad in given],
+        create_graph=True,
+        allow_unused=True,
+    )
     gradients: List[Optional[torch.Tensor]] = [None] * len(branches)
     for i, gradient in zip(wanted, found):
         gradients[i] = gradient
@@ -208,9 +243,9 @@ def _merge_backward_plainly(
 
 
 def _sum_gradients(
-        grad: torch.Tensor,
-        student_grad: Optional[torch.Tensor],
-        tensor_map: Optional[TensorMap],
+    grad: torch.Tensor,
+    student_grad: Optional[torch.Tensor],
+    tensor_map: Optional[TensorMap],
 ) -> torch.Tensor:
     """Gradient of the merged kernel, as the teacher's and as the student's: a new tensor, shape (O, K, I)."""
     total = _reorder(grad, KERNEL_FORMAT)
@@ -239,7 +274,7 @@ def _reorder(kernel: torch.Tensor, memory_format: torch.memory_format) -> torch.
     return _copy_in_order(kernel, memory_format == torch.channels_last)
 
 
-_TILE = 2 ** 20  # entries; a few tensors of that size fit a CPU's caches
+_TILE = 2**20  # entries; a few tensors of that size fit a CPU's caches
 
 
 def _row_tiles(kernel_OKI: torch.Tensor, dw_GMKI: Optional[torch.Tensor]) -> List[slice]:
@@ -271,14 +306,18 @@ def _dw_gradient(grad_GOKI: torch.Tensor, pw_GOMI: torch.Tensor, gamma_GO: torch
         # In steps of a few outputs, which a cache holds while one loop forms the sums of all places.
         steps = (-1, math.gcd(pw_GOMI.shape[1], 32))
         scaled_GOMI = pw_GOMI * gamma_GO[..., None, None]
-        return torch.stack([
-            (grad_GOI[:, :, None] * scaled_GOMI).unflatten(1, steps).sum(2).sum(1)
-            for grad_GOI in grad_GOKI.unbind(2)], dim=2)
+        return torch.stack(
+            [
+                (grad_GOI[:, :, None] * scaled_GOMI).unflatten(1, steps).sum(2).sum(1)
+                for grad_GOI in grad_GOKI.unbind(2)
+            ],
+            dim=2,
+        )
     # As many outputs at once as a cache holds the products of; these are added up last. A GPU wants few calls instead.
     (groups, outputs, places, inputs), multiplier = grad_GOKI.shape, pw_GOMI.shape[2]
     entries = _TILE if grad_GOKI.device.type == 'cpu' else 16 * _TILE
     rows = max(1, min(outputs, entries // (groups * multiplier * places * inputs)))
     sums_GOMKI = grad_GOKI.new_zeros(groups, rows, multiplier, places, inputs)
     for grad, pw, gamma in zip(grad_GOKI.split(rows, 1), pw_GOMI.split(rows, 1), gamma_GO.split(rows, 1)):
-        sums_GOMKI[:, :grad.shape[1]].addcmul_((pw * gamma[..., None, None])[:, :, :, None], grad[:, :, None])
+        sums_GOMKI[:, : grad.shape[1]].addcmul_((pw * gamma[..., None, None])[:, :, :, None], grad[:, :, None])
     return sums_GOMKI.sum(1)

@@ -1,4 +1,5 @@
 """Which names of a model stand for one parameter, and which parameters are trained."""
+
 from typing import Dict, List, Mapping, NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ class ParameterLayout(NamedTuple):
             under several names has its slots once.
         is_trained: whether it requires a gradient, by its first name.
     """
+
     names: Dict[str, List[str]]
     is_trained: Dict[str, bool]
 
@@ -42,7 +44,8 @@ class ParameterLayout(NamedTuple):
             if name not in tensors:
                 continue
             parameter = nn.Parameter(
-                tensors[name].detach().clone(memory_format=torch.contiguous_format), self.is_trained[name])
+                tensors[name].detach().clone(memory_format=torch.contiguous_format), self.is_trained[name]
+            )
             for alias in aliases:
                 owner, _, key = alias.rpartition('.')
                 owners[owner]._parameters[key] = parameter

@@ -1,19 +1,22 @@
 """When the fast operators of this package give way to plain ones.
 
 :class:`~timm_gpd.teacher.shared_tensors.SharedTensors` and the merge of branches have gradients of their own, written
-for first derivatives in reverse mode. Everything else that autograd can do is left to plain operators, which are slower
-and need more memory.
+for first derivatives in reverse mode, with operators of their own. Everything else that autograd can do, and compilers
+that lose such operators, are left to plain operators, which are slower and need more memory.
 """
+
 import torch
 
-from ..private_torch import has_active_transforms, has_forward_mode
+from ..private_torch import compiles_writing_operators, has_active_transforms, has_forward_mode
 
 __all__ = ['has_second_derivatives', 'needs_plain_operators']
 
 
 def needs_plain_operators() -> bool:
-    """Whether a forward pass runs in forward mode or in a transform of ``torch.func``, such as ``vmap``."""
-    return not torch.compiler.is_compiling() and (has_active_transforms() or has_forward_mode())
+    """Whether a forward pass runs in forward mode, in a transform of ``torch.func`` or under an old compiler."""
+    if torch.compiler.is_compiling():
+        return not compiles_writing_operators()
+    return has_active_transforms() or has_forward_mode()
 
 
 def has_second_derivatives() -> bool:

@@ -1,4 +1,5 @@
 """One set of stored tensors, read as the dynamic teacher's and as the student's."""
+
 from typing import Callable, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 import torch
@@ -11,13 +12,13 @@ __all__ = ['SharedTensors', 'add_to_first_replicas']
 
 Axes = Tuple[Tuple[int, AxisMap], ...]  # of a TensorMap
 
-_BUCKET = 2 ** 20  # entries; large enough to spare small tensors a call each, small enough to free gradients early
+_BUCKET = 2**20  # entries; large enough to spare small tensors a call each, small enough to free gradients early
 
 
 class SharedTensors:
     """Reads stored tensors as two models: the teacher's are multiples of them, the student's multiples of slices.
 
-    Autograd alone would build the gradient of a stored tensor from three of its size: the teacher's times its multiplier,
+    Autograd alone would build the gradient of a stored tensor from three of its size: the teacher's times a number,
     the student's in a tensor of zeros, and their sum. Here it is one. Tensors go in buckets, each a few calls however
     many they are, so that gradients are ready, and a gradient reduction can start, while the backward pass still runs.
 
@@ -28,21 +29,27 @@ class SharedTensors:
     """
 
     def __init__(
-            self,
-            tensor_maps: Mapping[str, TensorMap],
-            teacher_multipliers: Mapping[str, float],
-            student_multipliers: Mapping[str, float],
+        self,
+        tensor_maps: Mapping[str, TensorMap],
+        teacher_multipliers: Mapping[str, float],
+        student_multipliers: Mapping[str, float],
     ) -> None:
         self.buckets: List[Tuple[Tuple[str, ...], _Bucket]] = []
         for names in _fill_buckets(tensor_maps):
-            self.buckets.append((names, _Bucket(
-                tuple(tensor_maps[name] for name in names),
-                tuple(teacher_multipliers.get(name, 1.0) for name in names),
-                tuple(student_multipliers.get(name, 1.0) for name in names))))
+            self.buckets.append(
+                (
+                    names,
+                    _Bucket(
+                        tuple(tensor_maps[name] for name in names),
+                        tuple(teacher_multipliers.get(name, 1.0) for name in names),
+                        tuple(student_multipliers.get(name, 1.0) for name in names),
+                    ),
+                )
+            )
 
     def __call__(
-            self,
-            stored: Mapping[str, torch.Tensor],
+        self,
+        stored: Mapping[str, torch.Tensor],
     ) -> Tuple[Dict[str, torch.Tensor], Dict[str, torch.Tensor]]:
         """Teacher's and student's tensors by name; a tensor without a map is both. Differentiable.
 
@@ -58,7 +65,7 @@ class SharedTensors:
         for names, bucket in self.buckets:
             tensors = share(bucket, *[stored[name] for name in names])
             teacher.update(zip(names, tensors))
-            student.update(zip(names, tensors[len(names):]))
+            student.update(zip(names, tensors[len(names) :]))
         return teacher, student
 
     def of_teacher(self, stored: Mapping[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
@@ -79,6 +86,7 @@ class SharedTensors:
 
 class _Bucket(NamedTuple):
     """Tensors that are read together."""
+
     tensor_maps: Tuple[TensorMap, ...]
     teacher_multipliers: Tuple[float, ...]
     student_multipliers: Tuple[float, ...]
@@ -105,7 +113,8 @@ def _refuse_shards(stored: Mapping[str, torch.Tensor]) -> None:
         if hasattr(tensor, 'full_tensor'):
             raise RuntimeError(
                 f'{name} is a DTensor, and the student is a slice of whole tensors: fully_shard all that is trained at '
-                'once, not parts of it, or train with DistributedDataParallel (task.prepare_distributed())')
+                'once, not parts of it, or train with DistributedDataParallel (task.prepare_distributed())'
+            )
 
 
 def _teachers_plainly(bucket: _Bucket, *stored: torch.Tensor) -> List[torch.Tensor]:
@@ -125,7 +134,6 @@ def _share_plainly(bucket: _Bucket, *stored: torch.Tensor) -> Tuple[torch.Tensor
 
 
 class _Share(torch.autograd.Function):
-
     @staticmethod
     def forward(ctx, bucket: _Bucket, *stored: torch.Tensor):
         ctx.bucket = bucket
@@ -156,7 +164,8 @@ class _Share(torch.autograd.Function):
         add_to_first_replicas(
             [result[i] for i in used],
             _multiply([student[i] for i in used], [bucket.student_multipliers[i] for i in used]),
-            [bucket.tensor_maps[i] for i in used])
+            [bucket.tensor_maps[i] for i in used],
+        )
         return None, *result
 
 
@@ -164,16 +173,18 @@ def _share_backward_plainly(bucket: _Bucket, grads: Sequence[Optional[torch.Tens
     """The gradient of :func:`_share_plainly`, as a function that has derivatives itself. It is linear in ``grads``."""
     given = [i for i, grad in enumerate(grads) if grad is not None]
     stored = [
-        grads[given[0]].new_zeros(tensor_map.teacher_shape, requires_grad=True) for tensor_map in bucket.tensor_maps]
+        grads[given[0]].new_zeros(tensor_map.teacher_shape, requires_grad=True) for tensor_map in bucket.tensor_maps
+    ]
     outputs = _share_plainly(bucket, *stored)
     return torch.autograd.grad(
-        [outputs[i] for i in given], stored, [grads[i] for i in given], create_graph=True, allow_unused=True)
+        [outputs[i] for i in given], stored, [grads[i] for i in given], create_graph=True, allow_unused=True
+    )
 
 
 def add_to_first_replicas(
-        teacher: Sequence[torch.Tensor],
-        student: Sequence[torch.Tensor],
-        tensor_maps: Sequence[TensorMap],
+    teacher: Sequence[torch.Tensor],
+    student: Sequence[torch.Tensor],
+    tensor_maps: Sequence[TensorMap],
 ) -> None:
     """Adds student tensors to the first replicas in teacher tensors, in place, in one call for all."""
     if teacher:
@@ -209,8 +220,9 @@ def _decode_axes(numbers: Iterable[int]) -> Iterator[Axes]:
         axes = []
         for _ in range(axis_count):
             axis, segment_count = next(numbers), next(numbers)
-            axes.append((axis, AxisMap(
-                Segment(next(numbers), next(numbers), next(numbers)) for _ in range(segment_count))))
+            axes.append(
+                (axis, AxisMap(Segment(next(numbers), next(numbers), next(numbers)) for _ in range(segment_count)))
+            )
         yield tuple(axes)
 
 
@@ -232,7 +244,8 @@ def _first_replica_views(tensor: torch.Tensor, axes: Axes) -> List[torch.Tensor]
         sizes = [segment.teacher_size for segment in axis_map]
         views = [
             part.unflatten(axis, (-1, segment.ratio, segment.block)).select(axis + 1, 0)
-            for view in views for segment, part in zip(axis_map, view.split(sizes, axis))
+            for view in views
+            for segment, part in zip(axis_map, view.split(sizes, axis))
         ]
     return views
 
@@ -244,6 +257,7 @@ def _student_views(tensor: torch.Tensor, axes: Axes) -> List[torch.Tensor]:
         sizes = [segment.size for segment in axis_map]
         views = [
             part.unflatten(axis, (-1, segment.block))
-            for view in views for segment, part in zip(axis_map, view.split(sizes, axis))
+            for view in views
+            for segment, part in zip(axis_map, view.split(sizes, axis))
         ]
     return views

@@ -1,4 +1,5 @@
 """The student inside a dynamic teacher, as a model of its own."""
+
 from typing import Any, Dict
 
 import torch

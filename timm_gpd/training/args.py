@@ -1,4 +1,5 @@
 """Command lines of ``train.py`` and ``validate.py``: timm's flag names and defaults, plus ``--gpd``."""
+
 import argparse
 import os
 from typing import Any, List, NoReturn, Optional
@@ -36,20 +37,29 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group('Dataset')
     parser.add_argument('data', nargs='?', metavar='DIR', help='dataset folder (deprecated, use --data-dir)')
     group.add_argument('--data-dir', metavar='DIR', help='dataset folder')
-    group.add_argument('--dataset', metavar='NAME', default='',
-                       help='"<type>/<name>" as in timm, "digits" for scikit-learn\'s digits, empty for a folder')
+    group.add_argument(
+        '--dataset',
+        metavar='NAME',
+        default='',
+        help='"<type>/<name>" as in timm, "digits" for scikit-learn\'s digits, empty for a folder',
+    )
     group.add_argument('--val-split', metavar='NAME', default='validation', help='split to validate on')
     group.add_argument('--class-map', metavar='FILE', default='', help='class name to index mapping')
     group.add_argument('--dataset-download', action='store_true', help='let torch/ and tfds/ datasets download')
     group.add_argument('--input-img-mode', default=None, help='image mode, such as RGB or L (default: by channels)')
-    group.add_argument('--digits-train-size', type=int, default=300, metavar='N',
-                       help='digits: training images, stratified and chosen by --seed; the rest validate')
+    group.add_argument(
+        '--digits-train-size',
+        type=int,
+        default=300,
+        metavar='N',
+        help='digits: training images, stratified and chosen by --seed; the rest validate',
+    )
 
 
 def _add_model(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     group = parser.add_argument_group('Model')
-    group.add_argument('--num-classes', type=int, default=None, metavar='N', help='classes (default: the model\'s)')
-    group.add_argument('--gp', default=None, metavar='POOL', help='global pooling type (default: the model\'s)')
+    group.add_argument('--num-classes', type=int, default=None, metavar='N', help="classes (default: the model's)")
+    group.add_argument('--gp', default=None, metavar='POOL', help="global pooling type (default: the model's)")
     group.add_argument('--img-size', type=int, default=None, metavar='N', help='image size in pixels')
     group.add_argument('--in-chans', type=int, default=None, metavar='N', help='image channels')
     group.add_argument('--input-size', type=int, nargs=3, default=None, metavar='N', help='channels, height, width')
@@ -77,26 +87,55 @@ def _add_gpd(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--gpd', action='store_true', help='train with a dynamic teacher')
     group.add_argument('--gpd-ratio', type=int, default=2, metavar='R', help='its expansion ratio')
     group.add_argument('--gpd-branches', type=int, default=1, metavar='M', help='its branches per convolution')
-    group.add_argument('--gpd-noise', type=float, default=0.0, metavar='STD',
-                       help='function-preserving noise, relative to each weight\'s standard deviation')
-    group.add_argument('--gpd-scale', default='student', choices=SCALES,
-                       help='whose weights are stored: learning rates keep their meaning for "student"')
-    group.add_argument('--gpd-loss', default='sce', choices=list(GPD_LOSSES),
-                       help='how the student learns from the dynamic teacher')
+    group.add_argument(
+        '--gpd-noise',
+        type=float,
+        default=0.0,
+        metavar='STD',
+        help="function-preserving noise, relative to each weight's standard deviation",
+    )
+    group.add_argument(
+        '--gpd-scale',
+        default='student',
+        choices=SCALES,
+        help='whose weights are stored: learning rates keep their meaning for "student"',
+    )
+    group.add_argument(
+        '--gpd-loss', default='sce', choices=list(GPD_LOSSES), help='how the student learns from the dynamic teacher'
+    )
     group.add_argument('--gpd-weight', type=float, default=3.0, metavar='W', help='weight of that loss')
 
 
 def _add_static_teacher(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group('Static teacher')
-    group.add_argument('--kd-model-name', default=None, metavar='MODEL',
-                       help='timm model, hf-hub:<repo> or local-dir:<folder>, pretrained')
+    group.add_argument(
+        '--kd-model-name',
+        default=None,
+        metavar='MODEL',
+        help='timm model, hf-hub:<repo> or local-dir:<folder>, pretrained',
+    )
     group.add_argument('--kd-model-path', default=None, metavar='FILE', help='load this checkpoint into it instead')
-    group.add_argument('--kd-distill-type', default='logit', metavar='NAMES',
-                       help=f'losses, separated by commas: {", ".join(DISTILLERS)}')
-    group.add_argument('--kd-loss-args', nargs='*', default={}, action=ParseKwargs, metavar='NAME=VALUE',
-                       help='their hyperparameters, such as alpha=1 beta=2, or dkd.weight=2 where several have one')
-    group.add_argument('--distill-loss-weight', type=float, default=None, metavar='B',
-                       help='weight of the static teacher\'s losses (default: 1, or 1 - A where A is given)')
+    group.add_argument(
+        '--kd-distill-type',
+        default='logit',
+        metavar='NAMES',
+        help=f'losses, separated by commas: {", ".join(DISTILLERS)}',
+    )
+    group.add_argument(
+        '--kd-loss-args',
+        nargs='*',
+        default={},
+        action=ParseKwargs,
+        metavar='NAME=VALUE',
+        help='their hyperparameters, such as alpha=1 beta=2, or dkd.weight=2 where several have one',
+    )
+    group.add_argument(
+        '--distill-loss-weight',
+        type=float,
+        default=None,
+        metavar='B',
+        help="weight of the static teacher's losses (default: 1, or 1 - A where A is given)",
+    )
     group.add_argument('--task-loss-weight', type=float, default=None, metavar='A', help='weight of the task loss')
     group.add_argument('--kd-temperature', type=float, default=4.0, help='temperature of the loss logit (kd)')
 
@@ -123,8 +162,12 @@ def _add_schedule(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--lr', type=float, default=None, help='learning rate; overrides --lr-base')
     group.add_argument('--lr-base', type=float, default=0.1, help='lr = lr_base * batch / lr_base_size')
     group.add_argument('--lr-base-size', type=int, default=256, help='batch size that --lr-base is for')
-    group.add_argument('--lr-base-scale', default='', choices=['', 'linear', 'sqrt'],
-                       help='how the learning rate grows with the batch (default: by optimizer)')
+    group.add_argument(
+        '--lr-base-scale',
+        default='',
+        choices=['', 'linear', 'sqrt'],
+        help='how the learning rate grows with the batch (default: by optimizer)',
+    )
     group.add_argument('--lr-noise', type=float, nargs='+', default=None, help='noise on and off, epoch shares')
     group.add_argument('--lr-noise-pct', type=float, default=0.67, help='noise limit')
     group.add_argument('--lr-noise-std', type=float, default=1.0, help='noise standard deviation')
@@ -185,14 +228,21 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--model-ema', action='store_true', help='track a moving average of the weights')
     group.add_argument('--model-ema-decay', type=float, default=0.9998, help='its decay')
     group.add_argument('--model-ema-warmup', action='store_true', help='warm its decay up')
-    group.add_argument('--torchcompile', nargs='?', default=None, const='inductor', metavar='BACKEND',
-                       help='compile what is trained (default backend: inductor)')
+    group.add_argument(
+        '--torchcompile',
+        nargs='?',
+        default=None,
+        const='inductor',
+        metavar='BACKEND',
+        help='compile what is trained (default backend: inductor)',
+    )
     group.add_argument('--torchcompile-mode', default=None, metavar='MODE', help='mode of torch.compile')
     group.add_argument('--seed', type=int, default=42, metavar='S', help='random seed')
     group.add_argument('--worker-seeding', default='all', help='worker seed mode')
     group.add_argument('--val-interval', type=int, default=1, metavar='N', help='epochs between validations')
-    group.add_argument('--recovery-interval', type=int, default=0, metavar='N',
-                       help='updates between recovery checkpoints')
+    group.add_argument(
+        '--recovery-interval', type=int, default=0, metavar='N', help='updates between recovery checkpoints'
+    )
     group.add_argument('--checkpoint-hist', type=int, default=10, metavar='N', help='checkpoints to keep')
     group.add_argument('--output', default='', metavar='DIR', help='output folder (default: ./output/train)')
     group.add_argument('--experiment', default='', metavar='NAME', help='sub-folder (default: time, model, size)')
@@ -230,8 +280,13 @@ def _validate_parser() -> argparse.ArgumentParser:
     parser.add_argument('--version', action='version', version=__version__)
     _add_data(parser)
     model = _add_model(parser)
-    model.add_argument('--model', '-m', default='resnet50', metavar='MODEL',
-                       help='timm model, <arch>_gpd, hf-hub:<repo> or local-dir:<folder>')
+    model.add_argument(
+        '--model',
+        '-m',
+        default='resnet50',
+        metavar='MODEL',
+        help='timm model, <arch>_gpd, hf-hub:<repo> or local-dir:<folder>',
+    )
     model.add_argument('--checkpoint', default='', metavar='FILE', help='training checkpoint of that model')
     model.add_argument('--pretrained', action='store_true', help='use pretrained weights')
     model.add_argument('--use-ema', action='store_true', help='use the averaged weights of the checkpoint')
@@ -260,14 +315,23 @@ def parse_train_args(argv: Optional[List[str]] = None) -> Arguments:
     if config:
         parser.set_defaults(**_read_config(config, parser))
     values = vars(parser.parse_args(argv))
-    for name in ('gpd_ratio', 'gpd_branches', 'batch_size', 'epochs', 'grad_accum_steps', 'val_interval',
-                 'checkpoint_hist', 'log_interval'):
+    for name in (
+        'gpd_ratio',
+        'gpd_branches',
+        'batch_size',
+        'epochs',
+        'grad_accum_steps',
+        'val_interval',
+        'checkpoint_hist',
+        'log_interval',
+    ):
         if values[name] < 1:
             raise UsageError(f'--{name.replace("_", "-")} must be a positive integer, but is {values[name]}')
     if not values['gpd_noise'] >= 0:
         raise UsageError(f'--gpd-noise must be at least 0, but is {values["gpd_noise"]}')
-    return Arguments(**{
-        **values, 'model': plain_name(values['model']), 'data_dir': values['data_dir'] or values['data']})
+    return Arguments(
+        **{**values, 'model': plain_name(values['model']), 'data_dir': values['data_dir'] or values['data']}
+    )
 
 
 def parse_validate_args(argv: Optional[List[str]] = None) -> Arguments:

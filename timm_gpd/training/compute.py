@@ -1,4 +1,5 @@
 """Where and in which precision a run computes."""
+
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Callable, List, Optional
@@ -22,6 +23,7 @@ class Compute:
         loss_scaler: scales losses for half precision, or None.
         memory_format: of images and of models.
     """
+
     device: torch.device
     autocast: Callable[[], Any] = nullcontext
     loss_scaler: Optional[NativeScaler] = None
@@ -40,10 +42,10 @@ class Compute:
 
 
 def create_compute(
-        device: str,
-        amp: bool = False,
-        amp_dtype: str = 'float16',
-        channels_last: bool = False,
+    device: str,
+    amp: bool = False,
+    amp_dtype: str = 'float16',
+    channels_last: bool = False,
 ) -> Compute:
     """Reads what ``--device``, ``--amp``, ``--amp-dtype`` and ``--channels-last`` say.
 

@@ -1,4 +1,5 @@
 """Switches of the whole process that training steps on the CPU are faster with, and how they were before."""
+
 import ctypes
 import platform
 from typing import Callable

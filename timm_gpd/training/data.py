@@ -1,4 +1,5 @@
 """Datasets and loaders of a run, through timm's factories."""
+
 import argparse
 import os
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ class DataSource:
         dataset: name for timm's ``create_dataset``; empty for an image folder.
         folder: root of the dataset, or None where timm chooses it.
     """
+
     dataset: str
     folder: Optional[str]
 
@@ -49,16 +51,23 @@ def resolve_data(args: argparse.Namespace) -> DataSource:
 
 
 def _create_dataset(
-        args: argparse.Namespace,
-        source: DataSource,
-        input_config: InputConfig,
-        num_classes: int,
-        split: str,
-        is_training: bool,
+    args: argparse.Namespace,
+    source: DataSource,
+    input_config: InputConfig,
+    num_classes: int,
+    split: str,
+    is_training: bool,
 ) -> Any:
     mode = args.input_img_mode or ('RGB' if input_config.input_size[0] == 3 else 'L')
-    with usage_errors('check --data-dir, --dataset and the names of the splits', RuntimeError, ValueError, OSError,
-                      AssertionError, ImportError, IndexError):
+    with usage_errors(
+        'check --data-dir, --dataset and the names of the splits',
+        RuntimeError,
+        ValueError,
+        OSError,
+        AssertionError,
+        ImportError,
+        IndexError,
+    ):
         dataset = create_dataset(
             source.dataset,
             root=source.folder,
@@ -94,11 +103,11 @@ def uses_mixup(args: argparse.Namespace) -> bool:
 
 
 def create_train_loader(
-        args: argparse.Namespace,
-        source: DataSource,
-        input_config: InputConfig,
-        num_classes: int,
-        device: torch.device,
+    args: argparse.Namespace,
+    source: DataSource,
+    input_config: InputConfig,
+    num_classes: int,
+    device: torch.device,
 ) -> Tuple[Any, Optional[Mixup]]:
     """Training loader, and the mixup function to apply to its batches.
 
@@ -151,8 +160,8 @@ def create_train_loader(
         vflip=args.vflip,
         color_jitter=args.color_jitter,
         color_jitter_prob=args.color_jitter_prob,
-        grayscale_prob=args.grayscale_prob or 0.,
-        gaussian_blur_prob=args.gaussian_blur_prob or 0.,
+        grayscale_prob=args.grayscale_prob or 0.0,
+        gaussian_blur_prob=args.gaussian_blur_prob or 0.0,
         auto_augment=args.aa,
         interpolation=interpolation,
         collate_fn=collate_fn,
@@ -163,11 +172,11 @@ def create_train_loader(
 
 
 def create_eval_loader(
-        args: argparse.Namespace,
-        source: DataSource,
-        input_config: InputConfig,
-        num_classes: int,
-        device: torch.device,
+    args: argparse.Namespace,
+    source: DataSource,
+    input_config: InputConfig,
+    num_classes: int,
+    device: torch.device,
 ) -> Any:
     """Validation loader.
 

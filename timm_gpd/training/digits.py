@@ -1,5 +1,7 @@
 """Real images without a download: scikit-learn's handwritten digits as an image folder."""
+
 import os
+import random
 import shutil
 import tempfile
 
@@ -31,20 +33,25 @@ def write_digits(data_dir: str, train_size: int, seed: int) -> str:
     folder = os.path.join(data_dir, f'digits-{train_size}-{seed}')
     if os.path.isdir(folder):
         return folder
+    state = random.getstate()
     try:
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
     except ImportError:
         raise UsageError('--dataset digits needs scikit-learn: pip install "timm-gpd[demo]"')
+    finally:
+        random.setstate(state)  # that import may draw: a run that writes the digits is the same as one that finds them
     from PIL import Image
 
     digits = load_digits()
     count = len(digits.target)
     if not NUM_CLASSES <= train_size <= count - NUM_CLASSES:
-        raise UsageError(f'--digits-train-size must be between {NUM_CLASSES} and {count - NUM_CLASSES}, '
-                         f'but is {train_size}')
+        raise UsageError(
+            f'--digits-train-size must be between {NUM_CLASSES} and {count - NUM_CLASSES}, but is {train_size}'
+        )
     train, validation = train_test_split(
-        np.arange(count), train_size=train_size, stratify=digits.target, random_state=seed)
+        np.arange(count), train_size=train_size, stratify=digits.target, random_state=seed
+    )
     try:
         os.makedirs(data_dir, exist_ok=True)
         partial = tempfile.mkdtemp(prefix='.digits-', dir=data_dir)

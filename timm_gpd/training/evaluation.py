@@ -1,4 +1,5 @@
 """Validation: models on images, and what a run reports after an epoch."""
+
 import logging
 import time
 from collections import OrderedDict
@@ -57,10 +58,10 @@ class Evaluation:
 
 @torch.inference_mode()
 def validate(
-        models: Dict[str, nn.Module],
-        loader: Any,
-        compute: Compute,
-        log_interval: int,
+    models: Dict[str, nn.Module],
+    loader: Any,
+    compute: Compute,
+    log_interval: int,
 ) -> Dict[str, float]:
     """Validates several models in one pass over the images.
 
@@ -100,5 +101,6 @@ def validate(
                     f'Time: {batch_time.val:.3f} ({batch_time.avg:.3f})  '
                     f'Loss: {losses.val:>7.3f} ({losses.avg:>6.3f})  '
                     f'Acc@1: {first.val:>7.3f} ({first.avg:>7.3f})  '
-                    f'Acc@5: {fifth.val:>7.3f} ({fifth.avg:>7.3f})')
+                    f'Acc@5: {fifth.val:>7.3f} ({fifth.avg:>7.3f})'
+                )
     return OrderedDict((name, meter.avg) for name, meter in meters.items())

@@ -1,4 +1,5 @@
 """One epoch of training, for any of timm's tasks."""
+
 import argparse
 import logging
 import math
@@ -34,6 +35,7 @@ class LoopSettings:
         log_interval: updates between log lines.
         recovery_interval: updates between recovery checkpoints, 0 for none.
     """
+
     grad_accum_steps: int = 1
     clip_grad: Optional[float] = None
     clip_mode: str = 'norm'
@@ -48,15 +50,15 @@ class LoopSettings:
 
 
 def train_one_epoch(
-        epoch: int,
-        task: TrainingTask,
-        loader: Any,
-        optimizer: torch.optim.Optimizer,
-        compute: Compute,
-        settings: LoopSettings = LoopSettings(),
-        lr_scheduler: Any = None,
-        saver: Optional[CheckpointSaver] = None,
-        mixup_fn: Optional[Mixup] = None,
+    epoch: int,
+    task: TrainingTask,
+    loader: Any,
+    optimizer: torch.optim.Optimizer,
+    compute: Compute,
+    settings: LoopSettings = LoopSettings(),
+    lr_scheduler: Any = None,
+    saver: Optional[CheckpointSaver] = None,
+    mixup_fn: Optional[Mixup] = None,
 ) -> Dict[str, float]:
     """Trains for one epoch.
 
@@ -122,12 +124,13 @@ def train_one_epoch(
                 lr = mean_lr(optimizer)
                 _logger.info(
                     f'Train: {epoch} [{update:>4d}/{updates_per_epoch} '
-                    f'({100. * (update + 1) / updates_per_epoch:>3.0f}%)]  '
+                    f'({100.0 * (update + 1) / updates_per_epoch:>3.0f}%)]  '
                     f'Loss: {loss_meter.val:#.3g} ({loss_meter.avg:#.3g})  '
                     f'Time: {update_time.val:.3f}s, {samples / update_time.val:>7.2f}/s  '
                     f'({update_time.avg:.3f}s, {samples / update_time.avg:>7.2f}/s)  '
                     f'LR: {lr:.3e}  '
-                    f'Data: {data_time.val:.3f} ({data_time.avg:.3f})')
+                    f'Data: {data_time.val:.3f} ({data_time.avg:.3f})'
+                )
             if saver is not None and settings.recovery_interval and (update + 1) % settings.recovery_interval == 0:
                 saver.save_recovery(epoch, batch_idx=update)
             if lr_scheduler is not None:
@@ -138,18 +141,19 @@ def train_one_epoch(
 
 
 def _backward(
-        loss: torch.Tensor,
-        task: TrainingTask,
-        optimizer: torch.optim.Optimizer,
-        compute: Compute,
-        settings: LoopSettings,
-        needs_update: bool,
+    loss: torch.Tensor,
+    task: TrainingTask,
+    optimizer: torch.optim.Optimizer,
+    compute: Compute,
+    settings: LoopSettings,
+    needs_update: bool,
 ) -> None:
     limit, mode = settings.clip_grad, settings.clip_mode
     clipped = None if limit is None else task.get_clip_parameters(exclude_head='agc' in mode)
     if compute.loss_scaler is not None:
         compute.loss_scaler(
-            loss, optimizer, clip_grad=limit, clip_mode=mode, parameters=clipped, need_update=needs_update)
+            loss, optimizer, clip_grad=limit, clip_mode=mode, parameters=clipped, need_update=needs_update
+        )
         return
     loss.backward()
     if needs_update:
@@ -161,6 +165,7 @@ def _backward(
 @dataclass
 class _ScalarMeans:
     """Means of a task's scalars, kept on the device: reading them once an epoch does not stall it."""
+
     sums: Dict[str, torch.Tensor] = field(default_factory=dict)
     count: int = 0
 

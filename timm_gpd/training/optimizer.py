@@ -1,4 +1,5 @@
 """The optimizer of a run, and the learning rate that it starts from."""
+
 import argparse
 import logging
 from typing import cast
@@ -32,8 +33,9 @@ def create_optimizer(args: argparse.Namespace, task: TrainingTask) -> torch.opti
     settings = {**optimizer_kwargs(cfg=args), 'lr': resolve_lr(args), **args.opt_kwargs}
     optimizer = create_optimizer_v2(trained, **settings)
     if getattr(optimizer, 'is_second_order', False):
-        raise UsageError(f'--opt {args.opt} needs second derivatives, which a training step does not keep: '
-                         'choose another --opt')
+        raise UsageError(
+            f'--opt {args.opt} needs second derivatives, which a training step does not keep: choose another --opt'
+        )
     return optimizer
 
 
@@ -51,7 +53,9 @@ def resolve_lr(args: argparse.Namespace) -> float:
     batch_size = args.batch_size * args.grad_accum_steps
     growth = args.lr_base_scale or ('sqrt' if any(name in args.opt.lower() for name in ('ada', 'lamb')) else 'linear')
     share = batch_size / args.lr_base_size
-    lr = args.lr_base * (share ** 0.5 if growth == 'sqrt' else share)
-    _logger.info(f'Learning rate ({lr}) calculated from base learning rate ({args.lr_base}) and effective '
-                 f'global batch size ({batch_size:g}) with {growth} scaling.')
+    lr = args.lr_base * (share**0.5 if growth == 'sqrt' else share)
+    _logger.info(
+        f'Learning rate ({lr}) calculated from base learning rate ({args.lr_base}) and effective '
+        f'global batch size ({batch_size:g}) with {growth} scaling.'
+    )
     return lr

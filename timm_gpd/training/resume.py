@@ -1,4 +1,5 @@
 """Continuing a run from one of its checkpoints."""
+
 import argparse
 import os
 import pickle
@@ -7,16 +8,16 @@ from typing import Any, Optional
 import torch
 from timm.task import TrainingTask, resume_task_checkpoint
 
-from ..errors import UsageError
+from ..errors import UsageError, is_bug
 
 __all__ = ['resume_run']
 
 
 def resume_run(
-        args: argparse.Namespace,
-        task: TrainingTask,
-        optimizer: torch.optim.Optimizer,
-        loss_scaler: Optional[Any] = None,
+    args: argparse.Namespace,
+    task: TrainingTask,
+    optimizer: torch.optim.Optimizer,
+    loss_scaler: Optional[Any] = None,
 ) -> int:
     """Restores task, optimizer and loss scaler from ``--resume``.
 
@@ -39,9 +40,12 @@ def resume_run(
         epoch = resume_task_checkpoint(task, args.resume, **state)
     except (pickle.UnpicklingError, EOFError, OSError) as error:
         raise UsageError(f'{args.resume} cannot be read as a checkpoint: {str(error).splitlines()[0]}')
-    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+    except (RuntimeError, ValueError, KeyError) as error:
+        if is_bug(error):
+            raise
         reason = str(error).strip().splitlines()
         raise UsageError(
             f'{args.resume} does not fit --model {args.model} and its options: {reason[-1].strip() if reason else ""} '
-            '(resume with the arguments of its run, in args.yaml beside it)')
+            '(resume with the arguments of its run, in args.yaml beside it)'
+        )
     return (epoch or 0) if args.start_epoch is None else args.start_epoch

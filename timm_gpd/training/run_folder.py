@@ -1,4 +1,5 @@
 """The folder of a run: all that it takes to read and to repeat it."""
+
 import argparse
 import csv
 import logging
@@ -37,15 +38,17 @@ class RunFolder:
     """
 
     def __init__(self, args: argparse.Namespace, input_config: InputConfig) -> None:
-        name = args.experiment or '-'.join([
-            datetime.now().strftime('%Y%m%d-%H%M%S'), safe_model_name(args.model), str(input_config.input_size[-1])])
+        name = args.experiment or '-'.join(
+            [datetime.now().strftime('%Y%m%d-%H%M%S'), safe_model_name(args.model), str(input_config.input_size[-1])]
+        )
         self.path = os.path.join(args.output or os.path.join('output', 'train'), name)
         self.args = dict(vars(args))
         self.results: List[Dict[str, Any]] = []
         continued = args.resume and os.path.dirname(os.path.abspath(args.resume)) == os.path.abspath(self.path)
         if os.path.exists(self.file('args.yaml')) and not continued:
             raise UsageError(
-                f'{self.path} holds another run: choose another --experiment, or --resume its last.pth.tar')
+                f'{self.path} holds another run: choose another --experiment, or --resume its last.pth.tar'
+            )
         try:
             os.makedirs(self.path, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.path):
@@ -79,8 +82,12 @@ class RunFolder:
         """Writes the last epoch's student, the averaged one where there is an average, and the plot."""
         self.plot_gap()
         save_student(
-            get_student(task, ema=task.has_ema()), self.file('student'), self.args,
-            read_metrics(self.file('summary.csv')), self.file(PLOT))
+            get_student(task, ema=task.has_ema()),
+            self.file('student'),
+            self.args,
+            read_metrics(self.file('summary.csv')),
+            self.file(PLOT),
+        )
         _logger.info(f'Student written to {self.file("student")}')
 
     def plot_gap(self) -> None:
@@ -95,9 +102,9 @@ class RunFolder:
         figure = Figure(figsize=(7, 4.5), layout='constrained')
         axes = figure.subplots()
         for column, label, style in (
-                ('eval_top1', 'student', '-'),
-                ('eval_teacher_top1', 'dynamic teacher', '-'),
-                ('eval_static_top1', 'static teacher', '--'),
+            ('eval_top1', 'student', '-'),
+            ('eval_teacher_top1', 'dynamic teacher', '-'),
+            ('eval_static_top1', 'static teacher', '--'),
         ):
             if rows and column in rows[0]:
                 values = [float(row[column]) for row in rows]

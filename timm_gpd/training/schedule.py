@@ -1,4 +1,5 @@
 """The schedule of a run's learning rate."""
+
 import argparse
 from typing import Any, Tuple
 
@@ -9,11 +10,11 @@ __all__ = ['create_schedule', 'mean_lr']
 
 
 def create_schedule(
-        args: argparse.Namespace,
-        optimizer: torch.optim.Optimizer,
-        updates_per_epoch: int,
-        start_epoch: int,
-        lower_is_better: bool,
+    args: argparse.Namespace,
+    optimizer: torch.optim.Optimizer,
+    updates_per_epoch: int,
+    start_epoch: int,
+    lower_is_better: bool,
 ) -> Tuple[Any, int]:
     """timm's scheduler, taken to the epoch that the run starts with.
 
@@ -28,7 +29,8 @@ def create_schedule(
         The scheduler, and the number of epochs at whose end the run ends.
     """
     scheduler, num_epochs = create_scheduler_v2(
-        optimizer, **scheduler_kwargs(args, decreasing_metric=lower_is_better), updates_per_epoch=updates_per_epoch)
+        optimizer, **scheduler_kwargs(args, decreasing_metric=lower_is_better), updates_per_epoch=updates_per_epoch
+    )
     if start_epoch > 0 and args.sched_on_updates:
         scheduler.step_update(start_epoch * updates_per_epoch)
     elif start_epoch > 0:

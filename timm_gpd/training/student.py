@@ -1,4 +1,5 @@
 """The student that a command names, and the images that it takes."""
+
 import argparse
 import dataclasses
 import logging
@@ -26,6 +27,7 @@ class InputConfig:
         interpolation: how images are resized.
         crop_pct: share of an image's side that validation keeps.
     """
+
     input_size: Tuple[int, int, int]
     mean: Tuple[float, ...]
     std: Tuple[float, ...]
@@ -52,8 +54,15 @@ def create_student(args: argparse.Namespace) -> nn.Module:
     """
     in_chans = args.in_chans or (args.input_size[0] if args.input_size else 3)
     overlay = dict(file=args.pretrained_path, num_classes=-1) if args.pretrained_path else None
-    with usage_errors('check --model, --model-kwargs, --pretrained and the checkpoint options', RuntimeError,
-                      ValueError, TypeError, OSError, AssertionError, KeyError):
+    with usage_errors(
+        'check --model, --model-kwargs, --pretrained and the checkpoint options',
+        RuntimeError,
+        ValueError,
+        TypeError,
+        OSError,
+        AssertionError,
+        KeyError,
+    ):
         student = create_model(
             args.model,
             pretrained=args.pretrained or bool(args.pretrained_path),
@@ -90,8 +99,11 @@ def resolve_input(args: argparse.Namespace, model: nn.Module) -> InputConfig:
     Raises:
         UsageError: if a value does not fit the number of channels.
     """
-    with usage_errors('check --input-size, --mean and --std'):
+    with usage_errors('check --input-size, --mean and --std', AssertionError):
         config = resolve_data_config(vars(args), model=model)
+    for key in ('mean', 'std'):  # as timm's loader does where the config is of other channels than the model
+        if len(config[key]) != config['input_size'][0]:
+            config[key] = (sum(config[key]) / len(config[key]),) * config['input_size'][0]
     return InputConfig(**{field.name: config[field.name] for field in dataclasses.fields(InputConfig)})
 
 
@@ -102,5 +114,4 @@ def set_input(student: nn.Module, config: InputConfig) -> None:
         student: timm model; its ``pretrained_cfg`` is changed in place.
         config: its input.
     """
-    cast(Dict[str, Any], student.pretrained_cfg).update(
-        dataclasses.asdict(config), num_classes=count_classes(student))
+    cast(Dict[str, Any], student.pretrained_cfg).update(dataclasses.asdict(config), num_classes=count_classes(student))

@@ -1,4 +1,5 @@
 """The task of a run: what is trained, by which losses."""
+
 import argparse
 from typing import Any, Dict, Optional
 
@@ -45,8 +46,11 @@ def create_task(args: argparse.Namespace, student: nn.Module, device: torch.devi
     if args.kd_model_path and not args.kd_model_name:
         raise UsageError('--kd-model-path needs --kd-model-name, the architecture of that checkpoint')
     with usage_errors('check --kd-model-name, --kd-model-path and --kd-distill-type' if args.kd_model_name else ''):
-        teacher: Optional[DistillationTeacher] = resolve_static_teacher(
-            args.kd_model_name, student, device, path=args.kd_model_path) if args.kd_model_name else None
+        teacher: Optional[DistillationTeacher] = (
+            resolve_static_teacher(args.kd_model_name, student, device, path=args.kd_model_path)
+            if args.kd_model_name
+            else None
+        )
         if args.gpd:
             return GapPreservingTask(
                 student,
@@ -68,7 +72,7 @@ def create_task(args: argparse.Namespace, student: nn.Module, device: torch.devi
 def _create_criterion(args: argparse.Namespace) -> nn.Module:
     if args.bce_loss:
         return BinaryCrossEntropy(
-            smoothing=0. if uses_mixup(args) else args.smoothing,
+            smoothing=0.0 if uses_mixup(args) else args.smoothing,
             target_threshold=args.bce_target_thresh,
             sum_classes=args.bce_sum,
         )

@@ -1,10 +1,6 @@
 """One handler for each torch function that is watched, in files by kind of layer; importing this registers them all."""
-from . import attention
-from . import convolution
-from . import elementwise
-from . import linear
-from . import norm
-from . import recurrent
-from .registry import find_handler, find_stand_in, handle_module
 
-__all__ = ['find_handler', 'find_stand_in', 'handle_module']
+from . import attention, convolution, elementwise, linear, norm, product, recurrent
+from .registry import find_handler, find_stand_in, handle_module, watched
+
+__all__ = ['find_handler', 'find_stand_in', 'handle_module', 'watched']

@@ -1,4 +1,5 @@
 """PyTorch's own attention: whole heads are replicated, as in the rules of timm's attention."""
+
 from typing import Mapping, Optional
 
 import torch.nn.functional as F
@@ -9,9 +10,24 @@ from ..widening import Widening
 from .registry import Call, watch
 
 
-@watch(F.multi_head_attention_forward, names=(
-    'query', 'key', 'value', 'embed_dim_to_check', 'num_heads', 'in_proj_weight', 'in_proj_bias', 'bias_k', 'bias_v',
-    'add_zero_attn', 'dropout_p', 'out_proj_weight', 'out_proj_bias'))
+@watch(
+    F.multi_head_attention_forward,
+    names=(
+        'query',
+        'key',
+        'value',
+        'embed_dim_to_check',
+        'num_heads',
+        'in_proj_weight',
+        'in_proj_bias',
+        'bias_k',
+        'bias_v',
+        'add_zero_attn',
+        'dropout_p',
+        'out_proj_weight',
+        'out_proj_bias',
+    ),
+)
 def multi_head_attention(widening: Widening, call: Call) -> None:
     """``nn.MultiheadAttention``: there are more heads, each as wide as before."""
     out_weight, size = call['out_proj_weight'], call['embed_dim_to_check']
@@ -29,7 +45,8 @@ def multi_head_attention(widening: Widening, call: Call) -> None:
     for key, weight in (('query', 'q_proj_weight'), ('key', 'k_proj_weight'), ('value', 'v_proj_weight')):
         weight = weight if is_own(call.get(weight)) else 'in_proj_weight'
         in_map = widening.axis_like(
-            call[weight], 'in', call[weight].shape[1], call[key].shape[-1], f'the {key} of an attention')
+            call[weight], 'in', call[weight].shape[1], call[key].shape[-1], f'the {key} of an attention'
+        )
         if weight != 'in_proj_weight':
             widen(weight, {0: heads(1), 1: in_map}, 1)
     if not call.get('use_separate_proj_weight'):
@@ -40,12 +57,15 @@ def multi_head_attention(widening: Widening, call: Call) -> None:
     out_map = widening.out_axis(out_weight, size)
     widen('out_proj_weight', {0: out_map, 1: heads(1)}, 1)
     widen('out_proj_bias', {0: out_map})
-    widening.set_sizes(
-        widening.owner(out_weight), in_features=ratio * size, out_features=out_map.teacher_size)
+    widening.set_sizes(widening.owner(out_weight), in_features=ratio * size, out_features=out_map.teacher_size)
     call['embed_dim_to_check'], call['num_heads'] = ratio * size, ratio * call['num_heads']
     widening.set_sizes(
-        widening.running[-1], embed_dim=call['embed_dim_to_check'], num_heads=call['num_heads'],
-        kdim=call['key'].shape[-1], vdim=call['value'].shape[-1])
+        widening.running[-1],
+        embed_dim=call['embed_dim_to_check'],
+        num_heads=call['num_heads'],
+        kdim=call['key'].shape[-1],
+        vdim=call['value'].shape[-1],
+    )
 
 
 @watch(F.scaled_dot_product_attention, names=('query', 'key', 'value', 'attn_mask'))

@@ -1,10 +1,12 @@
 """Norms, and PReLU: tensors with one entry for each channel of the input."""
+
 from typing import Any, Sequence
 
+import torch
 import torch.nn.functional as F
 
 from ...private_torch import InstanceNorm
-from ..traced import is_own
+from ..traced import from_parameters, is_own
 from ..widening import Widening
 from .registry import Call, watch, watch_module
 
@@ -35,7 +37,7 @@ def group_norm(widening: Widening, call: Call) -> None:
     _widen_like_channels(widening, call, ('weight', 'bias'), 'num_channels')
 
 
-@watch(F.prelu, names=('input', 'weight'))
+@watch(F.prelu, torch.Tensor.prelu, names=('input', 'weight'))
 def prelu(widening: Widening, call: Call) -> None:
     """A slope for each channel; a single one serves all."""
     if call['weight'].numel() > 1:
@@ -50,6 +52,8 @@ def _widen_like_channels(widening: Widening, call: Call, keys: Sequence[str], si
             axis_map = widening.axis_like(tensor, 'out', tensor.shape[0], actual, 'a norm')
             widening.set_sizes(widening.owner(tensor), **{size_name: actual})
             call[key] = widening.widen(tensor, {0: axis_map})
+        elif from_parameters(tensor):
+            call[key] = widening.widen_to_meet(tensor, [(actual,)])
 
 
 @watch(F.layer_norm, names=('input', 'normalized_shape', 'weight', 'bias', 'eps'))
@@ -57,17 +61,24 @@ def layer_norm(widening: Widening, call: Call) -> None:
     """The normalised axes are the input's last ones."""
     shape = call['normalized_shape']
     shape = (shape,) if isinstance(shape, int) else tuple(shape)
-    actual = tuple(call['input'].shape[-len(shape):])
+    actual = tuple(call['input'].shape[-len(shape) :])
     for key in ('weight', 'bias'):
         tensor = call.get(key)
         if is_own(tensor) and tuple(tensor.shape) == shape:
-            call[key] = widening.widen(tensor, {
-                axis: widening.axis_like(tensor, 'out', shape[axis], actual[axis], 'a norm')
-                for axis in range(len(shape))})
+            call[key] = widening.widen(
+                tensor,
+                {
+                    axis: widening.axis_like(tensor, 'out', shape[axis], actual[axis], 'a norm')
+                    for axis in range(len(shape))
+                },
+            )
+        elif from_parameters(tensor):
+            call[key] = widening.widen_to_meet(tensor, [actual])
     if actual != shape:
         name = widening.running[-1]
-        before: Any = widening.modules[name].normalized_shape
-        widening.set_attribute(name, 'normalized_shape', type(before)(actual))
+        before: Any = getattr(widening.modules[name], 'normalized_shape', None)
+        if before is not None:
+            widening.set_attribute(name, 'normalized_shape', type(before)(actual))
         call['normalized_shape'] = actual
 
 

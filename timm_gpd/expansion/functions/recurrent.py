@@ -1,4 +1,5 @@
 """Recurrent layers: LSTM, GRU and plain ones."""
+
 from typing import Any, Tuple
 
 import torch
@@ -24,20 +25,21 @@ def recurrent_layer(widening: Widening, name: str, module: Any, x: torch.Tensor)
             axes[1] = in_map
         widening.widen(tensor, axes, 1 if tensor.dim() > 1 else None)
     widening.set_sizes(
-        name, input_size=x.shape[-1], hidden_size=ratio * module.hidden_size, proj_size=ratio * module.proj_size)
+        name, input_size=x.shape[-1], hidden_size=ratio * module.hidden_size, proj_size=ratio * module.proj_size
+    )
 
 
 @stand_in(torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
 def recurrent_outputs(
-        x: torch.Tensor,
-        state: Any,
-        weights: Any,
-        has_biases: bool,
-        num_layers: int,
-        dropout: float,
-        train: bool,
-        bidirectional: bool,
-        batch_first: bool,
+    x: torch.Tensor,
+    state: Any,
+    weights: Any,
+    has_biases: bool,
+    num_layers: int,
+    dropout: float,
+    train: bool,
+    bidirectional: bool,
+    batch_first: bool,
 ) -> Tuple[torch.Tensor, ...]:
     """Blank outputs and states: the layers themselves go step by step, which takes long."""
     state = state if isinstance(state, tuple) else (state,)

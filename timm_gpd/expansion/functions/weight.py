@@ -1,14 +1,24 @@
 """Weights of layers, some of which are computed from a parameter (weight standardisation) before a layer uses them."""
-from typing import Mapping, Optional
+
+import math
+from typing import Mapping, Optional, Sequence
 
 import torch
 
 from ...axes import AxisMap
-from ..traced import from_parameters, is_own, sources
+from ..traced import from_parameters, is_own, sources, view_axes
 from ..widening import Widening
 from .registry import Call
 
-__all__ = ['new_weight', 'widen_bias_of_tied_weight', 'widen_weight']
+__all__ = [
+    'check_divisor',
+    'check_kept',
+    'new_weight',
+    'widen_bias',
+    'widen_bias_of_tied_weight',
+    'widen_view',
+    'widen_weight',
+]
 
 
 def new_weight(widening: Widening, call: Call) -> Optional[torch.Tensor]:
@@ -16,19 +26,24 @@ def new_weight(widening: Widening, call: Call) -> Optional[torch.Tensor]:
     weight = call['weight']
     if not from_parameters(weight):
         return None
-    if is_own(weight):
-        return weight if widening.is_new(weight) else None
-    return next((
-        widening.tensor(source) for source in sources(weight)
-        if source not in widening.tensors and widening.tensor(source).shape == weight.shape), None)
+    if view_axes(weight) is not None:
+        return weight if sources(weight)[0] not in widening.met else None
+    return next(
+        (
+            widening.tensor(source)
+            for source in sources(weight)
+            if source not in widening.tensors and widening.tensor(source).shape == weight.shape
+        ),
+        None,
+    )
 
 
 def widen_weight(
-        widening: Widening,
-        call: Call,
-        parameter: torch.Tensor,
-        axes: Mapping[int, AxisMap],
-        sum_axis: Optional[int],
+    widening: Widening,
+    call: Call,
+    parameter: torch.Tensor,
+    axes: Mapping[int, AxisMap],
+    sum_axis: Optional[int],
 ) -> None:
     """Widens a layer's weight, in the call and in the student.
 
@@ -47,7 +62,7 @@ def widen_weight(
     """
     weight = call['weight']
     if parameter is weight:
-        call['weight'] = widening.widen(parameter, axes, sum_axis)
+        call['weight'] = widen_view(widening, parameter, axes, sum_axis)
         return
     name = widening.owner(parameter)
     if name != widening.running[-1]:
@@ -55,18 +70,97 @@ def widen_weight(
     for source in sources(weight):
         other = widening.tensor(source)
         if other.dim() == parameter.dim():
-            widening.widen(other, {
-                axis: axis_map for axis, axis_map in axes.items()
-                if other is parameter or other.shape[axis] == axis_map.size > 1})
+            widening.widen(
+                other,
+                {
+                    axis: axis_map
+                    for axis, axis_map in axes.items()
+                    if other is parameter or other.shape[axis] == axis_map.size > 1
+                },
+            )
     if sum_axis is not None and axes[sum_axis].ratio > 1:
         widening.divided_inputs[name] = axes[sum_axis].ratio
     wide = widening.tensor(sources(parameter)[0])
     call['weight'] = widening.derived(wide.shape, weight)
 
 
-def widen_bias_of_tied_weight(widening: Widening, call: Call) -> None:
-    """A weight that another layer has widened already leaves this layer's bias to be widened like its outputs."""
+def widen_bias(widening: Widening, call: Call, out_map: AxisMap) -> None:
+    """Widens a layer's bias like its outputs."""
+    bias = call.get('bias')
+    if is_own(bias):
+        call['bias'] = widening.widen(bias, {0: out_map})
+    elif from_parameters(bias):
+        call['bias'] = widening.widen_to_meet(bias, [(out_map.teacher_size,)])
+
+
+def widen_bias_of_tied_weight(widening: Widening, call: Call, summed: Sequence[int]) -> None:
+    """A weight that another layer has widened already leaves this layer's bias to be widened like its outputs.
+
+    Args:
+        widening: the student in the dry run.
+        call: arguments of the layer's function.
+        summed: the weight's axes that the layer sums over.
+
+    Raises:
+        UnsupportedModelError: if this layer needs another divisor than the first one did.
+    """
     weight, bias = call['weight'], call.get('bias')
-    if is_own(weight) and is_own(bias) and widening.is_new(bias) and sources(weight)[0] in widening.tensors:
+    order = view_axes(weight) if from_parameters(weight) else None
+    if order is None:
+        return
+    check_divisor(widening, sources(weight)[0], [order[axis] for axis in summed])
+    if is_own(bias) and widening.is_new(bias) and sources(weight)[0] in widening.tensors:
         axes = dict(widening.tensors[sources(weight)[0]].axes)
-        call['bias'] = widening.widen(bias, {0: axes[0]} if 0 in axes else {})
+        call['bias'] = widening.widen(bias, {0: axes[order[0]]} if order[0] in axes else {})
+
+
+def widen_view(
+    widening: Widening,
+    tensor: torch.Tensor,
+    axes: Mapping[int, AxisMap],
+    sum_axis: Optional[int] = None,
+) -> torch.Tensor:
+    """:meth:`Widening.widen` of an own tensor, or of one whose axes are in another order, by the axes that it has.
+
+    Raises:
+        UnsupportedModelError: if an axis that is wider is one along which the parameter is repeated.
+    """
+    (first,) = sources(tensor)
+    order = view_axes(tensor)
+    if any(order[axis] is None and axis_map.ratio > 1 for axis, axis_map in axes.items()):
+        raise widening.unsupported(f'{first} is repeated along an axis that is wider')
+    wide = widening.widen(
+        widening.tensor(first),
+        {order[axis]: axis_map for axis, axis_map in axes.items()},
+        None if sum_axis is None else order[sum_axis],
+    )
+    if is_own(tensor):
+        return wide
+    return widening.derived(
+        [size if axis is None else wide.shape[axis] for axis, size in zip(order, tensor.shape)], tensor
+    )
+
+
+def check_divisor(widening: Widening, name: str, summed: Sequence[int]) -> None:
+    """Checks that a tensor which was met before is divided by what a sum over some of its axes needs.
+
+    Raises:
+        UnsupportedModelError: if it is not.
+    """
+    if name in widening.tensors:
+        axes, divisor = dict(widening.tensors[name].axes), widening.tensors[name].divisor
+        needed = math.prod(axes[axis].ratio for axis in summed if axis in axes)
+        if needed != divisor:
+            raise widening.unsupported(
+                f'{name} has to be divided by {needed} here, and by {divisor} where it was met before'
+            )
+
+
+def check_kept(widening: Widening, name: str, axis: int, why: str) -> None:
+    """Checks that an axis of a tensor which was met before was not wider.
+
+    Raises:
+        UnsupportedModelError: if it was, with the reason why it may not be.
+    """
+    if name in widening.tensors and axis in dict(widening.tensors[name].axes):
+        raise widening.unsupported(f'axis {axis} of {name} was wider where it was met before, but {why}')
