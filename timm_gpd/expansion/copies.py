@@ -1,7 +1,7 @@
 """Copies of a model whose tensors are exchanged on the way: no tensor is copied only to be thrown away."""
 
 import copy
-from typing import Any, Callable, Dict, Sequence, Tuple
+from typing import Any, Callable, Dict, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
@@ -13,6 +13,7 @@ from ..private_torch import forget_flat_weights, list_flat_weights
 __all__ = [
     'blank',
     'blank_copy',
+    'copy_detached',
     'copy_model',
     'first_input',
     'forget_computed_tensors_',
@@ -37,9 +38,13 @@ def copy_model(model: nn.Module, substitute: Callable[[str, torch.Tensor], torch
         memo[id(parameter)] = nn.Parameter(substitute(name, parameter), requires_grad=parameter.requires_grad)
     for name, buffer in model.named_buffers():
         memo[id(buffer)] = substitute(name, buffer)
+    return forget_computed_tensors_(copy_detached(model, memo))
+
+
+def copy_detached(value: Any, memo: Optional[Dict[int, Any]] = None) -> Any:
+    """``copy.deepcopy`` that detaches tensors which were computed with gradients, wherever they are kept."""
     with _DetachedCopies():
-        copied = copy.deepcopy(model, memo)
-    return forget_computed_tensors_(copied)
+        return copy.deepcopy(value, memo)
 
 
 @torch.no_grad()
@@ -56,7 +61,7 @@ def plain_copy(model: nn.Module) -> nn.Module:
 
 
 class _DetachedCopies(TorchFunctionMode):
-    """Lets ``deepcopy`` take tensors that were computed with gradients, wherever a module keeps them: detached."""
+    """Lets ``deepcopy`` take tensors that were computed with gradients, which refuse it."""
 
     def __torch_function__(self, func: Callable, types: Any, args: Tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         if func is torch.Tensor.__deepcopy__ and not args[0].is_leaf:

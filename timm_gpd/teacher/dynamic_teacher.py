@@ -8,7 +8,14 @@ import torch.nn as nn
 
 from ..errors import InputError
 from ..expansion import plan_expansion, verify_plan
-from ..expansion.copies import copy_model, forget_computed_tensors_, parameterless_copy, plain_copy, wide_copy
+from ..expansion.copies import (
+    copy_detached,
+    copy_model,
+    forget_computed_tensors_,
+    parameterless_copy,
+    plain_copy,
+    wide_copy,
+)
 from ..expansion.student import unwrap_student
 from ..plan import ExpansionPlan
 from .branches import branch_kinds
@@ -316,9 +323,14 @@ class DynamicTeacher(TimmModel):
         return self._layout.fill_slots(teacher, {name: parameters[name] for name in self._branched})
 
     def __getstate__(self) -> Dict[str, Any]:
-        """What deep copies and pickles are made from."""
+        """What copies and pickles are made from."""
         _forget_computed_tensors(self)
         return self.__dict__
+
+    def __deepcopy__(self, memo: Dict[int, Any]) -> 'DynamicTeacher':
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        copied.__setstate__(copy_detached(self.__getstate__(), memo))
+        return copied
 
     def extra_repr(self) -> str:
         return f'ratio={self.plan.ratio}, scale={self.scale}, branches={self.branch_kinds}'
