@@ -98,6 +98,7 @@ class WholePath:
             _expect(bool(parameter.isfinite().all()), f'{name} is not finite after some steps')
             is_idle = parameter.grad is None or parameter.grad.abs().max() < ROUNDING
             _expect(is_idle or not torch.equal(parameter, before[name]), f'{name} has not been trained')
+        optimizer.zero_grad()  # the memory of a teacher
 
     def extraction(self) -> None:
         """Extracted models, and a new timm model that loads the student, have the functions of those inside."""
@@ -115,11 +116,11 @@ class WholePath:
 
     def state(self) -> None:
         """A checkpoint that went through a file makes a new task the same."""
-        file = io.BytesIO()
-        torch.save(self.task.get_checkpoint_state(), file)
-        file.seek(0)
-        state = torch.load(file, weights_only=True)
         other = GapPreservingTask(self.create(), ratio=self.ratio, verbose=False).double().eval()
+        with io.BytesIO() as file:
+            torch.save(self.task.get_checkpoint_state(), file)
+            file.seek(0)
+            state = torch.load(file, weights_only=True)
         other.load_checkpoint_state(state['state_dict'], state['task_state'])
         _expect_equal(other.get_dynamic_teacher().state_dict(), self.teacher.state_dict())
         self._expect_same_functions(other.get_dynamic_teacher(), 'the task that was resumed')
@@ -127,10 +128,11 @@ class WholePath:
     def copies(self) -> None:
         """Deep copies and pickled ones are the same functions, on memory of their own."""
         memory = {tensor.data_ptr() for tensor in self.teacher.state_dict().values() if tensor.numel()}
-        for what, other in (
-            ('the deep copy', copy.deepcopy(self.task).get_dynamic_teacher()),
-            ('the pickled copy', pickle.loads(pickle.dumps(self.teacher))),
+        for what, copied in (
+            ('the deep copy', lambda: copy.deepcopy(self.task).get_dynamic_teacher()),
+            ('the pickled copy', lambda: pickle.loads(pickle.dumps(self.teacher))),
         ):
+            other = copied()
             self._expect_same_functions(other, what)
             _expect(
                 all(tensor.data_ptr() not in memory for tensor in other.state_dict().values()), f'{what} shares memory'
