@@ -178,16 +178,15 @@ def compare(
     agreements = {}
     for mode in modes:
         reference.train(mode == 'training'), teacher.train(mode == 'training')
-        batch = x if images is not None or mode == 'training' else x[:1]
-        expected = _run(reference, batch)
+        expected = _run(reference, x)
         try:
-            error = _largest_error(_run(teacher, batch), expected)
+            error = _largest_error(_run(teacher, x), expected)
         except Exception as failure:
             raise UnsupportedModelError(
                 f'{type(student).__name__} cannot be widened: the planned teacher does not run '
                 f'({type(failure).__name__}: {str(failure).splitlines()[0]}); a rule for one of its modules is missing'
             )
-        agreements[mode] = Agreement(error, _sensitivity(reference, batch) if error > ROUNDING else 0.0)
+        agreements[mode] = Agreement(error, _sensitivity(reference, x) if error > ROUNDING else 0.0)
     return agreements
 
 
