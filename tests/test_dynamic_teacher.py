@@ -67,7 +67,7 @@ def joint_gradients(teacher, x):
     """Of a loss whose gradient is the same for every sum order, by parameter name."""
     teacher.zero_grad()
     student_logits, of_teacher = teacher.joint(x, teacher_loss=lambda logits: {'loss': logits.cos().sum()})
-    (student_logits.square().sum() + of_teacher['loss']).backward()
+    (student_logits.square().sum() + of_teacher['gradients']).backward()
     return {name: parameter.grad for name, parameter in teacher.named_parameters()}
 
 

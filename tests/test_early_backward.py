@@ -107,7 +107,7 @@ def test_a_tensor_under_two_names_gets_its_gradient_once():
     early = EarlyBackward([tied, tied, torch.tensor(2.0)])
     result = early.run({'loss': tied * tied * 2, 'a': tied})
     assert result['loss'] == 18 and not any(value.requires_grad for value in result.values())
-    loss = early.join(result['loss'])
+    loss = result['loss'] + early.join()
     (2 * loss).backward()
     assert loss == 18 and tensor.grad == 24
 
@@ -116,9 +116,9 @@ def test_without_gradients_it_only_runs():
     tensor = torch.tensor(3.0, requires_grad=True)
     with torch.no_grad():
         early = EarlyBackward([tensor])
-        assert early.join(early.run({'loss': tensor * 2})['loss']) == 6 and not early.is_early
+        assert early.run({'loss': tensor * 2})['loss'] + early.join() == 6 and not early.is_early
     early = EarlyBackward([torch.tensor(3.0)])
-    loss = early.join(early.run({'loss': torch.tensor(6.0)})['loss'])
+    loss = early.run({'loss': torch.tensor(6.0)})['loss'] + early.join()
     assert loss == 6 and not loss.requires_grad and not early.is_early
 
 

@@ -25,6 +25,12 @@ def test_random_networks_are_exact_or_refused(first):
     assert sum(verdict.outcome == 'exact' for verdict in verdicts.values()) >= 0.7 * CHUNK
 
 
+@pytest.mark.parametrize('seed', (3866, 9557, 15122, 18104))
+def test_a_wrong_plan_is_not_hidden_by_one_image(seed):
+    """These have a block that is refused, and later layers that saturate on some images."""
+    assert judge(describe(seed)).outcome == 'refused by the numeric check'
+
+
 @pytest.mark.parametrize('kind', BLOCKS)
 def test_block_is_exact(kind):
     """Each kind by itself: what is refused is refused for a reason that is known."""

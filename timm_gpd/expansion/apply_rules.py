@@ -27,6 +27,7 @@ def apply_rules(widening: Widening) -> None:
             widening.running = [name]
             _apply(widening, name, rule)
     widening.running = ['']
+    widening.ruled.update(widening.tensors)
 
 
 def follow_children(widening: Widening) -> None:

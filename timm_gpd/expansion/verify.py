@@ -177,9 +177,9 @@ def compare(
     reference, x = reference_model(student, plan, images)
     teacher = wide_copy(reference, plan, plan.expand_tensor)
 
-    def run_teacher(batch: torch.Tensor) -> Any:
+    def run_teacher(x: torch.Tensor) -> Any:
         try:
-            return teacher(batch)
+            return teacher(x)
         except Exception as failure:
             raise UnsupportedModelError(
                 f'{type(student).__name__} cannot be widened: the planned teacher does not run '
@@ -189,8 +189,7 @@ def compare(
     agreements = {}
     for mode in modes:
         reference.train(mode == 'training'), teacher.train(mode == 'training')
-        batch = x if images is not None or mode == 'training' else x[:1]
-        agreements[mode] = agreement(run_teacher, reference, batch)
+        agreements[mode] = agreement(run_teacher, reference, x)
     return agreements
 
 

@@ -25,9 +25,8 @@ class Widening:
         modules: its modules by name.
         kept: names of modules whose outputs keep their width, and so does what is inside them.
         running: names of the modules whose forward runs, outermost first; messages name the last.
-        tensors: name -> how the tensor widens; as in a plan.
-        attributes: module -> attribute -> (student's value, teacher's value); as in a plan.
-        divided_inputs: module -> what its input is divided by; as in a plan.
+        tensors, attributes, divided_inputs: what has been decided, as in a plan.
+        ruled: names of the tensors that a rule has widened; how they are used is the rule's affair.
         met: names of the parameters and buffers that have been met, wider or not; the first name of tied ones.
     """
 
@@ -42,6 +41,7 @@ class Widening:
         self.tensors: Dict[str, TensorMap] = {}
         self.attributes: Dict[str, Dict[str, Tuple[Any, Any]]] = {}
         self.divided_inputs: Dict[str, int] = {}
+        self.ruled: Set[str] = set()
         self.met: Set[str] = set()
         # What rules say of axes: (module, 'in' or 'out') or (parameter, '') -> its block, or all of it.
         self._described: Dict[Tuple[str, str], Union[int, AxisMap]] = {}

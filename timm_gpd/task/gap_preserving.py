@@ -143,6 +143,7 @@ class GapPreservingTask(BaseTask):
         student, teacher = self.trainable_module(input, target, static_output)
         student['gpd_loss'] = self.gpd_loss(student['output'], teacher['output'])
         loss = student.pop('loss') + teacher.pop('loss') + self.gpd_weight * student['gpd_loss']
+        loss = loss + teacher.pop('gradients')
         return {
             'loss': loss,
             **student,

@@ -110,7 +110,7 @@ class JointLearners(Learners):
         target: torch.Tensor,
         static_output: Optional[ModelOutput] = None,
     ) -> JointOutput:
-        """What :meth:`StepLoss.forward` returns for both; of the dynamic teacher's all but the loss is detached.
+        """What :meth:`StepLoss.forward` returns for both; the dynamic teacher's is detached, with ``gradients`` to add.
 
         The dynamic teacher's backward pass runs on the way, see :meth:`DynamicTeacher.joint`.
 

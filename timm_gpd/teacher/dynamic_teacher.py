@@ -191,7 +191,7 @@ class DynamicTeacher(TimmModel):
 
         Returns:
             Logits of both, each of shape (B, num_classes), or what the taps return. With ``teacher_loss`` the second is
-            what that returned: ``'loss'``, to be added to the student's, and the others detached.
+            what that returned, detached, and ``'gradients'``: a scalar 0 that adds its gradients to the student's loss.
 
         Raises:
             RuntimeError: if another thread runs this module, in a replica of ``nn.DataParallel``, or if parameters are
@@ -208,7 +208,7 @@ class DynamicTeacher(TimmModel):
         del teacher  # merged kernels are freed as soon as the backward pass has used them
         result = early.run(result)
         student_output = run_student(student, x)
-        return JointOutput(student_output, {**result, 'loss': early.join(result['loss'])})
+        return JointOutput(student_output, {**result, 'gradients': early.join()})
 
     def forward_student(self, x: torch.Tensor) -> torch.Tensor:
         """Student's logits, shape (B, num_classes), for images of shape (B, in_chans, H, W)."""

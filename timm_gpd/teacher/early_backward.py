@@ -22,7 +22,7 @@ class EarlyBackward:
 
         early = EarlyBackward(tensors)
         result = early.run({'loss': first_loss(tensors), ...})
-        loss = second_loss() + early.join(result['loss'])
+        loss = second_loss() + result['loss'] + early.join()
 
     Where it is not possible :meth:`run` does nothing, and gradients come with the backward pass of the sum, as usual:
     in float16 autocast, as the scale of the gradients is not known before; within ``torch.func`` transforms; where no
@@ -52,30 +52,30 @@ class EarlyBackward:
             result: tensors by name, of which ``'loss'`` is a scalar.
 
         Returns:
-            The same, detached; where the backward pass has to wait, ``'loss'`` is not.
+            The same, detached.
         """
         loss = result['loss']
         result = {name: tensor.detach() for name, tensor in result.items()}
-        if not self.is_early:
-            return {**result, 'loss': loss}
-        with torch.autocast(loss.device.type, enabled=False):
-            gradients = torch.autograd.grad(loss, self._sources, allow_unused=True)
-        used = [i for i, gradient in enumerate(gradients) if gradient is not None]
-        self._gradients, self._stand_ins = [gradients[i] for i in used], [self._stand_ins[i] for i in used]
-        self._sources = []
+        self._loss = result['loss'] if self.is_early else loss  # the loss itself would keep its graph
+        if self.is_early:
+            with torch.autocast(loss.device.type, enabled=False):
+                gradients = torch.autograd.grad(loss, self._sources, allow_unused=True)
+            used = [i for i, gradient in enumerate(gradients) if gradient is not None]
+            self._gradients, self._stand_ins = [gradients[i] for i in used], [self._stand_ins[i] for i in used]
+            self._sources = []
         return result
 
-    def join(self, loss: torch.Tensor) -> torch.Tensor:
-        """The loss that :meth:`run` returned, with its gradients, for one backward pass.
+    def join(self) -> torch.Tensor:
+        """A scalar 0 whose gradients are those of the loss, to add to another loss for one backward pass.
 
         Called after the other loss's forward pass, it makes these gradients the first of the backward pass, and what
-        they add up with is complete as early as it can be.
+        they add up with is complete as early as it can be. It is not part of the loss yet: a compiler makes one tensor
+        of two equal results, and a loss may equal one of its terms, which has no gradient.
         """
         if not self.is_early:
-            return loss
+            return self._loss - self._loss.detach()
         gradients, self._gradients = self._gradients, []
-        # Not the loss itself: compiled, that may be one tensor with an equal one that has no gradient.
-        return loss + _KnownGradients.apply(loss, gradients, *self._stand_ins)
+        return _KnownGradients.apply(self._loss, gradients, *self._stand_ins)
 
 
 def refuse_gradients(tensor: torch.Tensor) -> torch.Tensor:

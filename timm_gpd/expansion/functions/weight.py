@@ -147,7 +147,7 @@ def check_divisor(widening: Widening, name: str, summed: Sequence[int]) -> None:
     Raises:
         UnsupportedModelError: if it is not.
     """
-    if name in widening.tensors:
+    if name in widening.tensors and name not in widening.ruled:
         axes, divisor = dict(widening.tensors[name].axes), widening.tensors[name].divisor
         needed = math.prod(axes[axis].ratio for axis in summed if axis in axes)
         if needed != divisor:
