@@ -12,7 +12,8 @@ import pytest
 
 from timm_gpd import Rule, coverage, register_rule
 from timm_gpd.coverage import sweep as sweeping
-from timm_gpd.coverage.cache import fingerprint
+from timm_gpd.coverage.cache import PATH_SOURCES, fingerprint
+from timm_gpd.coverage.whole_path import WholePath
 from timm_gpd.rules import find_rule
 from timm_gpd.rules.rule import _RULES
 
@@ -27,9 +28,10 @@ def records(tmp_path):
     return [json.loads(line) for line in (tmp_path / 'cache.jsonl').read_text().splitlines()]
 
 
-def row(tmp_path, module):
-    (line,) = [line for line in (tmp_path / 'coverage.md').read_text().splitlines() if line.startswith(f'| {module} ')]
-    return [cell.strip() for cell in line.strip('|').split('|')]
+def row(tmp_path, module, table=0):
+    """A module's cells, of the table of architectures or of that of whole paths."""
+    lines = [line for line in (tmp_path / 'coverage.md').read_text().splitlines() if line.startswith(f'| {module} ')]
+    return [cell.strip() for cell in lines[table].strip('|').split('|')]
 
 
 def test_every_module_of_timm_is_swept_and_none_of_ours():
@@ -46,9 +48,9 @@ def test_small_models_are_compared_and_large_ones_planned(tmp_path):
     assert all(float(error) <= 1e-12 for error in row(tmp_path, 'resnet')[7:])
     assert {(r['step'], r['model']) for r in records(tmp_path)} == {
         *(('plan', model) for model in models),
-        ('compare', 'test_resnet'),
-        ('compare', 'test_vit'),
+        *itertools.product(('compare', 'path'), ('test_resnet', 'test_vit')),
     }
+    assert row(tmp_path, 'resnet', table=1) == ['resnet', '`test_resnet`', 'yes', 'yes', 'yes', 'yes', 'yes', '14']
 
 
 def test_only_the_smallest_of_each_module_are_compared(tmp_path):
@@ -60,11 +62,11 @@ def test_what_is_too_large_is_compared_with_fewer_blocks(tmp_path):
     assert sweep(tmp_path, '--models', 'test_vit', 'vit_tiny_patch16_224', '--max-params', '2', '--smallest', '2') == 0
     assert row(tmp_path, 'vision_transformer')[1:3] == ['2', '2']
     assert '`vit_tiny_patch16_224` (depth=2)' in (tmp_path / 'coverage.md').read_text()
-    assert '`test_vit`' not in (tmp_path / 'coverage.md').read_text()
+    assert '`test_vit` (' not in (tmp_path / 'coverage.md').read_text()
     for max_params in ('40', '2'):  # whole once there is room for it, and then it stays
         assert sweep(tmp_path, '--models', 'test_vit', 'vit_tiny_patch16_224', '--max-params', max_params) == 0
         assert 'depth=2' not in (tmp_path / 'coverage.md').read_text()
-    assert len(records(tmp_path)) == 5
+    assert len([r for r in records(tmp_path) if r['step'] != 'path']) == 5
 
 
 def test_a_sweep_goes_on_where_it_stopped(tmp_path, monkeypatch):
@@ -75,11 +77,25 @@ def test_a_sweep_goes_on_where_it_stopped(tmp_path, monkeypatch):
     with (tmp_path / 'cache.jsonl').open('a') as file:
         file.write('\n')
     asked = []
-    plan_one, compare_one = sweeping.plan_one, sweeping.compare_one
-    monkeypatch.setattr(sweeping, 'plan_one', lambda name, *args: asked.append(name) or plan_one(name, *args))
-    monkeypatch.setattr(sweeping, 'compare_one', lambda name, *args: asked.append(name) or compare_one(name, *args))
+
+    def asks(step):
+        return lambda name, *args: asked.append(name) or step(name, *args)
+
+    for step in ('plan_one', 'compare_one', 'path_one'):
+        monkeypatch.setattr(sweeping, step, asks(getattr(sweeping, step)))
     assert sweep(tmp_path, '--models', 'test_resnet', 'test_vit', '--max-params', '1') == 0
-    assert asked == ['test_vit', 'test_vit'] and len(known) == 2  # planned and compared; the other was known
+    assert asked == ['test_vit'] * 3 and len(known) == 3  # planned, walked and compared; the other was known
+
+
+def test_what_fails_on_the_whole_path_is_listed(tmp_path, monkeypatch):
+    def fails(self):
+        raise KeyError('stem')
+
+    monkeypatch.setattr(WholePath, 'copies', fails)
+    assert sweep(tmp_path, '--models', 'test_resnet', '--max-params', '1') == 1
+    assert row(tmp_path, 'resnet')[:3] == ['resnet', '1', '1']
+    assert row(tmp_path, 'resnet', table=1)[2:] == ['yes', 'yes', 'yes', 'yes', 'fails', '14']
+    assert "- `test_resnet`, copies: KeyError: 'stem'" in (tmp_path / 'coverage.md').read_text()
 
 
 def test_worker_processes_find_the_same(tmp_path):
@@ -192,16 +208,29 @@ def test_what_a_plan_depends_on_makes_a_cache_stale(package, change):
     assert fingerprint(package) != before
 
 
-@pytest.mark.parametrize('path', ('losses.py', 'coverage/report.py', 'task/gap_preserving.py', 'errors.py'))
-def test_what_no_plan_depends_on_leaves_a_cache_fresh(package, path):
-    before = fingerprint(package)
+@pytest.mark.parametrize(
+    'path, is_on_the_path',
+    [
+        ('losses.py', True),
+        ('teacher/dynamic_teacher.py', True),
+        ('task/gap_preserving.py', True),
+        ('coverage/whole_path.py', True),
+        ('coverage/report.py', False),
+        ('errors.py', False),
+    ],
+)
+def test_what_no_plan_depends_on_leaves_plans_fresh_and_paths_where_they_do_not_depend_on_it(
+    package, path, is_on_the_path
+):
+    before, path_before = fingerprint(package), fingerprint(package, PATH_SOURCES)
     (package / path).write_text('# nothing\n')
     assert fingerprint(package) == before
+    assert (fingerprint(package, PATH_SOURCES) != path_before) == is_on_the_path
 
 
 def test_a_stale_cache_is_not_read(tmp_path, monkeypatch):
     assert sweep(tmp_path, '--models', 'test_resnet', '--max-params', '0.001') == 0
-    monkeypatch.setattr('timm_gpd.coverage.cache.fingerprint', lambda: 'another')
+    monkeypatch.setattr('timm_gpd.coverage.cache.fingerprint', lambda **kwargs: 'another')
     assert sweep(tmp_path, '--models', 'test_resnet', '--max-params', '0.001') == 0
     steps = [(record['step'], record['model']) for record in records(tmp_path)]
     assert len(steps) == 2 * len(set(steps)) and ('plan', 'test_resnet') in steps

@@ -1,4 +1,6 @@
-"""Every module of timm: its smallest architecture expands exactly, in both modes, and is read back."""
+"""Every module of timm: its smallest architecture expands exactly, in both modes, is read back, goes the whole path."""
+
+from functools import partial
 
 import pytest
 import timm
@@ -8,7 +10,9 @@ import torch.nn.functional as F
 
 from timm_gpd import Rule, UnsupportedModelError, expand, plan_expansion, register_rule
 from timm_gpd.coverage import create, create_small, read_back_error, timm_modules
-from timm_gpd.expansion.verify import compare, verify_plan
+from timm_gpd.coverage.architectures import FEWER
+from timm_gpd.coverage.whole_path import CHECKS, WholePath
+from timm_gpd.expansion.verify import MODES, compare, verify_plan
 
 # The smallest architecture of every module of timm 1.0.31, by parameters. Other releases' other modules are searched.
 SMALLEST = {
@@ -111,18 +115,38 @@ SMALLEST = {
     'xception_aligned': 'xception41p',
     'xcit': 'xcit_nano_12_p8_224',
 }
-# Fewer of the same blocks, where even the smallest has many.
-FEWER = {
-    'beit': {'depth': 2},
-    'deepseek_vit': {'depth': 2},
-    'gemma4_vit': {'depth': 2},
-    'mobilenetv5': {'channel_multiplier': 0.25},
-    'naflexvit': {'depth': 2},
-    'nasnet': {'stem_size': 24, 'num_features': 576},
-    'qwen3_vit': {'depth': 2},
-    'vgg': {'mlp_ratio': 1 / 16},
-    'vision_transformer_sam': {'depth': 3},
-}
+# What goes the whole path here, the fast ones of every kind. `python -m timm_gpd.coverage` goes it with all modules.
+WALKED = (
+    'beit',
+    'byobnet',
+    'cait',
+    'convnext',
+    'deepseek_vit',
+    'densenet',
+    'dpn',
+    'edgenext',
+    'efficientnet',
+    'inception_next',
+    'mambaout',
+    'maxxvit',
+    'mobilenetv3',
+    'mobilevit',
+    'naflexvit',
+    'nfnet',
+    'pit',
+    'qwen3_vit',
+    'regnet',
+    'resnet',
+    'sequencer',
+    'starnet',
+    'swin_transformer',
+    'tiny_vit',
+    'vision_transformer',
+    'vision_transformer_relpos',
+    'vision_transformer_sam',
+    'vovnet',
+    'xcit',
+)
 
 
 def smallest(module):
@@ -137,13 +161,20 @@ def smallest(module):
 
 
 @pytest.mark.parametrize('module', timm_modules())
-def test_smallest_architecture_is_exact(module):
-    student = create_small(smallest(module), **FEWER.get(module, {}))
-    plan = plan_expansion(student, ratio=2)
+def test_smallest_architecture_is_exact_and_goes_the_whole_path(module):
+    create_student = partial(create_small, smallest(module), **FEWER.get(module, {}))
+    path = WholePath(create_student) if module in WALKED else None
+    if path is None:
+        student = create_student()
+        plan, modes = plan_expansion(student), MODES
+    else:
+        student, plan, modes = path.student, path.plan, ('training',)  # the task has compared them in evaluation mode
     before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
-    agreements = compare(student, plan)
+    agreements = compare(student, plan, modes)
     assert all(agreement.is_exact for agreement in agreements.values()), agreements
     assert read_back_error(student, plan) <= 1e-15
+    for check in CHECKS if path is not None else ():
+        getattr(path, check)()
     assert all(torch.equal(tensor, before[name]) for name, tensor in student.state_dict().items())
 
 

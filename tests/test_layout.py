@@ -26,7 +26,7 @@ MAY_IMPORT = {
     'plan': {'axes'},
     'rules': {'axes', 'plan'},
     'expansion': EXPANSION,
-    'coverage': EXPANSION,
+    'coverage': TASK,  # it does what a user does: teacher, task, checkpoints
     'teacher': TEACHER,
     'losses': set(),
     'distillers': {'losses'},

@@ -194,8 +194,7 @@ class TensorMap:
         Returns:
             A tensor of the same shape; zeros where no such noise exists (nothing is summed over replicas).
         """
-        axis_summed = self.sum_axis
-        if axis_summed is None or self.divisor == 1 or not tensor.is_floating_point():
+        if self.divisor == 1 or not tensor.is_floating_point():
             return torch.zeros_like(tensor)
         free = torch.zeros(tensor.shape, dtype=torch.bool, device=tensor.device)
         for position, (axis, axis_map) in enumerate(self.axes):
@@ -205,11 +204,12 @@ class TensorMap:
             shape = [1] * tensor.dim()
             shape[axis] = -1
             free |= (index > 0).view(shape)
+        # Of several flattened axes the sum is over the last, as the divisor is. The noise of an input's replicas must
+        # sum to zero, so what it sums to is taken from those of them that are free.
+        axis, summed = self.sum_axis, dict(self.axes)[self.sum_axis]
+        inputs = summed.replicate(torch.arange(summed.size, device=tensor.device), 0)
         noise = torch.randn_like(tensor) * std * free
-        # Shape (..., n, replica, block, ...): the sum over `replica` must vanish, spread over the free entries.
-        (segment,) = dict(self.axes)[axis_summed]
-        split = (-1, segment.ratio, segment.block)
-        noise, free = noise.unflatten(axis_summed, split), free.unflatten(axis_summed, split)
-        replica_axis = axis_summed + 1
-        noise = noise - free * (noise.sum(replica_axis, keepdim=True) / free.sum(replica_axis, keepdim=True))
-        return noise.flatten(axis_summed, axis_summed + 2)
+        shape = [summed.size if i == axis else size for i, size in enumerate(tensor.shape)]
+        total = noise.new_zeros(shape).index_add_(axis, inputs, noise)
+        count = noise.new_zeros(shape).index_add_(axis, inputs, free.to(noise))
+        return noise - free * (total / count.clamp(min=1)).index_select(axis, inputs)

@@ -2,13 +2,14 @@
 
 Every architecture is planned on the meta device. Those that are small enough are also compared numerically with their
 planned teachers, in evaluation and training mode, and read back from them; where even the two smallest of a module are
-too large, with fewer blocks, and the table says so. What was found is kept, line by line, in a cache, so that an
-interrupted sweep goes on where it stopped; it starts again when timm, torch or the rules have changed. Then the table
-is written.
+too large, with fewer blocks, and the table says so. The smallest of each module goes the whole path of a user: its
+gradients, joint steps, extraction, checkpoint, copies and noise. What was found is kept, line by line, in a cache, so
+that an interrupted sweep goes on where it stopped; it starts again when timm, torch or the rules have changed. Then the
+page is written.
 
 Exit codes:
-    0: every architecture that has a classifier is planned, and exact where it was compared.
-    1: some are unsupported or inexact; the table lists them.
+    0: every architecture that has a classifier is planned, exact where it was compared, and whole where it was walked.
+    1: some are unsupported or inexact, or fail on the path; the page lists them.
     2: the arguments are wrong.
 """
 
@@ -23,6 +24,7 @@ from .architectures import timm_modules
 from .cache import Cache
 from .report import status_of, table
 from .sweep import sweep
+from .whole_path import CHECKS
 
 __all__ = ['main']
 
@@ -93,5 +95,9 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(table(cache, modules, options.ratio))
     failed = [name for name in names if status_of(cache, name) in ('unsupported', 'inexact')]
-    print(f'{options.output}: {len(names)} architectures, {len(failed)} unsupported or inexact')
-    return 1 if failed else 0
+    broken = [name for name in names if any(cache.get('path', name).get(check) for check in CHECKS)]
+    print(
+        f'{options.output}: {len(names)} architectures, {len(failed)} unsupported or inexact, '
+        f'{len(broken)} that fail on the whole path'
+    )
+    return 1 if failed or broken else 0

@@ -8,6 +8,8 @@ import torch
 
 from ..expansion.verify import MODES, ROUNDING, Agreement
 from .cache import Cache
+from .sweep import smallest_of
+from .whole_path import CHECKS
 
 __all__ = ['status_of', 'table']
 
@@ -66,6 +68,7 @@ def table(cache: Cache, modules: Mapping[str, Sequence[str]], ratio: int) -> str
         '| error, training |',
         '|---|---:|---:|---:|---:|---:|---:|---:|---:|',
         *(_row(cache, module, names) for module, names in modules.items()),
+        *_whole_paths(cache, modules),
     ]
     reduced = ', '.join(_reduced(cache, names))
     without = ', '.join(f'`{name}`' for name in names if status_of(cache, name) == 'no classifier')
@@ -88,6 +91,52 @@ def _row(cache: Cache, module: str, names: Sequence[str]) -> str:
         errors = [comparison[mode]['error'] for comparison in comparisons if mode in comparison]
         cells.append(f'{max(errors):.1e}' if errors else '')
     return f'| {" | ".join(cells)} |'
+
+
+def _whole_paths(cache: Cache, modules: Mapping[str, Sequence[str]]) -> List[str]:
+    """The smallest architecture of every module on the whole path, a column for each part of it; and what fails."""
+    smallest = {module: smallest_of(cache, names) for module, names in modules.items()}
+    records = {module: cache.get('path', name) for module, name in smallest.items() if name is not None}
+    records = {module: record for module, record in records.items() if record}
+    if not records:
+        return []
+    whole = [module for module, record in records.items() if not any(record[check] for check in CHECKS)]
+    lines = [
+        '',
+        '## The whole path',
+        '',
+        f'What a user does, with the smallest architecture of each module: {len(whole)} of {len(records)} are whole. '
+        'In float64, with randomised weights, running statistics from data and no stochastic layer, on two images of '
+        '32 pixels or, where the architecture does not take them, the smallest of a few sizes that it takes:',
+        '',
+        "- *gradient*: the student's loss gives the stored tensors' replica 0 the plain student's gradient, and "
+        'running statistics move alike, bit for bit.',
+        '- *steps*: three steps of `GapPreservingTask` with SGD train every tensor that has a gradient.',
+        '- *extraction*: `extract_student()`, a new timm model that loads its `state_dict` with `strict=True`, and '
+        '`extract_teacher()` have the logits of the models inside, bit for bit.',
+        '- *state*: a checkpoint that was saved, and read with `weights_only=True`, makes a new task the same.',
+        '- *copies*: so do `deepcopy` and pickle.',
+        '- *noise*: in how many tensors `noise=0.1` tells replicas apart: all that sum over replicated inputs and '
+        "have replicated outputs. The teacher's function stays within rounding, the student bit for bit. Standardised "
+        'weights are not among them: there is no such noise.',
+        '',
+        f'| module | architecture | {" | ".join(CHECKS)} |',
+        f'|---|---|{":---:|" * len(CHECKS)}',
+    ]
+    for module, record in records.items():
+        cells = [
+            'fails' if record[check] else str(record['told_apart']) if check == 'noise' else 'yes' for check in CHECKS
+        ]
+        reduction = ', '.join(f'{key}={value}' for key, value in record['reduction'].items())
+        name = f'`{record["model"]}`' + (f' ({reduction})' if reduction else '')
+        lines.append(f'| {module} | {name} | {" | ".join(cells)} |')
+    failures = [
+        f'- `{record["model"]}`, {check}: {record[check]}'
+        for record in records.values()
+        for check in CHECKS
+        if record[check]
+    ]
+    return [*lines, *(['', *failures] if failures else [])]
 
 
 def _exceptions(cache: Cache, names: Sequence[str]) -> List[str]:

@@ -1,4 +1,4 @@
-"""Plans and compares architectures, in worker processes if asked, and keeps what it finds in a cache."""
+"""Plans, compares and walks architectures, in worker processes if asked, and keeps what it finds in a cache."""
 
 import gc
 import multiprocessing
@@ -13,13 +13,15 @@ from tqdm import tqdm
 from ..errors import NoClassifierError, UnsupportedModelError, first_line
 from ..expansion.planner import plan_expansion
 from ..expansion.verify import compare, read_back_error
-from .architectures import REDUCTIONS, count_parameters, create, create_small
+from .architectures import FEWER, REDUCTIONS, count_parameters, create, create_small
 from .cache import Cache, Record
+from .whole_path import CHECKS, WholePath
 
-__all__ = ['compare_one', 'plan_one', 'sweep']
+__all__ = ['compare_one', 'path_one', 'plan_one', 'smallest_of', 'sweep']
 
 READ_BACK = 1e-6  # relative; one rounding in float32, where a divisor is no power of two
 ALWAYS_COMPARED = 2  # architectures of every module, however large its smallest are
+PATH_CLASSES = 10
 WORKER_TASKS = 25  # architectures after which a worker process gives its memory back
 
 Modules = Mapping[str, Sequence[str]]
@@ -33,7 +35,9 @@ def sweep(
     smallest: Optional[int] = None,
     jobs: int = 1,
 ) -> None:
-    """Plans every architecture and compares those that are small enough, unless the cache knows them.
+    """Plans every architecture, goes the whole path with each module's smallest, and compares those that are small.
+
+    What the cache knows is left out.
 
     Args:
         cache: what is known; records are added to it.
@@ -45,6 +49,7 @@ def sweep(
     """
     names = [name for module in modules.values() for name in module]
     _run(plan_one, 'plan', {name: {} for name in names}, ratio, jobs, cache)
+    _run(path_one, 'path', _walked(cache, modules), ratio, jobs, cache)
     _run(compare_one, 'compare', _chosen(cache, modules, max_parameters, smallest), ratio, jobs, cache)
 
 
@@ -106,6 +111,55 @@ def compare_one(name: str, ratio: int, **reduction: Any) -> Record:
     if not all(agreement.is_exact for agreement in agreements.values()):
         return {**record, 'status': 'inexact', 'reason': 'the planned teacher differs from the student'}
     return {**record, 'status': 'exact'}
+
+
+def path_one(name: str, ratio: int, **reduction: Any) -> Record:
+    """Goes the whole path with an architecture, or a reduced one, on small images.
+
+    Args:
+        name: a model name of timm.
+        ratio: the expansion ratio.
+        **reduction: arguments that make the architecture smaller.
+
+    Returns:
+        For every one of :data:`~timm_gpd.coverage.whole_path.CHECKS` an empty text, or what fails; under
+        ``'told_apart'`` the number of tensors whose replicas noise tells apart; and ``reduction``.
+    """
+    record: Record = {'model': name, 'step': 'path', 'reduction': reduction}
+    torch.manual_seed(0)
+    try:
+        path = WholePath(partial(create_small, name, num_classes=PATH_CLASSES, **reduction), ratio)
+    except Exception as error:
+        return {**record, **dict.fromkeys(CHECKS, _failure(error))}
+    for check in CHECKS:
+        try:
+            result = getattr(path, check)()
+        except Exception as error:
+            record[check] = _failure(error)
+        else:
+            record[check] = ''
+            record.update({} if result is None else {'told_apart': result})
+    return record
+
+
+def smallest_of(cache: Cache, names: Sequence[str]) -> Optional[str]:
+    """The architecture that has the fewest parameters of those that are planned; None if there is none."""
+    sizes = [
+        (cache.get('plan', name)['parameters'], name)
+        for name in names
+        if cache.get('plan', name).get('status') == 'planned'
+    ]
+    return min(sizes)[1] if sizes else None
+
+
+def _walked(cache: Cache, modules: Modules) -> Dict[str, Record]:
+    """The smallest architecture of every module, with fewer blocks where it has many."""
+    smallest = {module: smallest_of(cache, names) for module, names in modules.items()}
+    return {name: FEWER.get(module, {}) for module, name in smallest.items() if name is not None}
+
+
+def _failure(error: Exception) -> str:
+    return f'{type(error).__name__}: {first_line(error)}'
 
 
 def _chosen(

@@ -1,33 +1,90 @@
 """Copies of a model whose tensors are exchanged on the way: no tensor is copied only to be thrown away."""
 
 import copy
-from typing import Any, Callable, Dict, Sequence, Tuple
+from typing import Any, Callable, Dict, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
+from torch.overrides import TorchFunctionMode
 
 from ..plan import ExpansionPlan
 from ..private_torch import forget_flat_weights, list_flat_weights
 
-__all__ = ['blank', 'blank_copy', 'copy_model', 'first_input', 'parameterless_copy', 'wide_copy']
+__all__ = [
+    'blank',
+    'blank_copy',
+    'copy_detached',
+    'copy_model',
+    'first_input',
+    'forget_computed_tensors_',
+    'parameterless_copy',
+    'plain_copy',
+    'wide_copy',
+]
 
 
 def copy_model(model: nn.Module, substitute: Callable[[str, torch.Tensor], torch.Tensor]) -> nn.Module:
-    """A deep copy with other tensors. Ties are kept.
+    """A deep copy with other tensors. Ties are kept; what modules have computed and kept in evaluation mode is not.
 
     Args:
-        model: the model.
+        model: the model, whatever it has run on. It is not modified.
         substitute: ``substitute(name, tensor)`` is what stands for a parameter or buffer; its shape may differ.
 
     Returns:
-        The copy.
+        The copy, every module in its own mode.
     """
     memo: Dict[int, Any] = {}
     for name, parameter in model.named_parameters():
         memo[id(parameter)] = nn.Parameter(substitute(name, parameter), requires_grad=parameter.requires_grad)
     for name, buffer in model.named_buffers():
         memo[id(buffer)] = substitute(name, buffer)
-    return copy.deepcopy(model, memo)
+    return forget_computed_tensors_(copy_detached(model, memo))
+
+
+def copy_detached(value: Any, memo: Optional[Dict[int, Any]] = None) -> Any:
+    """``copy.deepcopy`` that detaches tensors which were computed with gradients, wherever they are kept."""
+    with _DetachedCopies():
+        return copy.deepcopy(value, memo)
+
+
+@torch.no_grad()
+def plain_copy(model: nn.Module) -> nn.Module:
+    """A deep copy, on memory of its own.
+
+    Args:
+        model: the model, whatever it has run on. It is not modified.
+
+    Returns:
+        The copy, see :func:`copy_model`.
+    """
+    return copy_model(model, lambda name, tensor: tensor.detach().clone())
+
+
+class _DetachedCopies(TorchFunctionMode):
+    """Lets ``deepcopy`` take tensors that were computed with gradients, which refuse it."""
+
+    def __torch_function__(self, func: Callable, types: Any, args: Tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.__deepcopy__ and not args[0].is_leaf:
+            return args[0].detach().clone()
+        return func(*args, **(kwargs or {}))
+
+
+def forget_computed_tensors_(model: nn.Module) -> nn.Module:
+    """Lets modules drop what they have computed from their parameters and kept in evaluation mode, in place.
+
+    They do so when they are set to train, as parameters are about to change then: LeViT's attention biases, for one.
+
+    Args:
+        model: a model of any kind.
+
+    Returns:
+        The same model, every module in its own mode.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.train()
+    for module, mode in modes:
+        module.training = mode
+    return model
 
 
 def blank(shape: Sequence[int], dtype: torch.dtype, device: str = 'meta') -> torch.Tensor:

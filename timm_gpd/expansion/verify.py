@@ -1,7 +1,6 @@
 """The numeric check: no dynamic teacher is handed out that is not exactly its student."""
 
 import contextlib
-import copy
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
@@ -11,15 +10,18 @@ from torch.overrides import TorchFunctionMode
 from ..errors import UnsupportedModelError
 from ..plan import ExpansionPlan
 from ..private_torch import BatchNorm, tree_map_only
-from .copies import first_input, wide_copy
+from .copies import first_input, plain_copy, wide_copy
 from .images import SMALL_IMAGES, accepted_input_shape, input_shape
 
 __all__ = [
     'Agreement',
+    'InFloat64',
+    'agreement',
     'compare',
     'disable_randomness_',
     'randomize_',
     'read_back_error',
+    'reference_model',
     'relative_error',
     'verify_plan',
 ]
@@ -50,7 +52,7 @@ class Agreement(NamedTuple):
         return self.error <= min(METHOD, max(ROUNDING, 10 * self.sensitivity))
 
 
-class _InFloat64(TorchFunctionMode):
+class InFloat64(TorchFunctionMode):
     """Makes casts to float32 inside a forward casts to float64: the rounding of the former would hide errors."""
 
     def __torch_function__(self, func: Callable, types: Any, args: Tuple[Any, ...] = (), kwargs: Any = None) -> Any:
@@ -172,22 +174,60 @@ def compare(
     Raises:
         UnsupportedModelError: if the planned teacher does not run.
     """
-    reference = disable_randomness_(randomize_(copy.deepcopy(student).to('cpu', torch.float64))).eval()
-    x = _set_statistics_(reference, images, plan.input_shape)
+    reference, x = reference_model(student, plan, images)
     teacher = wide_copy(reference, plan, plan.expand_tensor)
-    agreements = {}
-    for mode in modes:
-        reference.train(mode == 'training'), teacher.train(mode == 'training')
-        expected = _run(reference, x)
+
+    def run_teacher(x: torch.Tensor) -> Any:
         try:
-            error = _largest_error(_run(teacher, x), expected)
+            return teacher(x)
         except Exception as failure:
             raise UnsupportedModelError(
                 f'{type(student).__name__} cannot be widened: the planned teacher does not run '
                 f'({type(failure).__name__}: {str(failure).splitlines()[0]}); a rule for one of its modules is missing'
             )
-        agreements[mode] = Agreement(error, _sensitivity(reference, x) if error > ROUNDING else 0.0)
+
+    agreements = {}
+    for mode in modes:
+        reference.train(mode == 'training'), teacher.train(mode == 'training')
+        agreements[mode] = agreement(run_teacher, reference, x)
     return agreements
+
+
+@torch.no_grad()
+def reference_model(
+    student: nn.Module,
+    plan: ExpansionPlan,
+    images: Optional[torch.Tensor] = None,
+) -> Tuple[nn.Module, torch.Tensor]:
+    """What a check runs: the student in float64 on the CPU, randomised, in evaluation mode, without stochastic layers.
+
+    Args:
+        student: the model that was planned for. It is not modified.
+        plan: its plan.
+        images: shape (B, in_chans, H, W) (default: random ones, as few and small as tell an error).
+
+    Returns:
+        A copy of the student, and the images that its running statistics were set from.
+    """
+    reference = disable_randomness_(randomize_(plain_copy(student).to('cpu', torch.float64))).eval()
+    return reference, _set_statistics_(reference, images, plan.input_shape)
+
+
+@torch.no_grad()
+def agreement(run: Callable[[torch.Tensor], Any], reference: nn.Module, x: torch.Tensor) -> Agreement:
+    """How well a function agrees with a model.
+
+    Args:
+        run: turns images into logits, shape (B, num_classes), or several tensors of them.
+        reference: the model, in float64 and in the mode to compare in.
+        x: images, shape (B, in_chans, H, W).
+
+    Returns:
+        The error, and the model's sensitivity to rounding where the error exceeds 1e-12.
+    """
+    expected = _run(reference, x)
+    error = _largest_error(_run(run, x), expected)
+    return Agreement(error, _sensitivity(reference, x) if error > ROUNDING else 0.0)
 
 
 def verify_plan(student: nn.Module, plan: ExpansionPlan) -> float:
@@ -235,8 +275,8 @@ def read_back_error(student: nn.Module, plan: ExpansionPlan) -> float:
     )
 
 
-def _run(model: nn.Module, x: torch.Tensor) -> Any:
-    with _InFloat64():
+def _run(model: Callable[[torch.Tensor], Any], x: torch.Tensor) -> Any:
+    with InFloat64():
         return model(x)
 
 
@@ -269,7 +309,7 @@ def _set_statistics_(
 def _sensitivity(model: nn.Module, x: torch.Tensor) -> float:
     """Relative change of the output when images and parameters move by 2^-52."""
     generator = torch.Generator().manual_seed(1)
-    moved, moved_x = copy.deepcopy(model), x.clone()
+    moved, moved_x = plain_copy(model), x.clone()
     for tensor in (moved_x, *moved.parameters()):
         signs = torch.randint(0, 2, tensor.shape, generator=generator, dtype=tensor.dtype) * 2 - 1
         tensor *= 1 + signs * torch.finfo(tensor.dtype).eps

@@ -1,6 +1,5 @@
 """The dynamic teacher: one set of parameters that runs as a wide teacher and as the student inside it."""
 
-import copy
 from functools import partial
 from typing import Any, Callable, Dict, Iterable, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
 
@@ -9,7 +8,14 @@ import torch.nn as nn
 
 from ..errors import InputError
 from ..expansion import plan_expansion, verify_plan
-from ..expansion.copies import copy_model, parameterless_copy, wide_copy
+from ..expansion.copies import (
+    copy_detached,
+    copy_model,
+    forget_computed_tensors_,
+    parameterless_copy,
+    plain_copy,
+    wide_copy,
+)
 from ..expansion.student import unwrap_student
 from ..plan import ExpansionPlan
 from .branches import branch_kinds
@@ -129,7 +135,7 @@ class DynamicTeacher(TimmModel):
         self.wide = wide_copy(student, plan, self._stored)
         self.student = parameterless_copy(student)
         if noise:
-            self._add_noise(noise)
+            _add_noise_(self.wide, plan, noise)
         self.branches, self._branched = branch_convolutions(
             self.wide, plan.tensors, self._layout.is_trained, self.branch_kinds, scale
         )
@@ -281,6 +287,7 @@ class DynamicTeacher(TimmModel):
         Returns:
             What ``load_state_dict`` of a student returns: missing and unexpected keys.
         """
+        _forget_computed_tensors(self)
         plain = self.extract_student()
         result = plain.load_state_dict(state_dict, strict=strict)
         wide = dict(_named_tensors(self.wide))
@@ -302,7 +309,7 @@ class DynamicTeacher(TimmModel):
         Returns:
             A new model, in this module's mode, that shares no memory with it.
         """
-        return self._layout.fill_slots(copy.deepcopy(self.student), self.student_parameters())
+        return self._layout.fill_slots(plain_copy(self.student), self.student_parameters())
 
     @torch.no_grad()
     def extract_teacher(self) -> nn.Module:
@@ -315,14 +322,31 @@ class DynamicTeacher(TimmModel):
         teacher = copy_model(self.wide, lambda name, tensor: parameters.get(name, tensor).detach().clone())
         return self._layout.fill_slots(teacher, {name: parameters[name] for name in self._branched})
 
-    @torch.no_grad()
-    def _add_noise(self, noise: float) -> None:
-        for name, parameter in self.wide.named_parameters():
-            if name in self._divisors:
-                parameter += self.plan.tensors[name].noise_like(parameter, noise * parameter.std().item())
+    def __getstate__(self) -> Dict[str, Any]:
+        """What copies and pickles are made from."""
+        _forget_computed_tensors(self)
+        return self.__dict__
+
+    def __deepcopy__(self, memo: Dict[int, Any]) -> 'DynamicTeacher':
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        copied.__setstate__(copy_detached(self.__getstate__(), memo))
+        return copied
 
     def extra_repr(self) -> str:
         return f'ratio={self.plan.ratio}, scale={self.scale}, branches={self.branch_kinds}'
+
+
+@torch.no_grad()
+def _add_noise_(wide: nn.Module, plan: ExpansionPlan, noise: float) -> None:
+    for name, parameter in wide.named_parameters():
+        if name in plan.tensors and plan.tensors[name].divisor > 1:
+            parameter += plan.tensors[name].noise_like(parameter, noise * parameter.std().item())
+
+
+def _forget_computed_tensors(dynamic_teacher: DynamicTeacher) -> None:
+    """A compiler runs the models themselves, not twins of them, and what their modules keep of such a run stays."""
+    forget_computed_tensors_(dynamic_teacher.wide)
+    forget_computed_tensors_(dynamic_teacher.student)
 
 
 def _check_storage(scale: str, noise: float) -> None:
