@@ -1,5 +1,7 @@
-"""Every module of timm: its smallest architecture expands exactly, in both modes, is read back, goes the whole path."""
+"""Every module of timm: its smallest architecture expands exactly, in both modes, is read back, goes a user's path."""
 
+import copy
+import gc
 from functools import partial
 
 import pytest
@@ -8,11 +10,12 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from timm_gpd import Rule, UnsupportedModelError, expand, plan_expansion, register_rule
+from timm_gpd import GapPreservingTask, Rule, UnsupportedModelError, expand, plan_expansion, register_rule
 from timm_gpd.coverage import create, create_small, read_back_error, timm_modules
 from timm_gpd.coverage.architectures import FEWER
 from timm_gpd.coverage.whole_path import CHECKS, WholePath
-from timm_gpd.expansion.verify import MODES, compare, verify_plan
+from timm_gpd.expansion.images import run_on_small_images
+from timm_gpd.expansion.verify import compare, disable_randomness_, randomize_, verify_plan
 
 # The smallest architecture of every module of timm 1.0.31, by parameters. Other releases' other modules are searched.
 SMALLEST = {
@@ -115,7 +118,8 @@ SMALLEST = {
     'xception_aligned': 'xception41p',
     'xcit': 'xcit_nano_12_p8_224',
 }
-# What goes the whole path here, the fast ones of every kind. `python -m timm_gpd.coverage` goes it with all modules.
+# What goes the whole path here, the fast ones of every kind, others a short one. `python -m timm_gpd.coverage` goes the
+# whole path with all modules.
 WALKED = (
     'beit',
     'byobnet',
@@ -161,21 +165,51 @@ def smallest(module):
 
 
 @pytest.mark.parametrize('module', timm_modules())
-def test_smallest_architecture_is_exact_and_goes_the_whole_path(module):
+def test_smallest_architecture_is_exact_and_goes_the_path(module):
+    gc.collect()  # two models of another module, in float64
     create_student = partial(create_small, smallest(module), **FEWER.get(module, {}))
     path = WholePath(create_student) if module in WALKED else None
-    if path is None:
-        student = create_student()
-        plan, modes = plan_expansion(student), MODES
-    else:
-        student, plan, modes = path.student, path.plan, ('training',)  # the task has compared them in evaluation mode
+    task = GapPreservingTask(randomize_(create_student()), verbose=False) if path is None else path.task
+    student, plan = create_student() if path is None else path.student, task.get_dynamic_teacher().plan
     before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
-    agreements = compare(student, plan, modes)
-    assert all(agreement.is_exact for agreement in agreements.values()), agreements
+    agreement = compare(student, plan, ('training',))['training']  # the task has compared them in evaluation mode
+    assert agreement.is_exact, agreement
     assert read_back_error(student, plan) <= 1e-15
-    for check in CHECKS if path is not None else ():
-        getattr(path, check)()
-    assert all(torch.equal(tensor, before[name]) for name, tensor in student.state_dict().items())
+    if path is None:
+        go_the_short_path(task, student)
+    else:
+        for check in CHECKS:
+            getattr(path, check)()
+        assert all(torch.equal(tensor, before[name]) for name, tensor in student.state_dict().items())
+
+
+def go_the_short_path(task, fresh):
+    """One step, extraction into a fresh model of timm, a checkpoint, a copy. `expand` has compared the gradients."""
+    disable_randomness_(task)
+    x, _ = run_on_small_images(
+        lambda x: task.train()(x, torch.tensor([0, 1]))['loss'].backward(),
+        fresh,
+        task.get_dynamic_teacher().plan.input_shape,
+        2,
+    )
+    stored = list(task.get_trainable_module().parameters())
+    before = [parameter.detach().clone() for parameter in stored]
+    nn.utils.clip_grad_norm_(stored, 1.0)
+    torch.optim.SGD(stored, lr=0.1).step()
+    trained = [not torch.equal(*pair) for pair in zip(stored, before)]
+    assert sum(trained) > len(trained) / 2, f'{sum(trained)} of {len(trained)} tensors are trained'
+
+    student = task.eval().get_student()
+    fresh.eval().load_state_dict(student.state_dict(), strict=True)
+    state, other = task.get_checkpoint_state(), copy.deepcopy(task)
+    with torch.no_grad():
+        for parameter in other.get_trainable_module().parameters():
+            parameter.zero_()
+    other.load_checkpoint_state(state['state_dict'], state['task_state'])
+    expected = task.get_dynamic_teacher().forward_student(x)
+    assert expected.isfinite().all()
+    for what in (student, fresh, other.get_dynamic_teacher().forward_student):
+        assert torch.equal(what(x), expected)
 
 
 def test_the_smallest_architecture_of_a_new_module_is_found(monkeypatch):

@@ -17,6 +17,7 @@ REDUCTIONS: List[Dict[str, Any]] = [{'mlp_ratio': 1 / 16}, {'depth': 2}]
 # types that JSON has.
 FEWER: Dict[str, Dict[str, Any]] = {
     'beit': {'depth': 2, 'embed_dim': 192, 'num_heads': 3},
+    'byoanet': {'width_factor': 0.25},
     'cait': {'depth': 2},
     'coat': {'serial_depths': [1, 1, 1, 1], 'parallel_depth': 1},
     'convit': {'depth': 3, 'local_up_to_layer': 2},
@@ -35,6 +36,7 @@ FEWER: Dict[str, Dict[str, Any]] = {
     'nasnet': {'stem_size': 24, 'num_features': 576},
     'pit': {'depth': [1, 1, 1]},
     'qwen3_vit': {'depth': 2, 'embed_dim': 192, 'num_heads': 3},
+    'repvit': {'depth': [1, 1, 1, 1]},
     'res2net': {'layers': [1, 1, 1, 1]},
     'resnetv2': {'layers': [1, 1, 1, 1]},
     'senet': {'layers': [1, 1, 1, 1]},

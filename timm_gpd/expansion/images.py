@@ -1,16 +1,24 @@
 """What images a model takes."""
 
 import math
-from typing import Iterator, Optional, Tuple
+from typing import Any, Callable, Iterator, Optional, Tuple
 
 import torch
 import torch.nn as nn
 
 from .copies import blank, blank_copy
 
-__all__ = ['SMALL_IMAGES', 'accepted_input_shape', 'blank_images', 'error_with', 'has_record', 'input_shape']
+__all__ = [
+    'SMALL_IMAGES',
+    'accepted_input_shape',
+    'blank_images',
+    'error_with',
+    'has_record',
+    'input_shape',
+    'run_on_small_images',
+]
 
-SMALL_IMAGES = (64, 56, 128)  # pixels: enough for a check wherever a model accepts one of them
+SMALL_IMAGES = (64, 56, 96, 128)  # pixels: enough for a check wherever a model accepts one of them
 CHANNELS = (3, 1, 4, 2)  # of images, where a model has no record
 
 
@@ -51,6 +59,39 @@ def blank_images(model: nn.Module, shape: Tuple[int, int, int], device: str = 'm
     """
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
     return blank((2, *shape), dtype, device)
+
+
+def run_on_small_images(
+    run: Callable[[torch.Tensor], Any],
+    model: nn.Module,
+    shape: Optional[Tuple[int, int, int]],
+    batch: int,
+) -> Tuple[torch.Tensor, Any]:
+    """Runs a function on random images that are as small as it accepts.
+
+    Args:
+        run: takes images, shape (B, in_chans, H, W).
+        model: the model that they are for; they have its dtype and device.
+        shape: ``(channels, height, width)`` in pixels that it accepts, if known.
+        batch: number B of images.
+
+    Returns:
+        The images, and what the function returned.
+
+    Raises:
+        Exception: what the function raised for images of that shape.
+    """
+    parameter = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    channels, height, width = shape or accepted_input_shape(model) or input_shape(model)
+    sizes = [(min(size, height), min(size, width)) for size in SMALL_IMAGES] + [(height, width)]
+    for size in sizes:
+        x = torch.randn(batch, channels, *size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        x = x.to(parameter)
+        try:
+            return x, run(x)
+        except Exception as failure:
+            error = failure
+    raise error
 
 
 def has_record(model: nn.Module) -> bool:

@@ -11,7 +11,7 @@ from ..errors import UnsupportedModelError
 from ..plan import ExpansionPlan
 from ..private_torch import BatchNorm, tree_map_only
 from .copies import first_input, plain_copy, wide_copy
-from .images import SMALL_IMAGES, accepted_input_shape, input_shape
+from .images import run_on_small_images
 
 __all__ = [
     'Agreement',
@@ -19,6 +19,7 @@ __all__ = [
     'agreement',
     'compare',
     'disable_randomness_',
+    'outputs_of',
     'randomize_',
     'read_back_error',
     'reference_model',
@@ -294,16 +295,7 @@ def _set_statistics_(
 
     if images is not None:
         return run(images.to('cpu', torch.float64))
-    channels, height, width = shape or accepted_input_shape(model) or input_shape(model)
-    sizes = [(min(size, height), min(size, width)) for size in SMALL_IMAGES] + [(height, width)]
-    for size in sizes:
-        try:
-            return run(
-                torch.randn(BATCH, channels, *size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-            )
-        except Exception as failure:
-            error = failure
-    raise error
+    return run_on_small_images(run, model, shape, BATCH)[0]
 
 
 def _sensitivity(model: nn.Module, x: torch.Tensor) -> float:
@@ -317,11 +309,11 @@ def _sensitivity(model: nn.Module, x: torch.Tensor) -> float:
 
 
 def _largest_error(actual: Any, expected: Any) -> float:
-    return max(relative_error(a, e) for a, e in zip(_outputs(actual), _outputs(expected)))
+    return max(relative_error(a, e) for a, e in zip(outputs_of(actual), outputs_of(expected)))
 
 
-def _outputs(output: Any) -> List[torch.Tensor]:
-    """Some models return more than one tensor of logits in training mode."""
+def outputs_of(output: Any) -> List[torch.Tensor]:
+    """The tensors that a model returned: some return more than one of logits in training mode."""
     if isinstance(output, torch.Tensor):
         return [output]
-    return [tensor for item in output for tensor in _outputs(item)]
+    return [tensor for item in output for tensor in outputs_of(item)]

@@ -7,7 +7,6 @@ import torch
 import torch.nn as nn
 
 from ..errors import InputError
-from ..expansion import plan_expansion, verify_plan
 from ..expansion.copies import (
     copy_detached,
     copy_model,
@@ -26,7 +25,7 @@ from .parameter_layout import ParameterLayout
 from .shared_tensors import SharedTensors
 from .timm_model import TimmModel
 
-__all__ = ['DynamicTeacher', 'JointOutput', 'expand', 'SCALES']
+__all__ = ['SCALES', 'DynamicTeacher', 'JointOutput', 'check_storage']
 
 SCALES = ('student', 'teacher')
 
@@ -39,50 +38,6 @@ class JointOutput(NamedTuple):
 
     student: Any
     teacher: Any
-
-
-def expand(
-    student: nn.Module,
-    ratio: int = 2,
-    num_branches: int = 1,
-    noise: float = 0.0,
-    scale: str = 'student',
-    branches: Optional[Sequence[str]] = None,
-    classifier: Union[str, Sequence[str], None] = None,
-) -> 'DynamicTeacher':
-    """Builds the dynamic teacher of a student by inverse reparameterization (Sec. 3.2 of arXiv 2410.04140).
-
-    The teacher starts as exactly the student's function. This is checked on a random batch in float64, with randomised
-    weights, before anything is returned: for a moment the CPU holds both models in float64, about 8 (1 + r^2) bytes for
-    each of the student's parameters, besides activations of four small images.
-
-    Args:
-        student: a timm model with a classifier, or any model whose ``classifier`` is named; wrappers are looked
-            through. It is not modified.
-        ratio: expansion ratio r of the channels.
-        num_branches: branches per convolution, 1 to 6 (the paper's); 1 is a plain convolution.
-        noise: standard deviation, relative to each weight's own, of noise that tells replicas apart without changing
-            the teacher's function or the student. Exact replicas of everything but replica 0 receive equal gradients.
-        scale: what is stored. ``'student'`` stores the student's own weights in replica 0, and the student's learning
-            rate and weight decay mean what they mean in plain training. ``'teacher'`` (the authors') stores the
-            teacher's weights, and the student's are r times a slice of them.
-        branches: names the kinds of branch instead of their number, see ``timm_gpd.teacher.branches.BRANCH_KINDS``.
-        classifier: dotted names of the modules that give logits, where the model has no ``get_classifier()``, see
-            :func:`timm_gpd.plan_expansion`.
-
-    Returns:
-        The dynamic teacher, on the student's device, in its dtype and mode.
-
-    Raises:
-        ValueError: if an argument is out of range.
-        UnsupportedModelError: if a module cannot be widened exactly.
-    """
-    kinds = branch_kinds(num_branches, branches)
-    _check_storage(scale, noise)
-    student = unwrap_student(student)
-    plan = plan_expansion(student, ratio, classifier)
-    verify_plan(student, plan)
-    return DynamicTeacher(student, plan, noise=noise, scale=scale, branches=kinds)
 
 
 class DynamicTeacher(TimmModel):
@@ -122,7 +77,7 @@ class DynamicTeacher(TimmModel):
         branches: Sequence[str] = ('kxk',),
     ) -> None:
         super().__init__()
-        _check_storage(scale, noise)
+        check_storage(scale, noise)
         student = unwrap_student(student)
         self.plan = plan
         self.scale = scale
@@ -349,7 +304,7 @@ def _forget_computed_tensors(dynamic_teacher: DynamicTeacher) -> None:
     forget_computed_tensors_(dynamic_teacher.student)
 
 
-def _check_storage(scale: str, noise: float) -> None:
+def check_storage(scale: str, noise: float) -> None:
     if scale not in SCALES:
         raise InputError(f'scale must be one of {", ".join(SCALES)}, but is {scale!r}')
     if not noise >= 0:

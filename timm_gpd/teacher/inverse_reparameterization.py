@@ -1,0 +1,60 @@
+"""Inverse reparameterization: how a dynamic teacher is made from a student (Sec. 3.2 of arXiv 2410.04140)."""
+
+from typing import Optional, Sequence, Union
+
+import torch.nn as nn
+
+from ..expansion import plan_expansion, verify_plan
+from ..expansion.student import unwrap_student
+from .branches import branch_kinds
+from .dynamic_teacher import DynamicTeacher, check_storage
+from .rehearsal import rehearse
+
+__all__ = ['expand']
+
+
+def expand(
+    student: nn.Module,
+    ratio: int = 2,
+    num_branches: int = 1,
+    noise: float = 0.0,
+    scale: str = 'student',
+    branches: Optional[Sequence[str]] = None,
+    classifier: Union[str, Sequence[str], None] = None,
+) -> DynamicTeacher:
+    """Builds the dynamic teacher of a student by inverse reparameterization (Sec. 3.2 of arXiv 2410.04140).
+
+    The teacher starts as exactly the student's function. This is checked on a random batch in float64, with randomised
+    weights, before anything is returned: for a moment the CPU holds both models in float64, about 8 (1 + r^2) bytes for
+    each of the student's parameters, besides activations of four small images. Then what is returned runs itself, see
+    :func:`timm_gpd.teacher.rehearsal.rehearse`.
+
+    Args:
+        student: a timm model with a classifier, or any model whose ``classifier`` is named; wrappers are looked
+            through. It is not modified.
+        ratio: expansion ratio r of the channels.
+        num_branches: branches per convolution, 1 to 6 (the paper's); 1 is a plain convolution.
+        noise: standard deviation, relative to each weight's own, of noise that tells replicas apart without changing
+            the teacher's function or the student. Exact replicas of everything but replica 0 receive equal gradients.
+        scale: what is stored. ``'student'`` stores the student's own weights in replica 0, and the student's learning
+            rate and weight decay mean what they mean in plain training. ``'teacher'`` (the authors') stores the
+            teacher's weights, and the student's are r times a slice of them.
+        branches: names the kinds of branch instead of their number, see ``timm_gpd.teacher.branches.BRANCH_KINDS``.
+        classifier: dotted names of the modules that give logits, where the model has no ``get_classifier()``, see
+            :func:`timm_gpd.plan_expansion`.
+
+    Returns:
+        The dynamic teacher, on the student's device, in its dtype and mode.
+
+    Raises:
+        ValueError: if an argument is out of range.
+        UnsupportedModelError: if a module cannot be widened exactly.
+    """
+    kinds = branch_kinds(num_branches, branches)
+    check_storage(scale, noise)
+    student = unwrap_student(student)
+    plan = plan_expansion(student, ratio, classifier)
+    verify_plan(student, plan)
+    dynamic_teacher = DynamicTeacher(student, plan, noise=noise, scale=scale, branches=kinds)
+    rehearse(dynamic_teacher, student)
+    return dynamic_teacher
