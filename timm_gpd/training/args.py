@@ -249,6 +249,15 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--eval-metric', default='top1', help='metric of the best checkpoint')
 
 
+def _add_tracking(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group('Tracking')
+    group.add_argument('--log-tensorboard', action='store_true', help="write for TensorBoard to the run's folder")
+    group.add_argument('--log-wandb', action='store_true', help='send the metrics of every epoch to wandb')
+    group.add_argument('--wandb-project', default=None, metavar='NAME', help='project there')
+    group.add_argument('--wandb-tags', nargs='+', default=[], metavar='TAG', help='tags there')
+    group.add_argument('--wandb-resume-id', default='', metavar='ID', help='run there that a resumed run continues')
+
+
 def _train_parser() -> argparse.ArgumentParser:
     parser = Parser(description='Train a timm model, with --gpd by Gap Preserving Distillation.', epilog=EXIT_CODES)
     parser.add_argument('-c', '--config', default='', metavar='FILE', help='YAML file of default arguments')
@@ -271,6 +280,7 @@ def _train_parser() -> argparse.ArgumentParser:
     _add_augmentation(parser)
     _add_device(parser)
     _add_run(parser)
+    _add_tracking(parser)
     parser.add_argument('--log-interval', type=int, default=50, metavar='N', help='batches between log lines')
     return parser
 

@@ -1,7 +1,6 @@
 """One epoch of training, for any of timm's tasks."""
 
 import argparse
-import logging
 import math
 import time
 from collections import OrderedDict
@@ -16,11 +15,10 @@ from timm.utils import AverageMeter, CheckpointSaver, dispatch_clip_grad
 
 from ..losses import check_finite
 from .compute import Compute
+from .progress import Progress
 from .schedule import mean_lr
 
 __all__ = ['LoopSettings', 'train_one_epoch']
-
-_logger = logging.getLogger('train')
 
 
 @dataclass(frozen=True)
@@ -32,7 +30,6 @@ class LoopSettings:
         clip_grad: limit that gradients are clipped to, None for none.
         clip_mode: what is limited: ``'norm'``, ``'value'``, or ``'agc'``, the norm relative to the weights'.
         mixup_off_epoch: epoch from which on batches are not mixed, 0 for never.
-        log_interval: updates between log lines.
         recovery_interval: updates between recovery checkpoints, 0 for none.
     """
 
@@ -40,7 +37,6 @@ class LoopSettings:
     clip_grad: Optional[float] = None
     clip_mode: str = 'norm'
     mixup_off_epoch: int = 0
-    log_interval: int = 50
     recovery_interval: int = 0
 
     @classmethod
@@ -59,6 +55,7 @@ def train_one_epoch(
     lr_scheduler: Any = None,
     saver: Optional[CheckpointSaver] = None,
     mixup_fn: Optional[Mixup] = None,
+    progress: Optional[Progress] = None,
 ) -> Dict[str, float]:
     """Trains for one epoch.
 
@@ -68,10 +65,11 @@ def train_one_epoch(
         loader: batches of images (B, in_chans, H, W) and targets.
         optimizer: over the task's trainable module.
         compute: device and precision.
-        settings: accumulation, clipping, logging.
+        settings: accumulation, clipping, recovery.
         lr_scheduler: timm scheduler; stepped on every update.
         saver: writes recovery checkpoints.
         mixup_fn: mixes a batch, where the loader does not.
+        progress: shows how far the run is.
 
     Returns:
         Mean of the loss and of each of its terms, weighted by batch size.
@@ -86,11 +84,11 @@ def train_one_epoch(
             loader.mixup_enabled = False
     task.train()
     means = _ScalarMeans()
-    loss_meter, update_time, data_time = AverageMeter(), AverageMeter(), AverageMeter()
+    loss_meter = AverageMeter()
     batches = len(loader)
     updates_per_epoch = -(-batches // settings.grad_accum_steps)
     num_updates = epoch * updates_per_epoch
-    samples = 0
+    samples, data_seconds = 0, 0.0
     optimizer.zero_grad()
     data_start = update_start = time.time()
     for index, (images, target) in enumerate(loader):
@@ -102,7 +100,7 @@ def train_one_epoch(
         images, target = compute.prepare(images, target)
         if mixup_fn is not None:
             images, target = mixup_fn(images, target)
-        data_time.update(time.time() - data_start)
+        data_seconds += time.time() - data_start
 
         with nullcontext() if needs_update else task.no_sync():
             with compute.autocast():
@@ -118,24 +116,15 @@ def train_one_epoch(
             if not math.isfinite(loss):
                 means.check_finite()
             loss_meter.update(loss, images.shape[0])
-            update_time.update(time.time() - update_start)
-            update_start = time.time()
-            if update % settings.log_interval == 0 or last_batch:
+            seconds, update_start = time.time() - update_start, time.time()
+            if progress is not None:
                 lr = mean_lr(optimizer)
-                _logger.info(
-                    f'Train: {epoch} [{update:>4d}/{updates_per_epoch} '
-                    f'({100.0 * (update + 1) / updates_per_epoch:>3.0f}%)]  '
-                    f'Loss: {loss_meter.val:#.3g} ({loss_meter.avg:#.3g})  '
-                    f'Time: {update_time.val:.3f}s, {samples / update_time.val:>7.2f}/s  '
-                    f'({update_time.avg:.3f}s, {samples / update_time.avg:>7.2f}/s)  '
-                    f'LR: {lr:.3e}  '
-                    f'Data: {data_time.val:.3f} ({data_time.avg:.3f})'
-                )
+                progress.step(epoch, update, loss, loss_meter.avg, lr, samples, seconds, data_seconds)
             if saver is not None and settings.recovery_interval and (update + 1) % settings.recovery_interval == 0:
                 saver.save_recovery(epoch, batch_idx=update)
             if lr_scheduler is not None:
                 lr_scheduler.step_update(num_updates=num_updates, metric=loss_meter.avg)
-            samples = 0
+            samples, data_seconds = 0, 0.0
         data_start = time.time()
     return means.compute()
 
