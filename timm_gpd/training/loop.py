@@ -6,7 +6,7 @@ import time
 from collections import OrderedDict
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
-from typing import Any, Dict, Optional
+from typing import Any, Dict, Optional, Tuple
 
 import torch
 from timm.data import Mixup
@@ -18,6 +18,7 @@ from .compute import Compute
 from .interruption import Interruption, RunInterrupted
 from .non_finite import NonFiniteError, are_finite, name_non_finite
 from .processes import Processes
+from .progress import Progress
 from .replay import ReplayedLoader
 from .schedule import mean_lr
 
@@ -35,7 +36,6 @@ class LoopSettings:
         clip_grad: limit that gradients are clipped to, None for none.
         clip_mode: what is limited: ``'norm'``, ``'value'``, or ``'agc'``, the norm relative to the weights'.
         mixup_off_epoch: epoch from which on batches are not mixed, 0 for never.
-        log_interval: updates between log lines.
         recovery_interval: updates between recovery checkpoints, 0 for none.
         on_nan: what follows a loss or gradient that is NaN or infinite, see ``POLICIES`` of ``non_finite``.
     """
@@ -44,7 +44,6 @@ class LoopSettings:
     clip_grad: Optional[float] = None
     clip_mode: str = 'norm'
     mixup_off_epoch: int = 0
-    log_interval: int = 50
     recovery_interval: int = 0
     on_nan: str = 'stop'
 
@@ -63,11 +62,12 @@ class TrainingLoop:
         optimizer: over the task's trainable module.
         compute: device and precision.
         processes: those that train together.
-        settings: accumulation, clipping, logging.
+        settings: accumulation, clipping, recovery.
         lr_scheduler: timm scheduler, stepped on every update; or None.
         checkpoints: writes recovery checkpoints, and where the run stands if it is interrupted.
         interruption: tells whether the run shall end.
         mixup_fn: mixes a batch, where the loader does not.
+        progress: shows how far the run is.
     """
 
     def __init__(
@@ -82,10 +82,12 @@ class TrainingLoop:
         checkpoints: Optional[Checkpoints] = None,
         interruption: Optional[Interruption] = None,
         mixup_fn: Optional[Mixup] = None,
+        progress: Optional[Progress] = None,
     ) -> None:
         self.task, self.loader, self.optimizer, self.compute = task, loader, optimizer, compute
         self.processes, self.settings, self.lr_scheduler = processes, settings, lr_scheduler
-        self.checkpoints, self.interruption, self.mixup_fn = checkpoints, interruption, mixup_fn
+        self.checkpoints, self.interruption = checkpoints, interruption
+        self.mixup_fn, self.progress = mixup_fn, progress
         self.updates_per_epoch = -(-len(loader) // settings.grad_accum_steps)
 
     def train_epoch(self, position: Position) -> Dict[str, float]:
@@ -106,7 +108,7 @@ class TrainingLoop:
             self._turn_mixup_off()
         self.task.train()
         self.optimizer.zero_grad()
-        log = _Log(self.settings.log_interval, self.updates_per_epoch)
+        losses, times = AverageMeter(), _Times()
         means, update_terms = _Means.at(position), _Means()
         for index, (images, target) in self.loader.run_epoch(epoch, position.batch):
             update = index // accumulation
@@ -116,7 +118,7 @@ class TrainingLoop:
             images, target = self.compute.prepare(images, target)
             if self.mixup_fn is not None:
                 images, target = self.mixup_fn(images, target)
-            log.loaded()
+            times.loaded()
             with nullcontext() if is_update else self.task.no_sync():
                 with self.compute.autocast():
                     result = self.task(images, target)
@@ -133,9 +135,14 @@ class TrainingLoop:
             self.optimizer.zero_grad()
             num_updates = epoch * self.updates_per_epoch + update + 1
             self.task.update_ema(step=num_updates)
-            log.updated(epoch, update, update_terms, mean_lr(self.optimizer))
+            losses.update((update_terms.sums['loss'] / update_terms.images).item(), update_terms.images)
+            if self.progress is not None:
+                images_of_all = update_terms.images * self.processes.world_size
+                self.progress.step(
+                    epoch, update, losses.val, losses.avg, mean_lr(self.optimizer), images_of_all, *times.updated()
+                )
             if self.lr_scheduler is not None:
-                self.lr_scheduler.step_update(num_updates=num_updates, metric=log.losses.avg)
+                self.lr_scheduler.step_update(num_updates=num_updates, metric=losses.avg)
             update_terms = _Means()
             position.batch = index + 1
             self._save_if_wanted(position, means, update)
@@ -238,36 +245,21 @@ class _Means:
         return OrderedDict((name, value / max(images, 1)) for name, value in zip(self.sums, sums))
 
 
-class _Log:
-    """Log lines of an epoch, as timm's script writes them.
+class _Times:
+    """How long an update takes, and how much of that it waits for images; in seconds."""
 
-    Args:
-        interval: updates between them.
-        updates_per_epoch: how many there are.
-    """
-
-    def __init__(self, interval: int, updates_per_epoch: int) -> None:
-        self.interval, self.updates_per_epoch = interval, updates_per_epoch
-        self.losses, self.update_time, self.data_time = AverageMeter(), AverageMeter(), AverageMeter()
-        self.data_start = self.update_start = time.time()
+    def __init__(self) -> None:
+        self.start = self.waiting_since = time.time()
+        self.waited = 0.0
 
     def loaded(self) -> None:
         """A batch is there."""
-        self.data_time.update(time.time() - self.data_start)
+        self.waited += time.time() - self.waiting_since
 
-    def updated(self, epoch: int, update: int, terms: _Means, lr: float) -> None:
-        """An update is done; ``terms`` are those of its batches."""
-        self.losses.update((terms.sums['loss'] / terms.images).item(), terms.images)
+    def updated(self) -> Tuple[float, float]:
+        """Both numbers of an update that is done; the next one begins."""
         now = time.time()
-        self.update_time.update(now - self.update_start)
-        self.update_start = self.data_start = now
-        if update % self.interval == 0 or update == self.updates_per_epoch - 1:
-            _logger.info(
-                f'Train: {epoch} [{update:>4d}/{self.updates_per_epoch} '
-                f'({100.0 * (update + 1) / self.updates_per_epoch:>3.0f}%)]  '
-                f'Loss: {self.losses.val:#.3g} ({self.losses.avg:#.3g})  '
-                f'Time: {self.update_time.val:.3f}s, {terms.images / self.update_time.val:>7.2f}/s  '
-                f'({self.update_time.avg:.3f}s, {terms.images / self.update_time.avg:>7.2f}/s)  '
-                f'LR: {lr:.3e}  '
-                f'Data: {self.data_time.val:.3f} ({self.data_time.avg:.3f})'
-            )
+        times = now - self.start, self.waited
+        self.start = self.waiting_since = now
+        self.waited = 0.0
+        return times

@@ -1,0 +1,34 @@
+"""Files that are replaced as a whole."""
+
+import os
+import tempfile
+from contextlib import contextmanager, suppress
+from typing import Iterator
+
+__all__ = ['replaced_file']
+
+
+@contextmanager
+def replaced_file(path: str) -> Iterator[str]:
+    """Gives a hidden file beside ``path`` to write, which takes its place if nothing was raised.
+
+    So whoever reads, and whoever is killed while writing, sees the old file or the whole new one.
+
+    Args:
+        path: what is written or replaced.
+
+    Raises:
+        OSError: if the folder cannot be written. The old file stays as it is.
+    """
+    folder, name = os.path.split(os.path.abspath(path))
+    handle, partial = tempfile.mkstemp(prefix=f'.{name}-', dir=folder)
+    os.close(handle)
+    try:
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(partial, 0o666 & ~umask)  # as of any new file; mkstemp's are for their owner alone
+        yield partial
+        os.replace(partial, path)
+    finally:
+        with suppress(FileNotFoundError):
+            os.remove(partial)
