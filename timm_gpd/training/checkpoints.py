@@ -11,16 +11,19 @@ import os
 import pickle
 import shutil
 from dataclasses import dataclass, field
-from typing import Any, Callable, Dict, List, NamedTuple, Optional
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence
 
 import torch
+import torch.nn as nn
 from timm.task import TrainingTask
+from timm.utils import unwrap_model
 from timm.utils.checkpoint_saver import load_checkpoint_metadata
 
 from ..errors import UsageError, first_line
+from .files import replaced_file
 from .processes import Processes
 
-__all__ = ['Checkpoints', 'Position', 'newest_checkpoint', 'write_at_once']
+__all__ = ['Checkpoints', 'Position', 'newest_checkpoint']
 
 EXTENSION = '.pth.tar'
 
@@ -37,6 +40,7 @@ class Position:
         sums: of each loss over the images of the epoch so far, in this process.
         images: how many those are.
         rewinds: how often the run has gone back to a checkpoint; its random numbers are others each time.
+        learning_rates: of the optimizer's parameter groups, where they come from a checkpoint.
     """
 
     epoch: int = 0
@@ -44,6 +48,11 @@ class Position:
     sums: Dict[str, float] = field(default_factory=dict)
     images: int = 0
     rewinds: int = 0
+    learning_rates: Sequence[float] = ()
+
+    def next_epoch(self) -> 'Position':
+        """The beginning of the next epoch."""
+        return Position(self.epoch + 1, rewinds=self.rewinds)
 
 
 class Kept(NamedTuple):
@@ -155,18 +164,29 @@ class Checkpoints:
             state[self.loss_scaler.state_dict_key] = self.loss_scaler.state_dict()
         if metric is not None:
             state['metric'] = metric
-        write_at_once(self.path(name), lambda file: torch.save(state, file))
+        try:
+            with replaced_file(self.path(name)) as partial, open(partial, 'wb') as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
+        except (OSError, RuntimeError) as error:  # the second is torch's, of what it could not write
+            raise UsageError(
+                f'{self.path(name)} cannot be written: {first_line(error)}; the checkpoints before it are as they were: '
+                'make room, and go on with --resume auto'
+            )
 
     def _part_of_process(self, position: Position) -> Dict[str, Any]:
         """What differs between processes: sums of losses, and buffers, such as running statistics of their images."""
         part: Dict[str, Any] = {'sums': position.sums, 'images': position.images}
         if self.processes.is_distributed:
-            part['buffers'] = [{name: buffer.cpu() for name, buffer in module.named_buffers()} for module in self._modules()]
+            part['buffers'] = [
+                {name: buffer.cpu() for name, buffer in module.named_buffers()} for module in self._trained_modules()
+            ]
         return part
 
-    def _modules(self) -> List[torch.nn.Module]:
+    def _trained_modules(self) -> List[nn.Module]:
         modules = [self.task.get_trainable_module(), self.task.get_trainable_module(ema=True)]
-        return [module for module in modules if module is not None]
+        return [unwrap_model(module) for module in modules if module is not None]
 
     # -- which are kept ---------------------------------------------------------------------------------------------
 
@@ -191,6 +211,35 @@ class Checkpoints:
 
     # -- reading ----------------------------------------------------------------------------------------------------
 
+    def restore_position(self, checkpoint: Dict[str, Any]) -> Position:
+        """Where a run goes on after a checkpoint; what differs between processes is restored in each.
+
+        Args:
+            checkpoint: what was read from its file.
+
+        Returns:
+            The position of this process.
+
+        Raises:
+            UsageError: if an epoch was begun by another number of processes.
+        """
+        if 'run' not in checkpoint:  # of timm's script, or of this one before it knew positions
+            return Position(epoch=checkpoint['epoch'] + 1)
+        run = checkpoint['run']
+        position = Position(run['epoch'], run['batch'], rewinds=run['rewinds'], learning_rates=run['learning_rates'])
+        if run['world_size'] == self.processes.world_size:
+            part = run['parts'][self.processes.rank]
+            position.sums, position.images = part['sums'], part['images']
+            for module, buffers in zip(self._trained_modules(), part.get('buffers', ())):
+                for name, buffer in module.named_buffers():
+                    buffer.copy_(buffers[name])
+        elif run['batch']:
+            raise UsageError(
+                f'the checkpoint is of the middle of an epoch of {run["world_size"]} processes, and this run has '
+                f'{self.processes.world_size}: resume with as many, or from last.pth.tar'
+            )
+        return position
+
     def restore_history(self, checkpoint: Dict[str, Any], is_last: bool) -> None:
         """Goes on ranking where a checkpoint of this folder left off. Whatever else is there is ranked with the rest.
 
@@ -212,9 +261,7 @@ class Checkpoints:
         if os.path.exists(self.path('model_best')):
             best = load_checkpoint_metadata(self.path('model_best'))
             metric = best.get('metric')
-            if metric is not None and (
-                self.best_metric is None or self.sign * metric > self.sign * self.best_metric
-            ):
+            if metric is not None and (self.best_metric is None or self.sign * metric > self.sign * self.best_metric):
                 self.best_metric, self.best_epoch = metric, best['epoch']
         epoch, metric = saver.get('pending', (None, None))
         if is_last and epoch is not None:  # the run may have ended before it was ranked
@@ -250,37 +297,9 @@ def _epoch_of(name: str) -> int:
 
 def _duplicate(source: str, target: str) -> None:
     """Gives a file a second name, or where the file system has no such thing a copy; at once, over what was there."""
-    unfinished = f'{target}.tmp'
-    if os.path.exists(unfinished):
-        os.remove(unfinished)
-    try:
-        os.link(source, unfinished)
-    except (OSError, NotImplementedError):
-        shutil.copy2(source, unfinished)
-    os.replace(unfinished, target)
-
-
-def write_at_once(path: str, write: Callable[[Any], None]) -> None:
-    """Writes a file that is whole or not there, and what was there before until then.
-
-    Args:
-        path: the file.
-        write: writes to a binary file.
-
-    Raises:
-        UsageError: if it cannot be written, as on a full disk; what was there before still is.
-    """
-    unfinished = f'{path}.tmp'
-    try:
-        with open(unfinished, 'wb') as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-    except (OSError, RuntimeError) as error:
-        if os.path.exists(unfinished):
-            os.remove(unfinished)
-        raise UsageError(
-            f'{path} cannot be written: {first_line(error)}; what was there before is unharmed '
-            '(make room, then go on with --resume auto)'
-        )
+    with replaced_file(target) as partial:
+        os.remove(partial)
+        try:
+            os.link(source, partial)
+        except (OSError, NotImplementedError):
+            shutil.copy2(source, partial)

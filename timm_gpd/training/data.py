@@ -4,6 +4,7 @@ import argparse
 from typing import Any, Dict, Optional, Tuple
 
 import torch
+import torch.distributed as dist
 from timm.data import FastCollateMixup, Mixup, create_loader
 
 from ..errors import UsageError
@@ -22,6 +23,7 @@ def _common(args: argparse.Namespace, input_config: InputConfig, device: torch.d
         pin_memory=args.pin_mem,
         device=device,
         use_prefetcher=not args.no_prefetcher,
+        distributed=dist.is_initialized(),
     )
 
 

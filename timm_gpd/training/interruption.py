@@ -4,31 +4,17 @@ import contextlib
 import os
 import signal
 from types import FrameType
-from typing import Any, Dict, Iterator, Optional
+from typing import Any, Dict, Iterator, NoReturn, Optional
 
 import torch
 import torch.distributed as dist
 
+from ..errors import RunEnded
 from .processes import Processes
 
-__all__ = ['Interruption', 'RunInterrupted', 'listen']
+__all__ = ['Interruption', 'listen']
 
 EXIT_CODES = {signal.SIGTERM: 0, signal.SIGINT: 130}  # a preempted job has done what it could
-
-
-class RunInterrupted(Exception):
-    """A run was told to end, and has saved where it stands.
-
-    Args:
-        checkpoint: path of what it goes on from.
-        signal_number: what told it.
-    """
-
-    def __init__(self, checkpoint: str, signal_number: int) -> None:
-        super().__init__(
-            f'{signal.Signals(signal_number).name}: saved to {checkpoint}; the same command with --resume auto goes on'
-        )
-        self.exit_code = EXIT_CODES[signal.Signals(signal_number)]
 
 
 class Interruption:
@@ -40,30 +26,54 @@ class Interruption:
 
     def __init__(self, processes: Processes) -> None:
         self.processes = processes
+        self.process = os.getpid()
         self.received = 0  # number of the signal
         self.pending: Optional[Any] = None
-        self.agreed = torch.zeros(1, dtype=torch.int64)
+        self.agreed = torch.tensor(0)
 
     def receive(self, number: int, frame: Optional[FrameType]) -> None:
         """Handles a signal. The second one ends the process at once."""
-        if self.received:
+        is_worker = os.getpid() != self.process  # that loads images: it is told by SIGTERM when it is done
+        if self.received or (is_worker and number == signal.SIGTERM):
             os._exit(128 + number)
-        self.received = number
+        self.received = 0 if is_worker else number
 
-    def check(self) -> int:
-        """The number of the signal that the run shall end for, 0 if it goes on. Called after every update, by all.
+    def check(self, wait: bool = False) -> bool:
+        """Whether the run shall end. Called by all processes, at the same points of the run.
 
-        Among several processes the answer is about the update before: it has travelled while this one was computed.
+        Args:
+            wait: for all processes to be here. Else the answer is about the last call: it has travelled since.
         """
         if not self.processes.is_distributed:
-            return self.received
+            return bool(self.received)
         if self.pending is not None:
             self.pending.wait()
-            if self.agreed.item():
-                return int(self.agreed.item())
-        self.agreed = torch.tensor([self.received])
-        self.pending = dist.all_reduce(self.agreed, op=dist.ReduceOp.MAX, group=self.processes.control, async_op=True)
-        return 0
+            self.pending = None
+        if not self.agreed:
+            self.agreed, current = torch.tensor(self.received), self.agreed
+            self.pending = dist.all_reduce(
+                self.agreed, op=dist.ReduceOp.MAX, group=self.processes.control, async_op=True
+            )
+            if not wait:
+                return bool(current)
+            self.pending.wait()
+            self.pending = None
+        return bool(self.agreed)
+
+    def end(self, checkpoint: str) -> NoReturn:
+        """Ends the run.
+
+        Args:
+            checkpoint: path of what it goes on from.
+
+        Raises:
+            RunEnded: always.
+        """
+        number = signal.Signals(int(self.agreed) if self.processes.is_distributed else self.received)
+        raise RunEnded(
+            f'{number.name}: saved to {checkpoint}; the same command with --resume {checkpoint} goes on',
+            EXIT_CODES[number],
+        )
 
 
 @contextlib.contextmanager

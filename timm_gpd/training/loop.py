@@ -15,12 +15,13 @@ from timm.utils import AverageMeter, dispatch_clip_grad
 
 from .checkpoints import Checkpoints, Position
 from .compute import Compute
-from .interruption import Interruption, RunInterrupted
+from .interruption import Interruption
 from .non_finite import NonFiniteError, are_finite, name_non_finite
 from .processes import Processes
 from .progress import Progress
 from .replay import ReplayedLoader
 from .schedule import mean_lr
+from .sync_batch_norm import SynchronizedBatchNorm
 
 __all__ = ['LoopSettings', 'TrainingLoop']
 
@@ -38,6 +39,7 @@ class LoopSettings:
         mixup_off_epoch: epoch from which on batches are not mixed, 0 for never.
         recovery_interval: updates between recovery checkpoints, 0 for none.
         on_nan: what follows a loss or gradient that is NaN or infinite, see ``POLICIES`` of ``non_finite``.
+        sync_bn: batch norm over the images of all processes.
     """
 
     grad_accum_steps: int = 1
@@ -46,6 +48,7 @@ class LoopSettings:
     mixup_off_epoch: int = 0
     recovery_interval: int = 0
     on_nan: str = 'stop'
+    sync_bn: bool = False
 
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> 'LoopSettings':
@@ -89,9 +92,11 @@ class TrainingLoop:
         self.checkpoints, self.interruption = checkpoints, interruption
         self.mixup_fn, self.progress = mixup_fn, progress
         self.updates_per_epoch = -(-len(loader) // settings.grad_accum_steps)
+        synchronized = settings.sync_bn and processes.is_distributed
+        self.batch_norm = SynchronizedBatchNorm() if synchronized else nullcontext()
 
     def train_epoch(self, position: Position) -> Dict[str, float]:
-        """Trains an epoch from a position on, which moves with it, to the beginning of the next one.
+        """Trains an epoch from a position on, which moves with it, to behind its last batch.
 
         Args:
             position: where the run stands, changed in place.
@@ -101,7 +106,7 @@ class TrainingLoop:
 
         Raises:
             NonFiniteError: if a loss or a gradient is NaN or infinite, unless such updates are skipped.
-            RunInterrupted: if the run was told to end; its position is saved.
+            RunEnded: if the run was told to end; its position is saved.
         """
         epoch, batches, accumulation = position.epoch, len(self.loader), self.settings.grad_accum_steps
         if self.settings.mixup_off_epoch and epoch >= self.settings.mixup_off_epoch:
@@ -119,7 +124,7 @@ class TrainingLoop:
             if self.mixup_fn is not None:
                 images, target = self.mixup_fn(images, target)
             times.loaded()
-            with nullcontext() if is_update else self.task.no_sync():
+            with self.batch_norm, nullcontext() if is_update else self.task.no_sync():
                 with self.compute.autocast():
                     result = self.task(images, target)
                 update_terms.add(result, images.shape[0])
@@ -146,9 +151,8 @@ class TrainingLoop:
             update_terms = _Means()
             position.batch = index + 1
             self._save_if_wanted(position, means, update)
-        metrics = means.compute(self.processes)
-        position.epoch, position.batch, position.sums, position.images = epoch + 1, 0, {}, 0
-        return metrics
+        position.batch, position.sums, position.images = batches, means.numbers(), means.images
+        return means.compute(self.processes)
 
     def _turn_mixup_off(self) -> None:
         self.loader.turn_mixup_off()
@@ -189,14 +193,14 @@ class TrainingLoop:
 
     def _save_if_wanted(self, position: Position, means: '_Means', update: int) -> None:
         """Saves between two updates, every so often and if the run shall end."""
-        signal_number = self.interruption.check() if self.interruption is not None else 0
+        shall_end = self.interruption is not None and self.interruption.check()
         interval = self.settings.recovery_interval
-        if self.checkpoints is None or not (signal_number or (interval and (update + 1) % interval == 0)):
+        if self.checkpoints is None or not (shall_end or (interval and (update + 1) % interval == 0)):
             return
         position.sums, position.images = means.numbers(), means.images
         path = self.checkpoints.save_recovery(position)
-        if signal_number:
-            raise RunInterrupted(path, signal_number)
+        if shall_end and self.interruption is not None:
+            self.interruption.end(path)
 
 
 class _Means:

@@ -5,13 +5,17 @@ from typing import Any, Dict, Iterable, List, Tuple
 import torch
 from torch.nn.utils import get_total_norm
 
+from ..errors import NamedError
+
 __all__ = ['POLICIES', 'NonFiniteError', 'are_finite', 'name_non_finite']
 
 POLICIES = ('stop', 'skip', 'rewind')  # the run, the update, or back to the last checkpoint
 
 
-class NonFiniteError(FloatingPointError):
+class NonFiniteError(NamedError, FloatingPointError):
     """A loss or a gradient is NaN or infinite. The weights are those of before."""
+
+    exit_code = 3
 
 
 def are_finite(gradients: Iterable[torch.Tensor]) -> bool:

@@ -7,8 +7,8 @@ from typing import Any, Iterator, List, Optional
 
 import torch
 import torch.distributed as dist
-import torch.nn as nn
 from huggingface_hub import constants as hub_settings
+from timm.task import TrainingTask
 from timm.utils import distribute_bn
 from timm.utils.distributed import init_distributed_device_so
 
@@ -104,15 +104,28 @@ class Processes:
         dist.all_reduce(tensor, group=self.control)
         return tensor.tolist()
 
-    def share_statistics(self, model: nn.Module, how: str) -> None:
+    def wrap(self, task: TrainingTask, broadcast_buffers: bool = True) -> None:
+        """Lets a task share gradients among the processes, which all get the first one's weights. In place.
+
+        Args:
+            task: the task, compiled if it shall be.
+            broadcast_buffers: whether every step begins with the buffers of the first process.
+        """
+        if self.is_distributed:
+            device_ids = [self.device.index] if self.device.type == 'cuda' else None
+            task.prepare_distributed(device_ids=device_ids, broadcast_buffers=broadcast_buffers)
+
+    def share_statistics(self, task: TrainingTask, how: str) -> None:
         """Makes running statistics of batch norm the same in all processes, in place.
 
         Args:
-            model: a model that every process holds.
+            task: what is trained, and its average.
             how: ``'reduce'``: their mean, ``'broadcast'``: the first process's, ``''``: they stay as they are.
         """
         if self.is_distributed and how in ('reduce', 'broadcast'):
-            distribute_bn(model, self.world_size, how == 'reduce')
+            for module in (task.get_trainable_module(), task.get_trainable_module(ema=True)):
+                if module is not None:
+                    distribute_bn(module, self.world_size, how == 'reduce')
 
 
 @contextlib.contextmanager

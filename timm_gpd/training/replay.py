@@ -1,8 +1,8 @@
 """Epochs that are the same whenever they are run again, from any batch on: what an exact resume rests on.
 
-Every random number of a run is drawn after seeding with what it is for: the seed of the run, the epoch, and the position
+Every random number of a run is drawn after seeding with what it is for: the run's seed, the epoch, and the position
 of the image or the number of the batch. So nothing about random numbers has to be saved, worker processes may live as
-long as they like and load ahead as far as they like, and a batch that was loaded before a run was killed is loaded alike
+long as they like and load ahead as far as they like, and what was loaded before a run was killed is loaded alike
 after it. Images are numbered over all processes, so that two processes augment them as one does.
 """
 
