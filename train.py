@@ -54,7 +54,8 @@ def train(args: argparse.Namespace, compute: Compute, processes: Processes, log:
         student = create_student(args)
         input_config, num_classes = resolve_input(args, student), count_classes(student)
         set_input(student, input_config)
-        run = RunFolder(args, input_config, processes)
+    run = RunFolder(args, input_config, processes)
+    with processes.primary_first():
         source = resolve_data(args)
         loader_train, mixup_fn = create_train_loader(args, source, input_config, num_classes, compute.device)
         loader_eval = create_eval_loader(args, source, input_config, num_classes, compute.device)
