@@ -12,9 +12,9 @@ from timm.utils import CheckpointSaver, random_seed, setup_default_logging
 from timm_gpd.command_line import run_program
 from timm_gpd.errors import usage_errors
 from timm_gpd.training.args import parse_train_args
-from timm_gpd.training.compute import Compute, create_compute
+from timm_gpd.training.compute import Compute, create_compute, fast_norm, import_device_modules
 from timm_gpd.training.cpu import tune_process_for
-from timm_gpd.training.data import create_eval_loader, create_train_loader
+from timm_gpd.training.data import check_loaders, create_eval_loader, create_train_loader, mean_batch_size
 from timm_gpd.training.datasets import resolve_data
 from timm_gpd.training.evaluation import Evaluation
 from timm_gpd.training.loop import LoopSettings, train_one_epoch
@@ -22,18 +22,22 @@ from timm_gpd.training.optimizer import create_optimizer
 from timm_gpd.training.resume import resume_run
 from timm_gpd.training.run_folder import RunFolder
 from timm_gpd.training.schedule import create_schedule, mean_lr
-from timm_gpd.training.student import count_classes, create_student, resolve_input, set_input
-from timm_gpd.training.task import create_task
+from timm_gpd.training.student import check_image_sizes, count_classes, create_student, resolve_input, set_input
+from timm_gpd.training.task import check_task, create_task
 
 _logger = logging.getLogger('train')
 
 
 def main() -> None:
     args = parse_train_args()
-    compute = create_compute(args.device, args.amp, args.amp_dtype, args.channels_last)
+    check_task(args)
+    check_loaders(args)
+    import_device_modules(args.device_modules)
+    compute = create_compute(args.device, args.amp, args.amp_dtype, args.channels_last, args.model_dtype)
     undo = tune_process_for(compute.device)
     try:
-        train(args, compute)
+        with fast_norm(args.fast_norm):
+            train(args, compute)
     finally:
         undo()
 
@@ -42,6 +46,7 @@ def train(args: argparse.Namespace, compute: Compute) -> None:
     random_seed(args.seed)
     student = create_student(args)
     input_config = resolve_input(args, student)
+    check_image_sizes(args, student, input_config.input_size[0])
     set_input(student, input_config)
     run = RunFolder(args, input_config)
     source, num_classes = resolve_data(args), count_classes(student)
@@ -50,10 +55,12 @@ def train(args: argparse.Namespace, compute: Compute) -> None:
     compute.place(student)
     task = create_task(args, student, compute.device)
 
-    optimizer = create_optimizer(args, task)
+    batch_size = mean_batch_size(args, loader_train)
+    optimizer = create_optimizer(args, task, batch_size * args.grad_accum_steps)
     start_epoch = resume_run(args, task, optimizer, compute.loss_scaler) if args.resume else args.start_epoch or 0
     if args.model_ema:
-        task.setup_ema(decay=args.model_ema_decay, use_warmup=args.model_ema_warmup)
+        device = 'cpu' if args.model_ema_force_cpu else None
+        task.setup_ema(decay=args.model_ema_decay, use_warmup=args.model_ema_warmup, device=device)
         if args.resume:
             load_task_ema_checkpoint(task, args.resume)
     lower_is_better = args.eval_metric.endswith('loss')
@@ -88,7 +95,8 @@ def train(args: argparse.Namespace, compute: Compute) -> None:
             run.write_epoch(epoch, train_metrics, eval_metrics, lr=mean_lr(optimizer))
             metric = eval_metrics[args.eval_metric]
             best_metric, best_epoch = saver.save_checkpoint(epoch, metric=metric)
-        lr_scheduler.step(epoch + 1, metric)
+        if lr_scheduler is not None:
+            lr_scheduler.step(epoch + 1, metric)
     if best_metric is not None:
         _logger.info(f'*** Best metric: {best_metric} (epoch {best_epoch})')
     run.finish(task)
