@@ -8,6 +8,7 @@ from timm.data import AugMixDataset, FastCollateMixup, Mixup, create_loader
 
 from ..errors import UsageError, usage_errors
 from .datasets import DataSource, create_split
+from .posterize import posterize_to_black
 from .student import InputConfig
 
 __all__ = ['check_loaders', 'create_eval_loader', 'create_train_loader', 'mean_batch_size', 'uses_mixup']
@@ -132,9 +133,8 @@ def create_train_loader(
         )
     if args.aug_splits:
         dataset = AugMixDataset(dataset, num_splits=args.aug_splits)
-    with usage_errors(
-        'check the arguments of augmentation and image sizes', ValueError, TypeError, AssertionError, KeyError
-    ):
+    errors = (ValueError, TypeError, AssertionError, KeyError)
+    with usage_errors('check the arguments of augmentation and image sizes', *errors), posterize_to_black():
         loader = create_loader(
             dataset,
             batch_size=args.batch_size,
