@@ -4,6 +4,7 @@ import argparse
 from typing import Any, Dict, Optional, Tuple
 
 import torch
+import torch.distributed as dist
 from timm.data import AugMixDataset, FastCollateMixup, Mixup, create_loader
 
 from ..errors import UsageError, usage_errors
@@ -58,12 +59,7 @@ def mean_batch_size(args: argparse.Namespace, loader: Any) -> float:
     return getattr(loader.batch_sampler, 'average_batch_size', float(args.batch_size))
 
 
-def _common(
-    args: argparse.Namespace,
-    input_config: InputConfig,
-    device: torch.device,
-    world_size: int,
-) -> Dict[str, Any]:
+def _common(args: argparse.Namespace, input_config: InputConfig, device: torch.device) -> Dict[str, Any]:
     return dict(
         input_size=input_config.input_size,
         mean=input_config.mean,
@@ -72,8 +68,8 @@ def _common(
         pin_memory=args.pin_mem,
         device=device,
         img_dtype=getattr(torch, args.model_dtype or 'float32'),
-        distributed=world_size > 1,
         use_prefetcher=not args.no_prefetcher,
+        distributed=dist.is_initialized(),
     )
 
 
@@ -88,7 +84,6 @@ def create_train_loader(
     input_config: InputConfig,
     num_classes: int,
     device: torch.device,
-    world_size: int = 1,
 ) -> Tuple[Any, Optional[Mixup]]:
     """Training loader, and the mixup function to apply to its batches.
 
@@ -98,7 +93,6 @@ def create_train_loader(
         input_config: the student's input.
         num_classes: the student's classes.
         device: where a prefetching loader puts batches.
-        world_size: processes among which the images are dealt.
 
     Returns:
         A loader of images (B, in_chans, H, W), normalised, and of class indices (B,), or a number per class
@@ -127,10 +121,6 @@ def create_train_loader(
     if args.no_aug or not interpolation:
         interpolation = input_config.interpolation
     dataset = create_split(args, source, input_config, num_classes, args.train_split, is_training=True)
-    if len(dataset) < args.batch_size * world_size and not args.train_img_sizes:
-        raise UsageError(
-            f'{len(dataset)} training images do not fill a batch of {args.batch_size * world_size}: lower --batch-size'
-        )
     if args.aug_splits:
         dataset = AugMixDataset(dataset, num_splits=args.aug_splits)
     errors = (ValueError, TypeError, AssertionError, KeyError)
@@ -169,8 +159,10 @@ def create_train_loader(
             batch_schedule_spread=args.train_size_schedule_spread,
             batch_schedule_random_mix=args.train_size_random_mix,
             num_batches=args.train_batches_per_epoch,
-            **_common(args, input_config, device, world_size),
+            **_common(args, input_config, device),
         )
+    if len(loader) == 0:
+        raise UsageError(f'{len(dataset)} training images do not fill a batch of {args.batch_size}: lower --batch-size')
     return loader, mixup_fn
 
 
@@ -180,7 +172,6 @@ def create_eval_loader(
     input_config: InputConfig,
     num_classes: int,
     device: torch.device,
-    world_size: int = 1,
 ) -> Any:
     """Validation loader.
 
@@ -190,7 +181,6 @@ def create_eval_loader(
         input_config: the model's input.
         num_classes: the model's classes.
         device: where a prefetching loader puts batches.
-        world_size: processes among which the images are dealt.
 
     Returns:
         A loader of images (B, in_chans, H, W), normalised, and targets, unmixed.
@@ -206,5 +196,5 @@ def create_eval_loader(
         crop_pct=input_config.crop_pct,
         crop_mode=input_config.crop_mode,
         crop_border_pixels=getattr(args, 'crop_border_pixels', None),
-        **_common(args, input_config, device, world_size),
+        **_common(args, input_config, device),
     )

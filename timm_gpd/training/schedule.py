@@ -1,14 +1,14 @@
 """The schedule of a run's learning rate."""
 
 import argparse
-from typing import Any, Tuple
+from typing import Any, Sequence, Tuple
 
 import torch
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 
 from ..errors import usage_errors
 
-__all__ = ['create_schedule', 'mean_lr']
+__all__ = ['create_schedule', 'mean_lr', 'set_learning_rates']
 
 
 def create_schedule(
@@ -50,3 +50,9 @@ def mean_lr(optimizer: torch.optim.Optimizer) -> float:
     """Mean learning rate of an optimizer's parameter groups."""
     rates = [group['lr'] for group in optimizer.param_groups]
     return sum(rates) / len(rates)
+
+
+def set_learning_rates(optimizer: torch.optim.Optimizer, rates: Sequence[float]) -> None:
+    """Sets the learning rates of an optimizer's parameter groups, in place; as many as there are."""
+    for group, rate in zip(optimizer.param_groups, rates):
+        group['lr'] = rate
