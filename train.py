@@ -17,6 +17,7 @@ from timm_gpd.training.cpu import tune_process_for
 from timm_gpd.training.data import create_eval_loader, create_train_loader
 from timm_gpd.training.datasets import resolve_data
 from timm_gpd.training.evaluation import Evaluation
+from timm_gpd.training.images import report_bad_images
 from timm_gpd.training.loop import LoopSettings, train_one_epoch
 from timm_gpd.training.optimizer import create_optimizer
 from timm_gpd.training.resume import resume_run
@@ -89,6 +90,7 @@ def train(args: argparse.Namespace, compute: Compute) -> None:
             metric = eval_metrics[args.eval_metric]
             best_metric, best_epoch = saver.save_checkpoint(epoch, metric=metric)
         lr_scheduler.step(epoch + 1, metric)
+        report_bad_images(epoch, loader_train, loader_eval)
     if best_metric is not None:
         _logger.info(f'*** Best metric: {best_metric} (epoch {best_epoch})')
     run.finish(task)

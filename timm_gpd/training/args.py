@@ -45,6 +45,13 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument('--val-split', metavar='NAME', default='validation', help='split to validate on')
     group.add_argument('--class-map', metavar='FILE', default='', help='class name to index mapping')
+    group.add_argument(
+        '--max-bad-images',
+        type=float,
+        default=0.01,
+        metavar='SHARE',
+        help='end the run when more than this share of the images of a split cannot be read',
+    )
     group.add_argument('--dataset-download', action='store_true', help='let torch/ and tfds/ datasets download')
     group.add_argument('--input-img-mode', default=None, help='image mode, such as RGB or L (default: by channels)')
     group.add_argument(
