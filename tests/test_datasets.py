@@ -63,6 +63,8 @@ def labels_of(dataset):
         (['--dataset', 'torch/cifar11'], 'choose of cifar10, cifar100'),
         (['--dataset', 'torch/cifar10', '--train-split', 'trian'], "torch/cifar10 has no split 'trian'"),
         (['--dataset', 'torch/image_folder', '--val-split', 'tset'], "no folder of the split 'tset'"),
+        (['--target-key', 'label'], '--target-key is for datasets of samples with fields'),
+        (['--task', 'multilabel'], '--task multilabel needs a dataset of several labels'),
         (['--class-map', 'none.txt'], 'Cannot locate specified class map file'),
         (['--class-map', 'map.csv'], 'Unsupported class map file extension'),
         (['--class-map', 'map.pkl'], 'check --class-map'),

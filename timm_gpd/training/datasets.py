@@ -18,7 +18,7 @@ from .class_folders import (
     scan_split,
 )
 from .digits import write_digits
-from .images import CheckedImages, LabelRange
+from .images import CheckedImages, LabelRange, LabelSet
 from .student import InputConfig
 
 __all__ = ['READERS', 'TORCH_DATASETS', 'DataSource', 'create_split', 'resolve_data']
@@ -62,6 +62,13 @@ def resolve_data(args: argparse.Namespace) -> DataSource:
         UsageError: if there is no such folder, split or dataset, the classes of the splits differ, or the digits cannot
             be written.
     """
+    reader, _, name = args.dataset.partition('/')
+    if reader.lower() in ('', 'digits', 'torch'):
+        for flag, given in (('--target-key', args.target_key), ('--target-format', args.target_format)):
+            if given:
+                raise UsageError(f'{flag} is for datasets of samples with fields: hfds/, hfids/, tfds/ and wds/')
+        if args.task == 'multilabel':
+            raise UsageError('--task multilabel needs a dataset of several labels: hfds/, hfids/, tfds/ or wds/<name>')
     if args.dataset == 'digits':
         return _image_folder(args, '', write_digits(args.data_dir or 'data', args.digits_train_size, args.seed))
     if not args.dataset and not args.data_dir:
@@ -70,7 +77,6 @@ def resolve_data(args: argparse.Namespace) -> DataSource:
         if not os.path.exists(args.data_dir):
             raise UsageError(f'dataset folder {args.data_dir} does not exist: check --data-dir')
         return _image_folder(args, '', args.data_dir)
-    reader, _, name = args.dataset.partition('/')
     if reader.lower() not in READERS or not name:
         known = ', '.join(f'{known}/<name>' for known in READERS)
         raise UsageError(f'--dataset {args.dataset} is not one of digits, {known}; leave it out for an image folder')
@@ -150,6 +156,7 @@ def create_split(
     """
     mode = args.input_img_mode or ('RGB' if input_config.input_size[0] == 3 else 'L')
     folder = source.split_folders.get(split)
+    keys = dict(input_key=args.input_key, target_key=args.target_key, target_format=args.target_format)
     with usage_errors(
         'check --data-dir, --dataset and the names of the splits',
         RuntimeError,
@@ -158,6 +165,7 @@ def create_split(
         AssertionError,
         ImportError,
         LookupError,
+        TypeError,
     ):
         dataset = create_dataset(
             source.dataset,
@@ -167,9 +175,13 @@ def create_split(
             is_training=is_training,
             class_map=source.class_map,
             download=args.dataset_download,
+            trust_remote_code=args.dataset_trust_remote_code,
             batch_size=args.batch_size,
+            num_samples=args.train_num_samples if is_training else args.val_num_samples,
+            repeats=args.epoch_repeats if is_training else 0,
             seed=args.seed,
             input_img_mode=mode,
+            **{name: value for name, value in keys.items() if value is not None},
         )
     highest, count = _count_classes(dataset)
     if highest >= num_classes:
@@ -182,7 +194,11 @@ def create_split(
         _logger.warning(f'the {split} split has {count} classes and the model {num_classes}: some are never trained')
     if isinstance(dataset, ImageDataset):
         dataset = CheckedImages(dataset, split, args.max_bad_images)
-    dataset.target_transform = LabelRange(num_classes, split)
+    if args.task == 'multilabel':
+        dense = args.target_format == 'multihot'
+        dataset.target_transform = LabelSet(num_classes, split, dense)
+    else:
+        dataset.target_transform = LabelRange(num_classes, split)
     return dataset
 
 

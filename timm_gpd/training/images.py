@@ -10,10 +10,11 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 from timm.data import ImageDataset
+from timm.data.target_transforms import MultiLabelTarget
 
 from ..errors import DataError, one_line
 
-__all__ = ['CheckedImages', 'LabelRange', 'report_bad_images']
+__all__ = ['CheckedImages', 'LabelRange', 'LabelSet', 'report_bad_images']
 
 _logger = logging.getLogger('train')
 
@@ -45,12 +46,35 @@ class LabelRange:
         self.num_classes, self.split = num_classes, split
 
     def __call__(self, label: Any) -> Any:
-        if not 0 <= int(label) < self.num_classes:
+        try:
+            index = int(label)
+        except (TypeError, ValueError):
+            raise DataError(f'{label!r}, a label of the {self.split} split, is no index of a class: check --task')
+        if not 0 <= index < self.num_classes:
             raise DataError(
-                f'the {self.split} split has the label {int(label)} and the model {self.num_classes} classes, from 0 '
+                f'the {self.split} split has the label {index} and the model {self.num_classes} classes, from 0 '
                 'on: set --num-classes, or --class-map'
             )
         return label
+
+
+class LabelSet:
+    """Makes multi-hot targets of several labels: a target transform.
+
+    Args:
+        num_classes: the model's classes.
+        split: name of the split.
+        dense: whether a target has a number for every class, not the indices of those that it is in.
+    """
+
+    def __init__(self, num_classes: int, split: str, dense: bool) -> None:
+        self.encode, self.split = MultiLabelTarget(num_classes, dense=dense), split
+
+    def __call__(self, labels: Any) -> torch.Tensor:
+        try:
+            return self.encode(labels)
+        except (ValueError, TypeError) as error:
+            raise DataError(f'a target of the {self.split} split is wrong: {one_line(error)} (check --num-classes)')
 
 
 class CheckedImages(ImageDataset):
