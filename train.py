@@ -17,6 +17,7 @@ from timm_gpd.training.cpu import tune_process_for
 from timm_gpd.training.data import check_loaders, create_eval_loader, create_train_loader, mean_batch_size
 from timm_gpd.training.datasets import resolve_data
 from timm_gpd.training.evaluation import Evaluation
+from timm_gpd.training.images import report_bad_images
 from timm_gpd.training.interruption import listen
 from timm_gpd.training.log_file import LogFile
 from timm_gpd.training.loop import LoopSettings, TrainingLoop
@@ -144,6 +145,7 @@ def train(args: argparse.Namespace, compute: Compute, processes: Processes, log:
             checkpoints.save_epoch(epoch, position, metric)
             if epoch + 1 in args.save_epochs:
                 checkpoints.save_milestone(epoch)
+            report_bad_images(epoch, loader_train, loader_eval)
             if position.epoch < last_epoch and interruption.check(wait=True):
                 interruption.end(checkpoints.path('last'))
     if checkpoints.best_metric is not None:
