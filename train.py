@@ -17,6 +17,7 @@ from timm_gpd.training.cpu import tune_process_for
 from timm_gpd.training.data import check_loaders, create_eval_loader, create_train_loader, mean_batch_size
 from timm_gpd.training.datasets import resolve_data
 from timm_gpd.training.evaluation import Evaluation
+from timm_gpd.training.image_log import ImageLog
 from timm_gpd.training.images import report_bad_images
 from timm_gpd.training.interruption import listen
 from timm_gpd.training.log_file import LogFile
@@ -101,7 +102,7 @@ def train(args: argparse.Namespace, compute: Compute, processes: Processes, log:
         position.epoch * updates_per_epoch + position.batch // args.grad_accum_steps,
         processes.is_primary,
     )
-    evaluate = Evaluation(task, loader_eval, compute, args.log_interval)
+    evaluate = Evaluation(task, loader_eval, compute, args.log_interval, ema=not args.model_ema_force_cpu)
     run.truncate(position.epoch)
     with (
         listen(processes) as interruption,
@@ -120,6 +121,8 @@ def train(args: argparse.Namespace, compute: Compute, processes: Processes, log:
             interruption,
             mixup_fn,
             progress,
+            batch_size,
+            ImageLog(run.path, args.log_interval) if args.save_images and processes.is_primary else None,
         )
         while position.epoch < last_epoch:
             try:

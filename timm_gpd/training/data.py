@@ -36,7 +36,6 @@ def check_loaders(args: argparse.Namespace, world_size: int = 1) -> None:
         (args.split_bn and not (splits or args.resplit), '--split-bn needs --aug-splits or --resplit'),
         (args.split_bn and args.sync_bn, '--split-bn and --sync-bn do not go together: choose one'),
         (args.aug_repeats and world_size == 1, '--aug-repeats needs several processes, among which it deals the views'),
-        (sizes and args.use_multi_epochs_loader, '--use-multi-epochs-loader and --train-img-sizes do not go together'),
     ):
         if refused:
             raise UsageError(reason)
@@ -149,7 +148,6 @@ def create_train_loader(
             interpolation=interpolation,
             collate_fn=collate_fn,
             worker_seeding=args.worker_seeding,
-            use_multi_epochs_loader=args.use_multi_epochs_loader,
             input_size_choices=args.train_img_sizes,
             batch_size_choices=args.train_batch_sizes,
             batch_choice_weights=args.train_size_probs,
