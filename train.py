@@ -12,11 +12,13 @@ from timm_gpd.command_line import run_program
 from timm_gpd.errors import usage_errors
 from timm_gpd.training.args import parse_train_args
 from timm_gpd.training.checkpoints import Checkpoints, Position
-from timm_gpd.training.compute import Compute, create_compute
+from timm_gpd.training.compute import Compute, create_compute, fast_norm, import_device_modules
 from timm_gpd.training.cpu import tune_process_for
-from timm_gpd.training.data import create_eval_loader, create_train_loader
+from timm_gpd.training.data import check_loaders, create_eval_loader, create_train_loader, mean_batch_size
 from timm_gpd.training.datasets import resolve_data
 from timm_gpd.training.evaluation import Evaluation
+from timm_gpd.training.image_log import ImageLog
+from timm_gpd.training.images import report_bad_images
 from timm_gpd.training.interruption import listen
 from timm_gpd.training.log_file import LogFile
 from timm_gpd.training.loop import LoopSettings, TrainingLoop
@@ -29,8 +31,8 @@ from timm_gpd.training.replay import ReplayedLoader
 from timm_gpd.training.resume import find_checkpoint, resume_run, rewind
 from timm_gpd.training.run_folder import RunFolder
 from timm_gpd.training.schedule import create_schedule, mean_lr, set_learning_rates
-from timm_gpd.training.student import count_classes, create_student, resolve_input, set_input
-from timm_gpd.training.task import create_task
+from timm_gpd.training.student import check_image_sizes, count_classes, create_student, resolve_input, set_input
+from timm_gpd.training.task import check_task, create_task
 from timm_gpd.training.tracking import Tracker, check_tracking
 
 _logger = logging.getLogger('train')
@@ -39,11 +41,15 @@ _logger = logging.getLogger('train')
 def main() -> None:
     args = parse_train_args()
     check_tracking(args)
+    check_task(args)
+    import_device_modules(args.device_modules)
     with start_processes(args.device) as processes, LogFile(processes.is_primary) as log:
-        compute = create_compute(str(processes.device), args.amp, args.amp_dtype, args.channels_last)
+        check_loaders(args, processes.world_size)
+        compute = create_compute(str(processes.device), args.amp, args.amp_dtype, args.channels_last, args.model_dtype)
         undo = tune_process_for(compute.device)
         try:
-            train(args, compute, processes, log)
+            with fast_norm(args.fast_norm):
+                train(args, compute, processes, log)
         finally:
             undo()
 
@@ -53,6 +59,7 @@ def train(args: argparse.Namespace, compute: Compute, processes: Processes, log:
     with processes.primary_first():
         student = create_student(args)
         input_config, num_classes = resolve_input(args, student), count_classes(student)
+        check_image_sizes(args, student, input_config.input_size[0])
         set_input(student, input_config)
     run = RunFolder(args, input_config, processes)
     with processes.primary_first():
@@ -62,7 +69,8 @@ def train(args: argparse.Namespace, compute: Compute, processes: Processes, log:
         compute.place(student)
         task = create_task(args, student, compute.device)
 
-    optimizer = create_optimizer(args, task, processes.world_size)
+    batch_size = mean_batch_size(args, loader_train)
+    optimizer = create_optimizer(args, task, batch_size * processes.world_size * args.grad_accum_steps)
     lower_is_better = args.eval_metric.endswith('loss')
     checkpoints = Checkpoints(
         run.path, task, optimizer, args, processes, compute.loss_scaler, lower_is_better, args.checkpoint_hist
@@ -95,7 +103,7 @@ def train(args: argparse.Namespace, compute: Compute, processes: Processes, log:
         position.epoch * updates_per_epoch + position.batch // args.grad_accum_steps,
         processes.is_primary,
     )
-    evaluate = Evaluation(task, loader_eval, compute, args.log_interval)
+    evaluate = Evaluation(task, loader_eval, compute, args.log_interval, ema=not args.model_ema_force_cpu)
     run.truncate(position.epoch)
     with (
         listen(processes) as interruption,
@@ -114,6 +122,8 @@ def train(args: argparse.Namespace, compute: Compute, processes: Processes, log:
             interruption,
             mixup_fn,
             progress,
+            batch_size,
+            ImageLog(run.path, args.log_interval) if args.save_images and processes.is_primary else None,
         )
         while position.epoch < last_epoch:
             try:
@@ -139,6 +149,7 @@ def train(args: argparse.Namespace, compute: Compute, processes: Processes, log:
             checkpoints.save_epoch(epoch, position, metric)
             if epoch + 1 in args.save_epochs:
                 checkpoints.save_milestone(epoch)
+            report_bad_images(epoch, loader_train, loader_eval)
             if position.epoch < last_epoch and interruption.check(wait=True):
                 interruption.end(checkpoints.path('last'))
     if checkpoints.best_metric is not None:

@@ -22,16 +22,23 @@ _logger = logging.getLogger('train')
 class Evaluation:
     """Validates what a task trains: student, dynamic teacher, their gap, and the static teacher.
 
-    Where there is a moving average, that is what is validated.
-
     Args:
         task: the task; its static teacher, if any, is validated once, here.
         loader: batches of images (B, in_chans, H, W) and class indices (B,).
         compute: device and precision.
         log_interval: batches between log lines.
+        ema: validate the moving average, where there is one.
     """
 
-    def __init__(self, task: TrainingTask, loader: Any, compute: Compute, log_interval: int) -> None:
+    def __init__(
+        self,
+        task: TrainingTask,
+        loader: Any,
+        compute: Compute,
+        log_interval: int,
+        ema: bool = True,
+    ) -> None:
+        self.ema = ema
         self.task, self.loader, self.compute, self.log_interval = task, loader, compute, log_interval
         self.static: Dict[str, float] = {}
         static_teacher = getattr(task, 'teacher', None)  # as timm's distillation tasks call it
@@ -49,7 +56,7 @@ class Evaluation:
             What :func:`validate` gives: the student's metrics without prefix, the dynamic teacher's with ``teacher_``.
             ``gap`` is the dynamic teacher's lead in top-1, and ``static_top1`` the static teacher's, in percent.
         """
-        metrics = self._validate(get_validation_models(self.task, ema=self.task.has_ema()))
+        metrics = self._validate(get_validation_models(self.task, ema=self.ema and self.task.has_ema()))
         if 'teacher_top1' in metrics:
             metrics['gap'] = metrics['teacher_top1'] - metrics['top1']
         metrics.update(self.static)
