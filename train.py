@@ -12,6 +12,7 @@ from timm.utils import CheckpointSaver, random_seed, setup_default_logging
 from timm_gpd.command_line import run_program
 from timm_gpd.errors import usage_errors
 from timm_gpd.training.args import parse_train_args
+from timm_gpd.training.combinations import check_batch_norm
 from timm_gpd.training.compute import Compute, create_compute
 from timm_gpd.training.cpu import tune_process_for
 from timm_gpd.training.data import create_eval_loader, create_train_loader
@@ -42,6 +43,7 @@ def main() -> None:
 def train(args: argparse.Namespace, compute: Compute) -> None:
     random_seed(args.seed)
     student = create_student(args)
+    check_batch_norm(args.batch_size, student)
     input_config = resolve_input(args, student)
     set_input(student, input_config)
     run = RunFolder(args, input_config)
