@@ -10,6 +10,7 @@ __all__ = [
     'InputError',
     'NamedError',
     'NoClassifierError',
+    'RunEnded',
     'UnsupportedModelError',
     'UsageError',
     'WeightsError',
@@ -21,7 +22,13 @@ __all__ = [
 
 
 class NamedError(Exception):
-    """What this package raises knowingly: all else that comes out of its code is a bug."""
+    """What this package raises knowingly: all else that comes out of its code is a bug.
+
+    Attributes:
+        exit_code: of a program that it ends.
+    """
+
+    exit_code = 1
 
 
 class InputError(NamedError, ValueError):
@@ -42,6 +49,21 @@ class NoClassifierError(UnsupportedModelError):
 
 class UsageError(NamedError, ValueError):
     """A script was given something that it cannot work with. Printed as one line; the script exits with code 2."""
+
+    exit_code = 2
+
+
+class RunEnded(Exception):
+    """A run ended early, as it was told to. Printed as one line.
+
+    Args:
+        message: where it stands and how it goes on.
+        exit_code: of the program.
+    """
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 class DataError(UsageError):

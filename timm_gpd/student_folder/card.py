@@ -21,10 +21,15 @@ _OF_THE_MACHINE = (
     'device',
     'experiment',
     'log_interval',
+    'log_tensorboard',
+    'log_wandb',
     'output',
     'pin_mem',
     'recovery_interval',
     'resume',
+    'wandb_project',
+    'wandb_resume_id',
+    'wandb_tags',
     'workers',
 )
 _PAPER = 'https://arxiv.org/abs/2410.04140'

@@ -1,0 +1,44 @@
+"""Files that are replaced as a whole."""
+
+import glob
+import os
+import tempfile
+from contextlib import contextmanager, suppress
+from typing import Iterator
+
+__all__ = ['remove_partial_files', 'replaced_file']
+
+PARTIAL = '.partial'
+
+
+def remove_partial_files(folder: str) -> None:
+    """Removes what was being written to a folder when its writer was killed."""
+    for path in glob.glob(os.path.join(glob.escape(folder), f'.*{PARTIAL}')):
+        with suppress(FileNotFoundError):
+            os.remove(path)
+
+
+@contextmanager
+def replaced_file(path: str) -> Iterator[str]:
+    """Gives a hidden file beside ``path`` to write, which takes its place if nothing was raised.
+
+    So whoever reads, and whoever is killed while writing, sees the old file or the whole new one.
+
+    Args:
+        path: what is written or replaced.
+
+    Raises:
+        OSError: if the folder cannot be written. The old file stays as it is.
+    """
+    folder, name = os.path.split(os.path.abspath(path))
+    handle, partial = tempfile.mkstemp(prefix=f'.{name}-', suffix=PARTIAL, dir=folder)
+    os.close(handle)
+    try:
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(partial, 0o666 & ~umask)  # as of any new file; mkstemp's are for their owner alone
+        yield partial
+        os.replace(partial, path)
+    finally:
+        with suppress(FileNotFoundError):
+            os.remove(partial)

@@ -1,0 +1,134 @@
+"""What a run trains, and what a step of it is expected to cost."""
+
+from typing import Dict, List, NamedTuple, Optional
+
+import torch
+import torch.nn as nn
+from timm.task import TrainingTask
+from timm.utils import unwrap_model
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from .student import InputConfig
+from .task import get_validation_models
+
+__all__ = ['ModelSize', 'count_macs', 'describe', 'expected_cost', 'measure_models']
+
+NAMES = {'': 'student', 'teacher_': 'dynamic teacher'}
+
+
+class ModelSize(NamedTuple):
+    """How large a model is.
+
+    Attributes:
+        parameters: number of parameters, branches merged.
+        macs: multiply-accumulates of a forward pass of one image.
+    """
+
+    parameters: int
+    macs: int
+
+
+@torch.no_grad()
+def count_macs(model: nn.Module, images: torch.Tensor) -> int:
+    """Multiply-accumulates of convolutions, matrix products and attention in a forward pass.
+
+    Args:
+        model: runs once, in evaluation mode, and is left in the mode in which it was.
+        images: shape (B, in_chans, H, W).
+
+    Returns:
+        Their number, for all images together.
+    """
+    training = model.training
+    model.eval()
+    try:
+        # The kernels of fused attention are not counted on every device; its matrix products are.
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            model(images)
+    finally:
+        model.train(training)
+    return counter.get_total_flops() // 2
+
+
+def measure_models(task: TrainingTask, input_config: InputConfig) -> Dict[str, ModelSize]:
+    """Sizes of what a task runs, on one blank image.
+
+    Args:
+        task: any of timm's tasks or of this package's.
+        input_config: what images the student takes.
+
+    Returns:
+        By name: ``'student'``, and where there are, ``'dynamic teacher'`` and ``'static teacher'``.
+    """
+    models = {NAMES[prefix]: model for prefix, model in get_validation_models(task).items()}
+    image = _blank_image(models['student'], input_config)
+    sizes = {name: ModelSize(_count(model), count_macs(model, image)) for name, model in models.items()}
+    static: Optional[nn.Module] = getattr(task, 'teacher', None)  # as timm's distillation tasks call it
+    if static is not None:
+        sizes['static teacher'] = ModelSize(_count(static), count_macs(static, image))
+    return sizes
+
+
+def expected_cost(sizes: Dict[str, ModelSize]) -> float:
+    """A step's cost over a plain step of the student, expected from multiply-accumulates.
+
+    The backward pass of a model has twice those of its forward pass. Student and dynamic teacher run both, the static
+    teacher its forward pass. Merging branches, losses and distillers are not counted.
+
+    Args:
+        sizes: from :func:`measure_models`.
+
+    Returns:
+        The ratio, 1 for plain training.
+    """
+    forward = {name: size.macs for name, size in sizes.items()}
+    plain = 3 * forward['student']
+    return (plain + 3 * forward.get('dynamic teacher', 0) + forward.get('static teacher', 0)) / max(plain, 1)
+
+
+def describe(task: TrainingTask, input_config: InputConfig) -> str:
+    """What a person wants to know before a run: the models, their sizes, and what a step will cost.
+
+    Args:
+        task: any of timm's tasks or of this package's.
+        input_config: what images the student takes.
+
+    Returns:
+        A few lines.
+    """
+    sizes = measure_models(task, input_config)
+    lines: List[str] = [f'{"":<15}  {"parameters":>14}  {"MACs per image":>14}']
+    lines += [f'{name:<15}  {size.parameters:>14,}  {_short(size.macs):>14}' for name, size in sizes.items()]
+    trained = unwrap_model(task.get_trainable_module())
+    count = sum(p.numel() for p in trained.parameters() if p.requires_grad)
+    lines.append(f'Trained are {count:,} parameters{_what_they_are(task, sizes)}.')
+    lines.append(
+        f'A step is expected to cost {expected_cost(sizes):.1f} x plain training of the student (an estimate, by MACs).'
+        if len(sizes) > 1
+        else 'This is plain training.'
+    )
+    return '\n'.join(lines)
+
+
+def _what_they_are(task: TrainingTask, sizes: Dict[str, ModelSize]) -> str:
+    parts = ['shared by student and dynamic teacher, branches included'] if 'dynamic teacher' in sizes else []
+    if 'static teacher' in sizes:
+        parts.append('with those of the losses from the static teacher')
+    return f', {", ".join(parts)}' if parts else ''
+
+
+def _blank_image(model: nn.Module, input_config: InputConfig) -> torch.Tensor:
+    parameter = next(p for p in model.parameters() if p.is_floating_point())
+    return torch.zeros(1, *input_config.input_size, device=parameter.device, dtype=parameter.dtype)
+
+
+def _count(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _short(number: int) -> str:
+    for unit, name in ((10**9, 'G'), (10**6, 'M'), (10**3, 'k')):
+        if number >= unit:
+            return f'{number / unit:.2f} {name}'
+    return str(number)

@@ -1,0 +1,120 @@
+"""``gap.png``: top-1 of student and teachers over epochs, and the gap between them."""
+
+import logging
+import time
+from typing import Any, Dict, List, Sequence
+
+from .files import replaced_file
+
+__all__ = ['GapPlot', 'draw_gap']
+
+_logger = logging.getLogger('train')
+
+# Of the time of a run, in drawing; and seconds in which a run is not worth a plot but its last.
+MAX_SHARE, FIRST_AFTER = 0.02, 5.0
+COLORS = {'student': 'tab:blue', 'dynamic teacher': 'tab:orange', 'static teacher': 'tab:gray', 'gap': 'tab:green'}
+
+
+class GapPlot:
+    """Draws a run's plot again and again, for at most a fiftieth of its time. Without matplotlib it says so once.
+
+    Args:
+        path: of the PNG file.
+        title: what stands above the plot.
+    """
+
+    def __init__(self, path: str, title: str) -> None:
+        self.path, self.title = path, title
+        self.next_time = time.monotonic() + FIRST_AFTER
+        self.is_possible = True
+
+    def update(self, rows: Sequence[Dict[str, str]], last: bool = False) -> None:
+        """Draws the plot, unless that would be too soon after the last drawing.
+
+        Args:
+            rows: of ``summary.csv``. Those without ``eval_top1`` are skipped, and without any other nothing is drawn.
+            last: draw it whatever it costs.
+        """
+        start = time.monotonic()
+        rows = [row for row in rows if row.get('eval_top1')]
+        if not rows or not self.is_possible or start < self.next_time and not last:
+            return
+        try:
+            draw_gap(rows, self.path, self.title)
+        except ImportError:
+            self.is_possible = False
+            _logger.warning('gap.png was not drawn: pip install "timm-gpd[demo]" brings matplotlib')
+        except OSError as error:  # a plot is not worth a run
+            _logger.warning(f'gap.png was not drawn: {error.strerror or error}')
+        end = time.monotonic()
+        self.next_time = end + (end - start) / MAX_SHARE
+
+
+def draw_gap(rows: Sequence[Dict[str, str]], path: str, title: str = '') -> Any:
+    """Draws top-1 of student, dynamic teacher and static teacher, and below it the gap where there is one.
+
+    The axes fit the later half of the epochs: where earlier ones are out of their range, they are cut off. The best
+    epoch of the student and the last one are marked.
+
+    Args:
+        rows: of ``summary.csv``, at least one, each with ``eval_top1``.
+        path: of the PNG file, which is replaced as a whole.
+        title: what stands above the plot.
+
+    Returns:
+        The matplotlib figure.
+
+    Raises:
+        ImportError: without matplotlib.
+    """
+    from matplotlib.figure import Figure  # optional, and slow to import
+
+    epochs = [int(row['epoch']) for row in rows]
+    student, teacher, static, gap = (
+        _column(rows, f'eval_{name}') for name in ('top1', 'teacher_top1', 'static_top1', 'gap')
+    )
+    best = max(range(len(rows)), key=lambda index: (student[index], index))
+    figure = Figure(figsize=(7, 6.5 if gap else 4.5), layout='constrained')
+    panels = figure.subplots(2 if gap else 1, sharex=True, squeeze=False, height_ratios=[2, 1] if gap else [1])[:, 0]
+
+    top = panels[0]
+    _curve(top, epochs, student, best, 'student', f'best in epoch {epochs[best]}')
+    if teacher:
+        _curve(top, epochs, teacher, best, 'dynamic teacher', 'then')
+    if static:
+        label = f'static teacher: {static[-1]:.2f}'
+        top.axhline(static[-1], color=COLORS['static teacher'], linestyle='--', label=label)
+    top.set(ylabel='top-1 (%)', title=title)
+    _show_last_epochs(top, [curve for curve in (student, teacher, static) if curve], best)
+    if gap:
+        panels[1].axhline(0, color='black', linewidth=0.8)
+        _curve(panels[1], epochs, gap, best, 'gap', 'then')
+        panels[1].set(ylabel='gap (points of top-1)')
+        _show_last_epochs(panels[1], [gap], best)
+    for panel in panels:
+        panel.grid(alpha=0.3)
+        panel.legend(fontsize='small')
+    panels[-1].set(xlabel='epoch')
+    panels[-1].xaxis.get_major_locator().set_params(integer=True)
+    with replaced_file(path) as partial:
+        figure.savefig(partial, dpi=120, format='png')
+    return figure
+
+
+def _column(rows: Sequence[Dict[str, str]], name: str) -> List[float]:
+    return [float(row[name]) for row in rows] if rows[0].get(name) else []
+
+
+def _curve(panel: Any, epochs: List[int], values: List[float], best: int, name: str, when: str) -> None:
+    """A curve, with a star where the student was best and a dot at the end."""
+    color, label = COLORS[name], f'{name}: {values[-1]:.2f} at the end, {values[best]:.2f} {when}'
+    panel.plot(epochs, values, color=color, label=label)
+    panel.plot(epochs[best], values[best], '*', color=color, markersize=13, markeredgecolor='white')
+    panel.plot(epochs[-1], values[-1], 'o', color=color, markersize=5)
+
+
+def _show_last_epochs(panel: Any, curves: List[List[float]], best: int) -> None:
+    """Fits the axis to the later half of all curves, and to their stars."""
+    shown = [value for curve in curves for value in (*curve[len(curve) // 2 :], curve[best])]
+    margin = 0.08 * (max(shown) - min(shown)) or 1.0
+    panel.set_ylim(min(shown) - margin, max(shown) + margin)
