@@ -69,9 +69,11 @@ def train(args: argparse.Namespace, compute: Compute, log: LogFile) -> None:
     if args.torchcompile:
         with usage_errors('check --torchcompile and --torchcompile-mode', RuntimeError):
             task.compile(backend=args.torchcompile, mode=args.torchcompile_mode)
+    tracker = Tracker(args, run.path, start_epoch)
     run.open()
     log.open(run.file('train.log'))
-    _logger.info(overview)
+    for line in overview:
+        _logger.info(line)
     saver = CheckpointSaver(
         task.get_trainable_module(),
         optimizer,
@@ -88,7 +90,7 @@ def train(args: argparse.Namespace, compute: Compute, log: LogFile) -> None:
     best_metric = best_epoch = None
     run.truncate(start_epoch)
     progress = Progress(num_epochs, updates_per_epoch, args.log_interval, start_epoch * updates_per_epoch)
-    with Tracker(args, run.path, start_epoch) as tracker, progress:
+    with tracker, progress:
         for epoch in range(start_epoch, num_epochs):
             train_metrics = train_one_epoch(
                 epoch, task, loader_train, optimizer, compute, settings, lr_scheduler, saver, mixup_fn, progress

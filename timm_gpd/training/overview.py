@@ -87,7 +87,7 @@ def expected_cost(sizes: Dict[str, ModelSize]) -> float:
     return (plain + 3 * forward.get('dynamic teacher', 0) + forward.get('static teacher', 0)) / max(plain, 1)
 
 
-def describe(task: TrainingTask, input_config: InputConfig) -> str:
+def describe(task: TrainingTask, input_config: InputConfig) -> List[str]:
     """What a person wants to know before a run: the models, their sizes, and what a step will cost.
 
     Args:
@@ -95,10 +95,10 @@ def describe(task: TrainingTask, input_config: InputConfig) -> str:
         input_config: what images the student takes.
 
     Returns:
-        A few lines.
+        The lines of a log.
     """
     sizes = measure_models(task, input_config)
-    lines: List[str] = [f'{"":<15}  {"parameters":>14}  {"MACs per image":>14}']
+    lines = [f'{"":<15}  {"parameters":>14}  {"MACs per image":>14}']
     lines += [f'{name:<15}  {size.parameters:>14,}  {_short(size.macs):>14}' for name, size in sizes.items()]
     trained = unwrap_model(task.get_trainable_module())
     count = sum(p.numel() for p in trained.parameters() if p.requires_grad)
@@ -108,7 +108,7 @@ def describe(task: TrainingTask, input_config: InputConfig) -> str:
         if len(sizes) > 1
         else 'This is plain training.'
     )
-    return '\n'.join(lines)
+    return lines
 
 
 def _what_they_are(task: TrainingTask, sizes: Dict[str, ModelSize]) -> str:

@@ -11,7 +11,7 @@ __all__ = ['Progress']
 
 _logger = logging.getLogger('train')
 
-BAR = '{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}'
+BAR = '{desc} {percentage:3.0f}%|{bar}| {remaining} left{postfix}'
 
 
 class Progress:
@@ -112,7 +112,7 @@ class Progress:
         if self.bar is not None:
             rate = _per_second(self.images, self.update_time.sum)
             self.bar.set_description_str(f'epoch {epoch}/{self.num_epochs - 1}', refresh=False)
-            self.bar.set_postfix_str(f'loss {loss_mean:#.3g}{self.accuracies}, {rate:.0f} images/s', refresh=False)
+            self.bar.set_postfix_str(f'loss {loss_mean:#.3g}{self.accuracies}, {rate:.0f} img/s', refresh=False)
             self.bar.update(epoch * self.updates_per_epoch + update + 1 - self.bar.n)
 
     def validated(self, metrics: Mapping[str, float]) -> None:
