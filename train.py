@@ -14,7 +14,8 @@ from timm_gpd.errors import usage_errors
 from timm_gpd.training.args import parse_train_args
 from timm_gpd.training.compute import Compute, create_compute
 from timm_gpd.training.cpu import tune_process_for
-from timm_gpd.training.data import create_eval_loader, create_train_loader, resolve_data
+from timm_gpd.training.data import create_eval_loader, create_train_loader
+from timm_gpd.training.datasets import resolve_data
 from timm_gpd.training.evaluation import Evaluation
 from timm_gpd.training.log_file import LogFile
 from timm_gpd.training.loop import LoopSettings, train_one_epoch

@@ -17,7 +17,8 @@ from timm_gpd.errors import UsageError, usage_errors
 from timm_gpd.training.args import parse_validate_args
 from timm_gpd.training.compute import Compute, create_compute
 from timm_gpd.training.cpu import tune_process_for
-from timm_gpd.training.data import create_eval_loader, resolve_data
+from timm_gpd.training.data import create_eval_loader
+from timm_gpd.training.datasets import resolve_data
 from timm_gpd.training.evaluation import validate
 from timm_gpd.training.student import count_classes, resolve_input
 

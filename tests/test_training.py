@@ -11,7 +11,8 @@ from programs import ROOT
 from timm_gpd import GapPreservingTask
 from timm_gpd.training.args import parse_train_args, parse_validate_args
 from timm_gpd.training.compute import create_compute
-from timm_gpd.training.data import create_train_loader, resolve_data
+from timm_gpd.training.data import create_train_loader
+from timm_gpd.training.datasets import resolve_data
 from timm_gpd.training.loop import LoopSettings, train_one_epoch
 from timm_gpd.training.optimizer import resolve_lr
 from timm_gpd.training.schedule import create_schedule

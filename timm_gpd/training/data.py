@@ -1,88 +1,16 @@
-"""Datasets and loaders of a run, through timm's factories."""
+"""Loaders of a run, through timm's factories."""
 
 import argparse
-import os
-from dataclasses import dataclass
 from typing import Any, Dict, Optional, Tuple
 
 import torch
-from timm.data import FastCollateMixup, Mixup, create_dataset, create_loader
+from timm.data import FastCollateMixup, Mixup, create_loader
 
-from ..errors import UsageError, usage_errors
-from .digits import write_digits
+from ..errors import UsageError
+from .datasets import DataSource, create_split
 from .student import InputConfig
 
-__all__ = ['DataSource', 'create_eval_loader', 'create_train_loader', 'resolve_data', 'uses_mixup']
-
-
-@dataclass(frozen=True)
-class DataSource:
-    """Where images are.
-
-    Attributes:
-        dataset: name for timm's ``create_dataset``; empty for an image folder.
-        folder: root of the dataset, or None where timm chooses it.
-    """
-
-    dataset: str
-    folder: Optional[str]
-
-
-def resolve_data(args: argparse.Namespace) -> DataSource:
-    """Finds the dataset: writes the digits, and checks that a folder is there.
-
-    Args:
-        args: arguments of ``train.py`` or ``validate.py``.
-
-    Returns:
-        Where the images are.
-
-    Raises:
-        UsageError: if there is no such folder, or the digits cannot be written.
-    """
-    if args.dataset == 'digits':
-        return DataSource('', write_digits(args.data_dir or 'data', args.digits_train_size, args.seed))
-    if not args.dataset:
-        if not args.data_dir:
-            raise UsageError('no dataset: give --data-dir, or --dataset digits')
-        if not os.path.exists(args.data_dir):
-            raise UsageError(f'dataset folder {args.data_dir} does not exist: check --data-dir')
-    return DataSource(args.dataset, args.data_dir)
-
-
-def _create_dataset(
-    args: argparse.Namespace,
-    source: DataSource,
-    input_config: InputConfig,
-    num_classes: int,
-    split: str,
-    is_training: bool,
-) -> Any:
-    mode = args.input_img_mode or ('RGB' if input_config.input_size[0] == 3 else 'L')
-    with usage_errors(
-        'check --data-dir, --dataset and the names of the splits',
-        RuntimeError,
-        ValueError,
-        OSError,
-        AssertionError,
-        ImportError,
-        IndexError,
-    ):
-        dataset = create_dataset(
-            source.dataset,
-            root=source.folder,
-            split=split,
-            is_training=is_training,
-            class_map=args.class_map,
-            download=args.dataset_download,
-            batch_size=args.batch_size,
-            seed=args.seed,
-            input_img_mode=mode,
-        )
-    classes = getattr(dataset.reader, 'class_to_idx', None) if hasattr(dataset, 'reader') else None
-    if classes and len(classes) > num_classes:
-        raise UsageError(f'the {split} split has {len(classes)} classes and the model {num_classes}: set --num-classes')
-    return dataset
+__all__ = ['create_eval_loader', 'create_train_loader', 'uses_mixup']
 
 
 def _common(args: argparse.Namespace, input_config: InputConfig, device: torch.device) -> Dict[str, Any]:
@@ -142,7 +70,7 @@ def create_train_loader(
     interpolation = args.train_interpolation
     if args.no_aug or not interpolation:
         interpolation = input_config.interpolation
-    dataset = _create_dataset(args, source, input_config, num_classes, args.train_split, is_training=True)
+    dataset = create_split(args, source, input_config, num_classes, args.train_split, is_training=True)
     if len(dataset) < args.batch_size:
         raise UsageError(f'{len(dataset)} training images do not fill a batch of {args.batch_size}: lower --batch-size')
     loader = create_loader(
@@ -194,7 +122,7 @@ def create_eval_loader(
         UsageError: if the dataset cannot be read or has other classes than the model.
     """
     return create_loader(
-        _create_dataset(args, source, input_config, num_classes, args.val_split, is_training=False),
+        create_split(args, source, input_config, num_classes, args.val_split, is_training=False),
         batch_size=getattr(args, 'validation_batch_size', None) or args.batch_size,
         is_training=False,
         interpolation=input_config.interpolation,

@@ -1,0 +1,70 @@
+"""Flags of the dynamic teacher and of static teachers."""
+
+import argparse
+
+from timm.utils import ParseKwargs
+
+from ...distillers import DISTILLERS
+from ...losses import GPD_LOSSES
+from ...teacher.dynamic_teacher import SCALES
+
+__all__ = ['add_gpd', 'add_static_teacher']
+
+
+def add_gpd(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group('Gap Preserving Distillation')
+    group.add_argument('--gpd', action='store_true', help='train with a dynamic teacher')
+    group.add_argument('--gpd-ratio', type=int, default=2, metavar='R', help='its expansion ratio')
+    group.add_argument('--gpd-branches', type=int, default=1, metavar='M', help='its branches per convolution')
+    group.add_argument(
+        '--gpd-noise',
+        type=float,
+        default=0.0,
+        metavar='STD',
+        help="function-preserving noise, relative to each weight's standard deviation",
+    )
+    group.add_argument(
+        '--gpd-scale',
+        default='student',
+        choices=SCALES,
+        help='whose weights are stored: learning rates keep their meaning for "student"',
+    )
+    group.add_argument(
+        '--gpd-loss', default='sce', choices=list(GPD_LOSSES), help='how the student learns from the dynamic teacher'
+    )
+    group.add_argument('--gpd-weight', type=float, default=3.0, metavar='W', help='weight of that loss')
+
+
+def add_static_teacher(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group('Static teacher')
+    group.add_argument(
+        '--kd-model-name',
+        default=None,
+        metavar='MODEL',
+        help='timm model, hf-hub:<repo> or local-dir:<folder>, pretrained',
+    )
+    group.add_argument('--kd-model-path', default=None, metavar='FILE', help='load this checkpoint into it instead')
+    group.add_argument(
+        '--kd-distill-type',
+        default='logit',
+        metavar='NAMES',
+        help=f'losses, separated by commas: {", ".join(DISTILLERS)}',
+    )
+    group.add_argument('--kd-loss-type', default='kl', choices=['kl'], help='of the loss logit')
+    group.add_argument(
+        '--kd-loss-args',
+        nargs='*',
+        default={},
+        action=ParseKwargs,
+        metavar='NAME=VALUE',
+        help='their hyperparameters, such as alpha=1 beta=2, or dkd.weight=2 where several have one',
+    )
+    group.add_argument(
+        '--distill-loss-weight',
+        type=float,
+        default=None,
+        metavar='B',
+        help="weight of the static teacher's losses (default: 1, or 1 - A where A is given)",
+    )
+    group.add_argument('--task-loss-weight', type=float, default=None, metavar='A', help='weight of the task loss')
+    group.add_argument('--kd-temperature', type=float, default=4.0, help='temperature of the loss logit (kd)')
