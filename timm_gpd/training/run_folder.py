@@ -54,7 +54,9 @@ class RunFolder:
         self.results: List[Dict[str, Any]] = []
         self.summary = Summary(self.file('summary.csv'))
         self.plot = GapPlot(self.file(PLOT), args.model)
-        continued = args.resume and os.path.dirname(os.path.abspath(args.resume)) == os.path.abspath(self.path)
+        continued = args.resume == 'auto' or (
+            args.resume and os.path.dirname(os.path.abspath(args.resume)) == os.path.abspath(self.path)
+        )
         if os.path.exists(self.file('args.yaml')):
             if not continued:
                 raise UsageError(
