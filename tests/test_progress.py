@@ -220,7 +220,7 @@ def test_models_of_a_run_and_what_they_cost(tiny_student, branches):
             static,
         )
     )
-    gpd = GapPreservingTask(tiny_student, static, num_branches=branches, verbose=False)
+    gpd = GapPreservingTask(tiny_student, static, num_branches=branches, distill_type='logit,reviewkd', verbose=False)
     sizes = measure_models(gpd, TINY)
     assert {name: size.macs for name, size in sizes.items()} == {
         'student': student,
@@ -238,6 +238,12 @@ def test_models_of_a_run_and_what_they_cost(tiny_student, branches):
     assert f'{trained:,} parameters' in text and f'{expected_cost(sizes):.1f} x plain' in text
     for name, size in sizes.items():
         assert re.search(rf'^{name} +{size.parameters:,} ', text, re.MULTILINE)
+
+
+def test_parameters_that_are_passed_to_modules_do_not_stop_the_count():
+    model = timm.create_model('pit_ti_224', depth=(1, 1, 1), num_classes=10)  # its tokens are
+    assert count_macs(model, torch.zeros(1, 3, 224, 224)) > 0
+    assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_plain_training_costs_a_plain_step(tiny_student):
