@@ -27,7 +27,7 @@ _logger = logging.getLogger('validate')
 
 def main() -> None:
     args = parse_validate_args()
-    compute = create_compute(args.device, args.amp, args.amp_dtype, args.channels_last)
+    compute = create_compute(args.device, args.amp, args.amp_dtype, args.channels_last, args.model_dtype)
     undo = tune_process_for(compute.device)
     try:
         run_validation(args, compute)

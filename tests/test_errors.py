@@ -82,7 +82,7 @@ def test_which_errors_are_bugs():
     assert is_bug(raised_by(read_metrics, None)) is False, 'os.path refuses the name'
     assert is_bug(raised_by(ParameterLayout.of, None))
     assert not is_bug(raised_by(plan_expansion, torch.nn.Identity()))
-    with pytest.raises(UsageError, match=r'^too small \(try more\)$'), usage_errors('try more'):
+    with pytest.raises(UsageError, match=r'^too small by far \(try more\)$'), usage_errors('try more'):
         raise InputError('too small\nby far')
     with pytest.raises(UsageError, match='invalid literal'), usage_errors('try more', ValueError):
         int('x')

@@ -30,7 +30,7 @@ def files(folder):
         (['--num-classes', '0'], 'no classifier'),
         (['--num-classes', '7'], 'has 10 classes and the model 7'),
         (['--dataset', '', '--data-dir', '/does/not/exist'], 'does not exist: check --data-dir'),
-        (['--dataset', '', '--data-dir', 'EMPTY'], 'Found 0 images'),
+        (['--dataset', '', '--data-dir', 'EMPTY'], "has no folder of the split 'train': it has no folder"),
         (['--digits-train-size', '5'], '--digits-train-size must be between'),
         (['--kd-model-name', 'local-dir:TEACHER7'], 'static teacher has 7 classes'),
         (['--kd-model-name', 'resnet19'], 'Unknown model'),

@@ -9,7 +9,7 @@ from typing import Callable, NoReturn
 import timm
 import torch
 
-from .errors import UsageError
+from .errors import NamedError, RunEnded, UsageError
 from .version import __version__
 
 __all__ = ['Parser', 'run_program']
@@ -30,14 +30,17 @@ def run_program(name: str, main: Callable[[], None]) -> int:
         main: the function.
 
     Returns:
-        The exit code: 0 for success, 2 for what the user has to change (UsageError), 1 for a loss that diverged
-        (FloatingPointError) and for a bug, whose traceback is printed, with a request to report it.
+        The exit code: 0 for success; that of the :class:`NamedError`, such as 2 for what the user has to change, or of
+        the :class:`RunEnded`; 1 for a bug, whose traceback is printed, with a request to report it.
     """
     try:
         main()
-    except (UsageError, FloatingPointError) as error:
+    except RunEnded as ending:
+        print(f'{name}: {ending}', file=sys.stderr)
+        return ending.exit_code
+    except NamedError as error:
         print(f'{name}: error: {error}', file=sys.stderr)
-        return 2 if isinstance(error, UsageError) else 1
+        return error.exit_code
     except Exception:
         traceback.print_exc()
         print(

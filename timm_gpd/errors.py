@@ -1,24 +1,34 @@
 """Errors of the package. Each is one line that says what is wrong and what to do."""
 
+import re
 import traceback
 from contextlib import contextmanager
 from typing import Iterator, Type
 
 __all__ = [
+    'DataError',
     'InputError',
     'NamedError',
     'NoClassifierError',
+    'RunEnded',
     'UnsupportedModelError',
     'UsageError',
     'WeightsError',
     'first_line',
     'is_bug',
+    'one_line',
     'usage_errors',
 ]
 
 
 class NamedError(Exception):
-    """What this package raises knowingly: all else that comes out of its code is a bug."""
+    """What this package raises knowingly: all else that comes out of its code is a bug.
+
+    Attributes:
+        exit_code: of a program that it ends.
+    """
+
+    exit_code = 1
 
 
 class InputError(NamedError, ValueError):
@@ -40,13 +50,38 @@ class NoClassifierError(UnsupportedModelError):
 class UsageError(NamedError, ValueError):
     """A script was given something that it cannot work with. Printed as one line; the script exits with code 2."""
 
+    exit_code = 2
+
+
+class RunEnded(Exception):
+    """A run ended early, as it was told to. Printed as one line.
+
+    Args:
+        message: where it stands and how it goes on.
+        exit_code: of the program.
+    """
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+class DataError(UsageError):
+    """Images or labels are not what they should be.
+
+    A worker process raises it with the text of its traceback in front, which ends with the message: that alone is kept.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message.strip().rpartition(f'{type(self).__name__}: ')[2])
+
 
 @contextmanager
 def usage_errors(advice: str, *kinds: Type[Exception]) -> Iterator[None]:
     """Turns errors about what the user typed into a UsageError. A bug of this package passes as it is.
 
     Args:
-        advice: what to do about it, appended to the first line of the error.
+        advice: what to do about it, appended to what the error says.
         *kinds: what else to catch besides this package's :class:`NamedError`: classes that a library which is handed
             what the user typed raises. Where they come out of this package's own code they are bugs, see
             :func:`is_bug`.
@@ -58,7 +93,7 @@ def usage_errors(advice: str, *kinds: Type[Exception]) -> Iterator[None]:
     except Exception as error:
         if not isinstance(error, (NamedError, *kinds)) or is_bug(error):
             raise
-        line = first_line(error)
+        line = one_line(error)
         raise UsageError(f'{line} ({advice})' if advice else line) from error
 
 
@@ -73,3 +108,24 @@ def is_bug(error: BaseException) -> bool:
 def first_line(error: BaseException) -> str:
     """What an error says, on one line."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def one_line(error: BaseException, names: int = 3, length: int = 600) -> str:
+    """All that an error says, on one line: lists of names, such as keys of a checkpoint, are shortened.
+
+    Args:
+        error: the error.
+        names: how many names of a list stay.
+        length: characters that stay of what is longer nevertheless; its end is kept too.
+    """
+    text = ' '.join(str(error).split()) or type(error).__name__
+    text = re.sub(r'"[^"\s]+"(?:, "[^"\s]+")+', lambda found: _shorten(found[0], ', ', names), text)
+    text = re.sub(r'size mismatch for .*', lambda found: _shorten(found[0], ' size mismatch for ', 2), text)
+    return text if len(text) <= length else f'{text[: length * 2 // 3]} ... {text[-length // 3 :]}'
+
+
+def _shorten(text: str, separator: str, count: int) -> str:
+    """The first parts of a list, and how many there are more."""
+    parts = text.split(separator)
+    more = len(parts) - count
+    return text if more <= 0 else f'{separator.join(parts[:count])} and {more} more'

@@ -1,17 +1,35 @@
 """Where a run's images are, and the datasets that timm makes of them."""
 
 import argparse
+import logging
 import os
-from dataclasses import dataclass
-from typing import Any, Optional
+from dataclasses import dataclass, field
+from typing import Any, Dict, Optional, Tuple
 
-from timm.data import create_dataset
+from timm.data import ImageDataset, create_dataset
 
 from ..errors import UsageError, usage_errors
+from .class_folders import (
+    EVAL_NAMES,
+    TRAIN_NAMES,
+    find_split,
+    number_classes,
+    read_class_map,
+    scan_split,
+)
 from .digits import write_digits
+from .images import CheckedImages, LabelRange, LabelSet
 from .student import InputConfig
 
-__all__ = ['DataSource', 'create_split', 'resolve_data']
+__all__ = ['READERS', 'TORCH_DATASETS', 'DataSource', 'create_split', 'resolve_data']
+
+_logger = logging.getLogger('train')
+
+READERS = ('torch', 'hfds', 'hfids', 'tfds', 'wds')
+# Those of torchvision that timm knows: of the first it takes the test images for any split but "train" and "training".
+_TWO_SPLITS = ('cifar10', 'cifar100', 'mnist', 'kmnist', 'fashion_mnist', 'qmnist')
+_FOLDERS = ('image_folder', 'folder')
+TORCH_DATASETS = (*_TWO_SPLITS, 'imagenet', 'inaturalist', 'inat', 'places365', *_FOLDERS)
 
 
 @dataclass(frozen=True)
@@ -21,14 +39,18 @@ class DataSource:
     Attributes:
         dataset: name for timm's ``create_dataset``; empty for an image folder.
         folder: root of the dataset, or None where timm chooses it.
+        split_folders: of an image folder, the folder of each split.
+        class_map: of an image folder, the index of each class in every split; of others what ``--class-map`` says.
     """
 
     dataset: str
     folder: Optional[str]
+    split_folders: Dict[str, str] = field(default_factory=dict)
+    class_map: Any = ''
 
 
 def resolve_data(args: argparse.Namespace) -> DataSource:
-    """Finds the dataset: writes the digits, and checks that a folder is there.
+    """Finds the dataset and its splits: writes the digits, and checks what is there.
 
     Args:
         args: arguments of ``train.py`` or ``validate.py``.
@@ -37,16 +59,74 @@ def resolve_data(args: argparse.Namespace) -> DataSource:
         Where the images are.
 
     Raises:
-        UsageError: if there is no such folder, or the digits cannot be written.
+        UsageError: if there is no such folder, split or dataset, the classes of the splits differ, or the digits cannot
+            be written.
     """
+    reader, _, name = args.dataset.partition('/')
+    if reader.lower() in ('', 'digits', 'torch'):
+        for flag, given in (('--target-key', args.target_key), ('--target-format', args.target_format)):
+            if given:
+                raise UsageError(f'{flag} is for datasets of samples with fields: hfds/, hfids/, tfds/ and wds/')
+        if args.task == 'multilabel':
+            raise UsageError('--task multilabel needs a dataset of several labels: hfds/, hfids/, tfds/ or wds/<name>')
     if args.dataset == 'digits':
-        return DataSource('', write_digits(args.data_dir or 'data', args.digits_train_size, args.seed))
+        return _image_folder(args, '', write_digits(args.data_dir or 'data', args.digits_train_size, args.seed))
+    if not args.dataset and not args.data_dir:
+        raise UsageError('no dataset: give --data-dir, or --dataset digits')
     if not args.dataset:
-        if not args.data_dir:
-            raise UsageError('no dataset: give --data-dir, or --dataset digits')
         if not os.path.exists(args.data_dir):
             raise UsageError(f'dataset folder {args.data_dir} does not exist: check --data-dir')
-    return DataSource(args.dataset, args.data_dir)
+        return _image_folder(args, '', args.data_dir)
+    if reader.lower() not in READERS or not name:
+        known = ', '.join(f'{known}/<name>' for known in READERS)
+        raise UsageError(f'--dataset {args.dataset} is not one of digits, {known}; leave it out for an image folder')
+    if reader.lower() == 'torch':
+        _check_torch(args, name.split('/', 1)[-1].lower())
+        if name.lower() in _FOLDERS:
+            return _image_folder(args, args.dataset, args.data_dir)
+    return DataSource(args.dataset, args.data_dir, class_map=args.class_map)
+
+
+def _splits(args: argparse.Namespace) -> Tuple[str, ...]:
+    """Names of the splits that are read; the first one numbers the classes."""
+    names = (getattr(args, 'train_split', ''), args.val_split)
+    return tuple(name for name in names if name)
+
+
+def _check_torch(args: argparse.Namespace, name: str) -> None:
+    if name not in TORCH_DATASETS:
+        raise UsageError(f'--dataset torch/{name} is none that timm knows: choose of {", ".join(TORCH_DATASETS)}')
+    if args.class_map:
+        raise UsageError(f"--class-map is for timm's own readers: torch/{name} numbers its classes itself")
+    known = (*TRAIN_NAMES, *EVAL_NAMES, 'test')
+    for split in _splits(args) if name in _TWO_SPLITS else ():
+        if split not in known:
+            raise UsageError(f'torch/{name} has no split {split!r}: choose of {", ".join(known)}')
+
+
+def _image_folder(args: argparse.Namespace, dataset: str, root: Optional[str]) -> DataSource:
+    splits = _splits(args)
+    if not root or not os.path.exists(root):
+        raise UsageError(f'--dataset {dataset} needs a folder: check --data-dir')
+    if os.path.isfile(root):
+        if len(splits) > 1:
+            raise UsageError(f'{root} is one file, which has no splits: give --data-dir a folder with a folder of each')
+        return DataSource(dataset, root, {splits[0]: root}, args.class_map)
+    with usage_errors('check --data-dir', OSError):
+        folders = {split: find_split(root, split, alone=len(splits) == 1) for split in splits}
+        extensions = (getattr(args, 'input_key', None) or '').split(';')
+        found = {split: scan_split(folder, [part for part in extensions if part]) for split, folder in folders.items()}
+    if len(set(folders.values())) < len(splits):
+        _logger.warning(f'{" and ".join(splits)} are the same images: the metrics tell nothing about others')
+    class_map = read_class_map(args.class_map, folders[splits[0]]) if args.class_map else {}
+    if getattr(args, 'real_labels', '') and all(split.classes == ('',) for split in found.values()):
+        return DataSource(dataset, root, folders, args.class_map)  # labels go by the names of the files
+    indices = number_classes(found, class_map)
+    if dataset and any(split.classes != found[splits[0]].classes for split in found.values()):
+        raise UsageError(
+            f'the splits of {root} have different classes, which {dataset} numbers in each: leave out --dataset'
+        )
+    return DataSource(dataset, root, folders, '' if dataset else indices)
 
 
 def create_split(
@@ -68,12 +148,15 @@ def create_split(
         is_training: whether it is trained on, which shuffles a stream of images.
 
     Returns:
-        timm's dataset.
+        timm's dataset. Every label is checked as it is loaded; images that cannot be read are counted, where timm's
+        reader opens one at a time.
 
     Raises:
         UsageError: if the dataset cannot be read or has other classes than the model.
     """
     mode = args.input_img_mode or ('RGB' if input_config.input_size[0] == 3 else 'L')
+    folder = source.split_folders.get(split)
+    keys = dict(input_key=args.input_key, target_key=args.target_key, target_format=args.target_format)
     with usage_errors(
         'check --data-dir, --dataset and the names of the splits',
         RuntimeError,
@@ -81,20 +164,49 @@ def create_split(
         OSError,
         AssertionError,
         ImportError,
-        IndexError,
+        LookupError,
+        TypeError,
     ):
         dataset = create_dataset(
             source.dataset,
-            root=source.folder,
+            root=folder or source.folder,
             split=split,
+            search_split=False,  # it has been found
             is_training=is_training,
-            class_map=args.class_map,
+            class_map=source.class_map,
             download=args.dataset_download,
+            trust_remote_code=args.dataset_trust_remote_code,
             batch_size=args.batch_size,
+            num_samples=args.train_num_samples if is_training else args.val_num_samples,
+            repeats=args.epoch_repeats if is_training else 0,
             seed=args.seed,
             input_img_mode=mode,
+            **{name: value for name, value in keys.items() if value is not None},
         )
-    classes = getattr(dataset.reader, 'class_to_idx', None) if hasattr(dataset, 'reader') else None
-    if classes and len(classes) > num_classes:
-        raise UsageError(f'the {split} split has {len(classes)} classes and the model {num_classes}: set --num-classes')
+    highest, count = _count_classes(dataset)
+    if highest >= num_classes:
+        raise UsageError(
+            f'the {split} split has {count} classes and the model {num_classes}: set --num-classes'
+            if highest < count
+            else f'the {split} split has the label {highest} and the model {num_classes} classes: check --class-map'
+        )
+    if is_training and 0 < count < num_classes:
+        _logger.warning(f'the {split} split has {count} classes and the model {num_classes}: some are never trained')
+    if isinstance(dataset, ImageDataset):
+        dataset = CheckedImages(dataset, split, args.max_bad_images)
+    if args.task == 'multilabel':
+        dense = args.target_format == 'multihot'
+        dataset.target_transform = LabelSet(num_classes, split, dense)
+    else:
+        dataset.target_transform = LabelRange(num_classes, split)
     return dataset
+
+
+def _count_classes(dataset: Any) -> Tuple[int, int]:
+    """Highest index and number of a dataset's classes, as far as it tells: -1 and 0 where it does not."""
+    reader = getattr(dataset, 'reader', dataset)
+    for name in ('class_to_idx', 'class_name_to_idx'):
+        classes = getattr(reader, name, None)
+        if classes:
+            return max(classes.values()), len(set(classes.values()))
+    return -1, 0

@@ -1,11 +1,21 @@
 """Files that are replaced as a whole."""
 
+import glob
 import os
 import tempfile
 from contextlib import contextmanager, suppress
 from typing import Iterator
 
-__all__ = ['replaced_file']
+__all__ = ['remove_partial_files', 'replaced_file']
+
+PARTIAL = '.partial'
+
+
+def remove_partial_files(folder: str) -> None:
+    """Removes what was being written to a folder when its writer was killed."""
+    for path in glob.glob(os.path.join(glob.escape(folder), f'.*{PARTIAL}')):
+        with suppress(FileNotFoundError):
+            os.remove(path)
 
 
 @contextmanager
@@ -21,7 +31,7 @@ def replaced_file(path: str) -> Iterator[str]:
         OSError: if the folder cannot be written. The old file stays as it is.
     """
     folder, name = os.path.split(os.path.abspath(path))
-    handle, partial = tempfile.mkstemp(prefix=f'.{name}-', dir=folder)
+    handle, partial = tempfile.mkstemp(prefix=f'.{name}-', suffix=PARTIAL, dir=folder)
     os.close(handle)
     try:
         umask = os.umask(0)

@@ -15,16 +15,23 @@ class LogFile(logging.Handler):
 
     So the file begins with what was logged before the run had a folder. A run that is continued adds to it. What ends
     the run is its last line.
+
+    Args:
+        is_primary: whether this is the process that reports. In all others nothing is written, and only warnings are
+            logged.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, is_primary: bool = True) -> None:
         super().__init__()
+        self.is_primary = is_primary
         self.setFormatter(logging.Formatter('%(asctime)s - %(name)20s: [%(levelname)8s] - %(message)s'))
         self.waiting: List[str] = []
         self.file: Optional[TextIO] = None
         self.has_failed = False
 
     def __enter__(self) -> 'LogFile':
+        if not self.is_primary:
+            logging.root.setLevel(logging.WARNING)
         logging.root.addHandler(self)
         return self
 
@@ -41,6 +48,8 @@ class LogFile(logging.Handler):
         Args:
             path: of the file; it is continued where it is there.
         """
+        if not self.is_primary:
+            return
         with self.lock:
             try:
                 self.file = open(path, 'a')

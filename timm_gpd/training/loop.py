@@ -1,29 +1,36 @@
 """One epoch of training, for any of timm's tasks."""
 
 import argparse
-import math
+import logging
 import time
 from collections import OrderedDict
 from contextlib import nullcontext
-from dataclasses import dataclass, field, fields
-from typing import Any, Dict, Optional
+from dataclasses import dataclass, fields
+from typing import Any, Dict, Optional, Tuple
 
 import torch
 from timm.data import Mixup
 from timm.task import TrainingTask
-from timm.utils import AverageMeter, CheckpointSaver, dispatch_clip_grad
+from timm.utils import AverageMeter, dispatch_clip_grad
 
-from ..losses import check_finite
+from .checkpoints import Checkpoints, Position
 from .compute import Compute
+from .interruption import Interruption
+from .non_finite import NonFiniteError, are_finite, name_non_finite
+from .processes import Processes
 from .progress import Progress
+from .replay import ReplayedLoader
 from .schedule import mean_lr
+from .sync_batch_norm import SynchronizedBatchNorm
 
-__all__ = ['LoopSettings', 'train_one_epoch']
+__all__ = ['LoopSettings', 'TrainingLoop']
+
+_logger = logging.getLogger('train')
 
 
 @dataclass(frozen=True)
 class LoopSettings:
-    """How an epoch is trained.
+    """How epochs are trained.
 
     Attributes:
         grad_accum_steps: batches of an update.
@@ -31,6 +38,8 @@ class LoopSettings:
         clip_mode: what is limited: ``'norm'``, ``'value'``, or ``'agc'``, the norm relative to the weights'.
         mixup_off_epoch: epoch from which on batches are not mixed, 0 for never.
         recovery_interval: updates between recovery checkpoints, 0 for none.
+        on_nan: what follows a loss or gradient that is NaN or infinite, see ``POLICIES`` of ``non_finite``.
+        sync_bn: batch norm over the images of all processes.
     """
 
     grad_accum_steps: int = 1
@@ -38,6 +47,8 @@ class LoopSettings:
     clip_mode: str = 'norm'
     mixup_off_epoch: int = 0
     recovery_interval: int = 0
+    on_nan: str = 'stop'
+    sync_bn: bool = False
 
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> 'LoopSettings':
@@ -45,128 +56,214 @@ class LoopSettings:
         return cls(**{setting.name: getattr(args, setting.name) for setting in fields(cls)})
 
 
-def train_one_epoch(
-    epoch: int,
-    task: TrainingTask,
-    loader: Any,
-    optimizer: torch.optim.Optimizer,
-    compute: Compute,
-    settings: LoopSettings = LoopSettings(),
-    lr_scheduler: Any = None,
-    saver: Optional[CheckpointSaver] = None,
-    mixup_fn: Optional[Mixup] = None,
-    progress: Optional[Progress] = None,
-) -> Dict[str, float]:
-    """Trains for one epoch.
+class TrainingLoop:
+    """Trains epochs, or what is left of one.
 
     Args:
-        epoch: index of the epoch, from 0.
         task: what is trained; its result's ``loss`` is minimised, and every other scalar is averaged for the log.
         loader: batches of images (B, in_chans, H, W) and targets.
         optimizer: over the task's trainable module.
         compute: device and precision.
+        processes: those that train together.
         settings: accumulation, clipping, recovery.
-        lr_scheduler: timm scheduler; stepped on every update.
-        saver: writes recovery checkpoints.
+        lr_scheduler: timm scheduler, stepped on every update; or None.
+        checkpoints: writes recovery checkpoints, and where the run stands if it is interrupted.
+        interruption: tells whether the run shall end.
         mixup_fn: mixes a batch, where the loader does not.
         progress: shows how far the run is.
-
-    Returns:
-        Mean of the loss and of each of its terms, weighted by batch size.
-
-    Raises:
-        FloatingPointError: if the loss is NaN or infinite; names its terms that are.
     """
-    if settings.mixup_off_epoch and epoch >= settings.mixup_off_epoch:
-        if mixup_fn is not None:
-            mixup_fn.mixup_enabled = False
-        elif getattr(loader, 'mixup_enabled', False):
-            loader.mixup_enabled = False
-    task.train()
-    means = _ScalarMeans()
-    loss_meter = AverageMeter()
-    batches = len(loader)
-    updates_per_epoch = -(-batches // settings.grad_accum_steps)
-    num_updates = epoch * updates_per_epoch
-    samples, data_seconds = 0, 0.0
-    optimizer.zero_grad()
-    data_start = update_start = time.time()
-    for index, (images, target) in enumerate(loader):
-        update = index // settings.grad_accum_steps
-        # The last update of an epoch may have fewer batches than the others.
-        accumulated = min(settings.grad_accum_steps, batches - update * settings.grad_accum_steps)
-        last_batch = index == batches - 1
-        needs_update = last_batch or (index + 1) % settings.grad_accum_steps == 0
-        images, target = compute.prepare(images, target)
-        if mixup_fn is not None:
-            images, target = mixup_fn(images, target)
-        data_seconds += time.time() - data_start
 
-        with nullcontext() if needs_update else task.no_sync():
-            with compute.autocast():
-                result = task(images, target)
-            _backward(result['loss'] / accumulated, task, optimizer, compute, settings, needs_update)
-        means.update(result, images.shape[0])
-        samples += images.shape[0]
-        if needs_update:
-            num_updates += 1
-            optimizer.zero_grad()
-            task.update_ema(step=num_updates)
-            loss = result['loss'].item()
-            if not math.isfinite(loss):
-                means.check_finite()
-            loss_meter.update(loss, images.shape[0])
-            seconds, update_start = time.time() - update_start, time.time()
-            if progress is not None:
-                lr = mean_lr(optimizer)
-                progress.step(epoch, update, loss, loss_meter.avg, lr, samples, seconds, data_seconds)
-            if saver is not None and settings.recovery_interval and (update + 1) % settings.recovery_interval == 0:
-                saver.save_recovery(epoch, batch_idx=update)
-            if lr_scheduler is not None:
-                lr_scheduler.step_update(num_updates=num_updates, metric=loss_meter.avg)
-            samples, data_seconds = 0, 0.0
-        data_start = time.time()
-    return means.compute()
+    def __init__(
+        self,
+        task: TrainingTask,
+        loader: ReplayedLoader,
+        optimizer: torch.optim.Optimizer,
+        compute: Compute,
+        processes: Processes,
+        settings: LoopSettings = LoopSettings(),
+        lr_scheduler: Any = None,
+        checkpoints: Optional[Checkpoints] = None,
+        interruption: Optional[Interruption] = None,
+        mixup_fn: Optional[Mixup] = None,
+        progress: Optional[Progress] = None,
+    ) -> None:
+        self.task, self.loader, self.optimizer, self.compute = task, loader, optimizer, compute
+        self.processes, self.settings, self.lr_scheduler = processes, settings, lr_scheduler
+        self.checkpoints, self.interruption = checkpoints, interruption
+        self.mixup_fn, self.progress = mixup_fn, progress
+        self.updates_per_epoch = -(-len(loader) // settings.grad_accum_steps)
+        synchronized = settings.sync_bn and processes.is_distributed
+        self.batch_norm = SynchronizedBatchNorm() if synchronized else nullcontext()
 
+    def train_epoch(self, position: Position) -> Dict[str, float]:
+        """Trains an epoch from a position on, which moves with it, to behind its last batch.
 
-def _backward(
-    loss: torch.Tensor,
-    task: TrainingTask,
-    optimizer: torch.optim.Optimizer,
-    compute: Compute,
-    settings: LoopSettings,
-    needs_update: bool,
-) -> None:
-    limit, mode = settings.clip_grad, settings.clip_mode
-    clipped = None if limit is None else task.get_clip_parameters(exclude_head='agc' in mode)
-    if compute.loss_scaler is not None:
-        compute.loss_scaler(
-            loss, optimizer, clip_grad=limit, clip_mode=mode, parameters=clipped, need_update=needs_update
-        )
-        return
-    loss.backward()
-    if needs_update:
+        Args:
+            position: where the run stands, changed in place.
+
+        Returns:
+            Mean of the loss and of each of its terms over the images of the epoch, of all processes.
+
+        Raises:
+            NonFiniteError: if a loss or a gradient is NaN or infinite, unless such updates are skipped.
+            RunEnded: if the run was told to end; its position is saved.
+        """
+        epoch, batches, accumulation = position.epoch, len(self.loader), self.settings.grad_accum_steps
+        if self.settings.mixup_off_epoch and epoch >= self.settings.mixup_off_epoch:
+            self._turn_mixup_off()
+        self.task.train()
+        self.optimizer.zero_grad()
+        losses, times = AverageMeter(), _Times()
+        means, update_terms = _Means.at(position), _Means()
+        for index, (images, target) in self.loader.run_epoch(epoch, position.batch):
+            update = index // accumulation
+            # The last update of an epoch may have fewer batches than the others.
+            accumulated = min(accumulation, batches - update * accumulation)
+            is_update = index == batches - 1 or (index + 1) % accumulation == 0
+            images, target = self.compute.prepare(images, target)
+            if self.mixup_fn is not None:
+                images, target = self.mixup_fn(images, target)
+            times.loaded()
+            with self.batch_norm, nullcontext() if is_update else self.task.no_sync():
+                with self.compute.autocast():
+                    result = self.task(images, target)
+                update_terms.add(result, images.shape[0])
+                is_finite = self._backward(result['loss'] / accumulated, is_update, update_terms)
+            if not is_update:
+                continue
+            if is_finite:
+                means.add_all(update_terms)
+            elif self.settings.on_nan == 'skip':
+                _logger.warning(f'{self._name_non_finite(update_terms, epoch, update)}: the update is skipped')
+            else:
+                raise NonFiniteError(self._name_non_finite(update_terms, epoch, update))
+            self.optimizer.zero_grad()
+            num_updates = epoch * self.updates_per_epoch + update + 1
+            self.task.update_ema(step=num_updates)
+            losses.update((update_terms.sums['loss'] / update_terms.images).item(), update_terms.images)
+            if self.progress is not None:
+                images_of_all = update_terms.images * self.processes.world_size
+                self.progress.step(
+                    epoch, update, losses.val, losses.avg, mean_lr(self.optimizer), images_of_all, *times.updated()
+                )
+            if self.lr_scheduler is not None:
+                self.lr_scheduler.step_update(num_updates=num_updates, metric=losses.avg)
+            update_terms = _Means()
+            position.batch = index + 1
+            self._save_if_wanted(position, means, update)
+        position.batch, position.sums, position.images = batches, means.numbers(), means.images
+        return means.compute(self.processes)
+
+    def _turn_mixup_off(self) -> None:
+        self.loader.turn_mixup_off()
+        if self.mixup_fn is not None:
+            self.mixup_fn.mixup_enabled = False
+
+    def _backward(self, loss: torch.Tensor, is_update: bool, update_terms: '_Means') -> bool:
+        """Adds gradients, and with the last batch of an update takes the step, unless something is not finite.
+
+        Returns:
+            Whether all is finite; the same in all processes.
+        """
+        limit, mode = self.settings.clip_grad, self.settings.clip_mode
+        clipped = None if limit is None else self.task.get_clip_parameters(exclude_head='agc' in mode)
+        if self.compute.loss_scaler is not None:
+            # It expects gradients to overflow, and skips such updates itself; that leaves the losses.
+            if is_update and self.processes.any(not update_terms.are_finite()):
+                return False
+            self.compute.loss_scaler(
+                loss, self.optimizer, clip_grad=limit, clip_mode=mode, parameters=clipped, need_update=is_update
+            )
+            return True
+        # If a loss is not finite, so are gradients, in every process, since they are summed.
+        (loss * torch.where(loss.detach().isfinite(), 1.0, float('nan'))).backward()
+        if not is_update:
+            return True
+        trained = self.task.get_trainable_module()
+        if not are_finite(parameter.grad for parameter in trained.parameters() if parameter.grad is not None):
+            return False
         if limit is not None:
             dispatch_clip_grad(clipped, value=limit, mode=mode)
-        optimizer.step()
+        self.optimizer.step()
+        return True
+
+    def _name_non_finite(self, update_terms: '_Means', epoch: int, update: int) -> str:
+        what = name_non_finite(update_terms.sums, self.task.get_trainable_module().named_parameters())
+        return f'{what} in epoch {epoch}, update {update}, at a learning rate of {mean_lr(self.optimizer):.3g}'
+
+    def _save_if_wanted(self, position: Position, means: '_Means', update: int) -> None:
+        """Saves between two updates, every so often and if the run shall end."""
+        shall_end = self.interruption is not None and self.interruption.check()
+        interval = self.settings.recovery_interval
+        if self.checkpoints is None or not (shall_end or (interval and (update + 1) % interval == 0)):
+            return
+        position.sums, position.images = means.numbers(), means.images
+        path = self.checkpoints.save_recovery(position)
+        if shall_end and self.interruption is not None:
+            self.interruption.end(path)
 
 
-@dataclass
-class _ScalarMeans:
-    """Means of a task's scalars, kept on the device: reading them once an epoch does not stall it."""
+class _Means:
+    """Means of a task's scalars over images, kept on the device: reading them once an epoch does not stall it."""
 
-    sums: Dict[str, torch.Tensor] = field(default_factory=dict)
-    count: int = 0
+    def __init__(self) -> None:
+        self.sums: Dict[str, torch.Tensor] = {}
+        self.images = 0
 
-    def update(self, result: Dict[str, torch.Tensor], batch_size: int) -> None:
-        self.count += batch_size
+    @classmethod
+    def at(cls, position: Position) -> '_Means':
+        """What has been summed up in an epoch before a position."""
+        means = cls()
+        means.sums = {name: torch.tensor(value, dtype=torch.float64) for name, value in position.sums.items()}
+        means.images = position.images
+        return means
+
+    def add(self, result: Dict[str, torch.Tensor], images: int) -> None:
+        """Adds a batch."""
+        self.images += images
         for name, value in result.items():
             if value.dim() == 0:
-                self.sums[name] = self.sums.get(name, 0) + value.detach() * batch_size
+                self._add(name, value.detach() * images)
 
-    def check_finite(self) -> None:
-        """Raises a FloatingPointError that names the terms that have been NaN or infinite."""
-        check_finite(self.sums)
+    def add_all(self, other: '_Means') -> None:
+        """Adds what another has summed up."""
+        self.images += other.images
+        for name, value in other.sums.items():
+            self._add(name, value)
 
-    def compute(self) -> Dict[str, float]:
-        return OrderedDict((name, total.item() / self.count) for name, total in self.sums.items())
+    def _add(self, name: str, value: torch.Tensor) -> None:
+        dtype = torch.float32 if value.device.type == 'mps' else torch.float64
+        before = self.sums.get(name)
+        self.sums[name] = value.to(dtype) if before is None else before.to(value.device, dtype) + value.to(dtype)
+
+    def are_finite(self) -> bool:
+        return bool(torch.stack(list(self.sums.values())).isfinite().all())
+
+    def numbers(self) -> Dict[str, float]:
+        """The sums as numbers, for which the device is waited for."""
+        return {name: value.item() for name, value in self.sums.items()}
+
+    def compute(self, processes: Processes) -> Dict[str, float]:
+        """The means, over the images of all processes."""
+        *sums, images = processes.sum([*self.numbers().values(), self.images])
+        return OrderedDict((name, value / max(images, 1)) for name, value in zip(self.sums, sums))
+
+
+class _Times:
+    """How long an update takes, and how much of that it waits for images; in seconds."""
+
+    def __init__(self) -> None:
+        self.start = self.waiting_since = time.time()
+        self.waited = 0.0
+
+    def loaded(self) -> None:
+        """A batch is there."""
+        self.waited += time.time() - self.waiting_since
+
+    def updated(self) -> Tuple[float, float]:
+        """Both numbers of an update that is done; the next one begins."""
+        now = time.time()
+        times = now - self.start, self.waited
+        self.start = self.waiting_since = now
+        self.waited = 0.0
+        return times

@@ -1,51 +1,135 @@
 """Continuing a run from one of its checkpoints."""
 
 import argparse
+import logging
 import os
 import pickle
-from typing import Any, Optional
+from typing import Any, Dict
 
-import torch
-from timm.task import TrainingTask, resume_task_checkpoint
+from timm.task import TrainingTask, load_task_ema_checkpoint, resume_task_checkpoint
+from timm.utils.checkpoint_saver import load_checkpoint_metadata
 
-from ..errors import UsageError, is_bug
+from ..errors import UsageError, first_line, is_bug
+from .checkpoints import Checkpoints, Position, newest_checkpoint
+from .non_finite import NonFiniteError
 
-__all__ = ['resume_run']
+__all__ = ['find_checkpoint', 'resume_run', 'rewind']
+
+REWINDS = 3  # to one checkpoint, before the run gives up
+
+_logger = logging.getLogger('train')
+
+
+def find_checkpoint(args: argparse.Namespace, folder: str) -> str:
+    """The file that ``--resume`` names; ``auto`` is the furthest checkpoint of the run's folder.
+
+    Args:
+        args: arguments of ``train.py``.
+        folder: the run's folder.
+
+    Returns:
+        Its path; empty where the run begins.
+
+    Raises:
+        UsageError: if it does not exist, or ``auto`` has no ``--experiment`` to look for.
+    """
+    if args.resume != 'auto':
+        if args.resume and not os.path.isfile(args.resume):
+            raise UsageError(f'checkpoint {args.resume} does not exist: check --resume')
+        return args.resume
+    if not args.experiment:
+        raise UsageError('--resume auto needs --experiment, the name of the run')
+    return newest_checkpoint(folder) or ''
 
 
 def resume_run(
     args: argparse.Namespace,
+    path: str,
     task: TrainingTask,
-    optimizer: torch.optim.Optimizer,
-    loss_scaler: Optional[Any] = None,
-) -> int:
-    """Restores task, optimizer and loss scaler from ``--resume``.
+    checkpoints: Checkpoints,
+) -> Position:
+    """Restores what is trained, its average, the optimizer and the loss scaler.
 
     Args:
         args: arguments of ``train.py``; ``--no-resume-opt`` leaves optimizer and loss scaler as they are.
+        path: the checkpoint.
         task: what is trained; receives student, dynamic teacher and distillers.
-        optimizer: over its trainable module.
-        loss_scaler: of mixed precision, if any.
+        checkpoints: of the run, with its optimizer and loss scaler.
 
     Returns:
-        The epoch to go on with, from 0.
+        Where the run goes on.
 
     Raises:
-        UsageError: if the file is missing, is no checkpoint, or is one of another architecture or other GPD settings.
+        UsageError: if the file is no checkpoint, or is one of another architecture or other GPD settings.
     """
-    if not os.path.isfile(args.resume):
-        raise UsageError(f'checkpoint {args.resume} does not exist: check --resume')
-    state = {} if args.no_resume_opt else dict(optimizer=optimizer, loss_scaler=loss_scaler)
+    state = {} if args.no_resume_opt else dict(optimizer=checkpoints.optimizer, loss_scaler=checkpoints.loss_scaler)
+    checkpoint = _read(path)
+    if _has_dynamic_teacher(checkpoint) != args.gpd:
+        raise UsageError(
+            f'{path} is of a run {"with" if _has_dynamic_teacher(checkpoint) else "without"} --gpd, and this one is '
+            f'{"with" if args.gpd else "without"}: resume it as it was, or start from its student with '
+            '--initial-checkpoint'
+        )
     try:
-        epoch = resume_task_checkpoint(task, args.resume, **state)
-    except (pickle.UnpicklingError, EOFError, OSError) as error:
-        raise UsageError(f'{args.resume} cannot be read as a checkpoint: {str(error).splitlines()[0]}')
+        resume_task_checkpoint(task, path, **state)
+        if task.has_ema():
+            load_task_ema_checkpoint(task, path)
     except (RuntimeError, ValueError, KeyError) as error:
         if is_bug(error):
             raise
-        reason = str(error).strip().splitlines()
+        reason = ' '.join(line.strip() for line in str(error).strip().splitlines())
         raise UsageError(
-            f'{args.resume} does not fit --model {args.model} and its options: {reason[-1].strip() if reason else ""} '
+            f'{path} does not fit --model {args.model} and its options: {reason[:400]} '
             '(resume with the arguments of its run, in args.yaml beside it)'
         )
-    return (epoch or 0) if args.start_epoch is None else args.start_epoch
+    if os.path.realpath(os.path.dirname(path)) == os.path.realpath(checkpoints.folder):
+        checkpoints.restore_history(checkpoint, is_last=os.path.basename(path).startswith('last'))
+    position = checkpoints.restore_position(checkpoint)
+    return position if args.start_epoch is None else Position(args.start_epoch, rewinds=position.rewinds)
+
+
+def rewind(
+    error: NonFiniteError,
+    args: argparse.Namespace,
+    task: TrainingTask,
+    checkpoints: Checkpoints,
+    position: Position,
+) -> Position:
+    """Goes back to the furthest checkpoint, after a loss or gradient that was not finite.
+
+    Args:
+        error: what happened.
+        args: arguments of ``train.py``.
+        task: what is trained.
+        checkpoints: of the run.
+        position: where it happened.
+
+    Returns:
+        Where the run goes on, with other random numbers.
+
+    Raises:
+        NonFiniteError: if there is no checkpoint, or going back to it has not helped three times.
+    """
+    path = checkpoints.processes.share(newest_checkpoint(checkpoints.folder))
+    if path is None:
+        raise NonFiniteError(f'{error}; there is no checkpoint to go back to')
+    restored = resume_run(args, path, task, checkpoints)
+    if position.rewinds - restored.rewinds >= REWINDS:
+        raise NonFiniteError(f'{error}; going back to {path} has not helped {REWINDS} times')
+    restored.rewinds = position.rewinds + 1
+    _logger.warning(f'{error}; the run goes back to {path} and on with other random numbers')
+    return restored
+
+
+def _has_dynamic_teacher(checkpoint: Dict[str, Any]) -> bool:
+    return 'dynamic_teacher' in (checkpoint.get('task_state') or {})
+
+
+def _read(path: str) -> Dict[str, Any]:
+    try:
+        checkpoint = load_checkpoint_metadata(path)
+    except (pickle.UnpicklingError, EOFError, OSError, RuntimeError) as error:
+        raise UsageError(f'{path} cannot be read as a checkpoint: {first_line(error)}')
+    if not isinstance(checkpoint, dict) or 'optimizer' not in checkpoint or 'epoch' not in checkpoint:
+        raise UsageError(f'{path} is no checkpoint of a run: to start from its weights, use --initial-checkpoint')
+    return checkpoint

@@ -5,7 +5,7 @@ import logging
 import os
 import tempfile
 from datetime import datetime
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Optional
 
 import timm
 import torch
@@ -16,8 +16,9 @@ from timm.task import TrainingTask
 from ..errors import UsageError
 from ..student_folder import PLOT, read_metrics, save_student
 from ..version import __version__
-from .files import replaced_file
+from .files import remove_partial_files, replaced_file
 from .plot import GapPlot
+from .processes import Processes
 from .student import InputConfig
 from .summary import Summary, summary_row
 from .task import get_student
@@ -36,6 +37,7 @@ class RunFolder:
     Args:
         args: arguments of the run.
         input_config: input of the student, for the default name.
+        processes: those that train together; the first one writes, the others know the path.
 
     Raises:
         UsageError: if the folder cannot be written, or holds another run than the one that is resumed.
@@ -45,20 +47,26 @@ class RunFolder:
         summary: its ``summary.csv``.
     """
 
-    def __init__(self, args: argparse.Namespace, input_config: InputConfig) -> None:
+    def __init__(
+        self, args: argparse.Namespace, input_config: InputConfig, processes: Optional[Processes] = None
+    ) -> None:
         name = args.experiment or '-'.join(
             [datetime.now().strftime('%Y%m%d-%H%M%S'), safe_model_name(args.model), str(input_config.input_size[-1])]
         )
+        self.is_primary = processes is None or processes.is_primary
+        name = name if processes is None else processes.share(name)
         self.path = os.path.join(args.output or os.path.join('output', 'train'), name)
         self.args = dict(vars(args))
         self.results: List[Dict[str, Any]] = []
         self.summary = Summary(self.file('summary.csv'))
         self.plot = GapPlot(self.file(PLOT), args.model)
-        continued = args.resume == 'auto' or (
-            args.resume and os.path.dirname(os.path.abspath(args.resume)) == os.path.abspath(self.path)
-        )
+        if self.is_primary:
+            self._prepare(args.resume)
+
+    def _prepare(self, resume: str) -> None:
+        continued = resume == 'auto' or os.path.dirname(os.path.abspath(resume)) == os.path.abspath(self.path)
         if os.path.exists(self.file('args.yaml')):
-            if not continued:
+            if not (resume and continued):
                 raise UsageError(
                     f'{self.path} holds another run: choose another --experiment, or --resume its last.pth.tar'
                 )
@@ -91,6 +99,9 @@ class RunFolder:
 
         ``train.py --config args.yaml`` repeats the run.
         """
+        if not self.is_primary:
+            return
+        remove_partial_files(self.path)
         versions = dict(timm_gpd=__version__, timm=timm.__version__, torch=str(torch.__version__))
         with replaced_file(self.file('args.yaml')) as partial, open(partial, 'w') as file:
             yaml.safe_dump({**self.args, 'versions': versions}, file, default_flow_style=False)
@@ -101,7 +112,8 @@ class RunFolder:
         Args:
             epoch: index of the first epoch that goes, from 0.
         """
-        self.summary.truncate(epoch)
+        if self.is_primary:
+            self.summary.truncate(epoch)
 
     def write_epoch(
         self,
@@ -125,8 +137,9 @@ class RunFolder:
             UsageError: if the file has rows with other columns.
         """
         row = summary_row(epoch, train, validation, lr)
-        self.summary.write(row)
-        self.plot.update(self.summary.rows())
+        if self.is_primary:
+            self.summary.write(row)
+            self.plot.update(self.summary.rows())
         self.results.append({'epoch': epoch, 'train': train, **({'validation': validation} if validation else {})})
         return row
 
@@ -140,6 +153,8 @@ class RunFolder:
 
     def finish(self, task: TrainingTask) -> None:
         """Writes the last epoch's student, the averaged one where there is an average, and the plot."""
+        if not self.is_primary:
+            return
         self.plot.update(self.summary.rows(), last=True)
         save_student(
             get_student(task, ema=task.has_ema()),

@@ -1,12 +1,14 @@
 """The schedule of a run's learning rate."""
 
 import argparse
-from typing import Any, Tuple
+from typing import Any, Sequence, Tuple
 
 import torch
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 
-__all__ = ['create_schedule', 'mean_lr']
+from ..errors import usage_errors
+
+__all__ = ['create_schedule', 'mean_lr', 'set_learning_rates']
 
 
 def create_schedule(
@@ -26,11 +28,17 @@ def create_schedule(
         lower_is_better: of the metric that the schedule ``plateau`` watches.
 
     Returns:
-        The scheduler, and the number of epochs at whose end the run ends.
+        The scheduler, None for ``--sched none``; and the number of epochs at whose end the run ends.
+
+    Raises:
+        UsageError: if the arguments make no schedule.
     """
-    scheduler, num_epochs = create_scheduler_v2(
-        optimizer, **scheduler_kwargs(args, decreasing_metric=lower_is_better), updates_per_epoch=updates_per_epoch
-    )
+    with usage_errors(f'check --sched {args.sched} and its arguments', ValueError, AssertionError, ZeroDivisionError):
+        scheduler, num_epochs = create_scheduler_v2(
+            optimizer, **scheduler_kwargs(args, decreasing_metric=lower_is_better), updates_per_epoch=updates_per_epoch
+        )
+    if scheduler is None:
+        return None, num_epochs
     if start_epoch > 0 and args.sched_on_updates:
         scheduler.step_update(start_epoch * updates_per_epoch)
     elif start_epoch > 0:
@@ -42,3 +50,9 @@ def mean_lr(optimizer: torch.optim.Optimizer) -> float:
     """Mean learning rate of an optimizer's parameter groups."""
     rates = [group['lr'] for group in optimizer.param_groups]
     return sum(rates) / len(rates)
+
+
+def set_learning_rates(optimizer: torch.optim.Optimizer, rates: Sequence[float]) -> None:
+    """Sets the learning rates of an optimizer's parameter groups, in place; as many as there are."""
+    for group, rate in zip(optimizer.param_groups, rates):
+        group['lr'] = rate

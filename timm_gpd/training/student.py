@@ -5,13 +5,15 @@ import dataclasses
 import logging
 from typing import Any, Callable, Dict, Tuple, cast
 
+import torch
 import torch.nn as nn
 from timm import create_model
 from timm.data import resolve_data_config
+from timm.layers import convert_splitbn_model
 
 from ..errors import UsageError, usage_errors
 
-__all__ = ['InputConfig', 'count_classes', 'create_student', 'resolve_input', 'set_input']
+__all__ = ['InputConfig', 'check_image_sizes', 'count_classes', 'create_student', 'resolve_input', 'set_input']
 
 _logger = logging.getLogger('train')
 
@@ -26,6 +28,7 @@ class InputConfig:
         std: their standard deviation.
         interpolation: how images are resized.
         crop_pct: share of an image's side that validation keeps.
+        crop_mode: how validation brings images into shape: ``'center'``, ``'squash'`` or ``'border'``.
     """
 
     input_size: Tuple[int, int, int]
@@ -33,6 +36,7 @@ class InputConfig:
     std: Tuple[float, ...]
     interpolation: str
     crop_pct: float
+    crop_mode: str = 'center'
 
 
 def count_classes(model: nn.Module) -> int:
@@ -53,7 +57,9 @@ def create_student(args: argparse.Namespace) -> nn.Module:
         UsageError: if timm cannot create it, or it has no classifier.
     """
     in_chans = args.in_chans or (args.input_size[0] if args.input_size else 3)
-    overlay = dict(file=args.pretrained_path, num_classes=-1) if args.pretrained_path else None
+    overlay = dict(args.pretrained_cfg_overlay)
+    if args.pretrained_path:
+        overlay.update(file=args.pretrained_path, num_classes=-1)  # -1: adapt the classifier, whatever its classes
     with usage_errors(
         'check --model, --model-kwargs, --pretrained and the checkpoint options',
         RuntimeError,
@@ -66,7 +72,7 @@ def create_student(args: argparse.Namespace) -> nn.Module:
         student = create_model(
             args.model,
             pretrained=args.pretrained or bool(args.pretrained_path),
-            pretrained_cfg_overlay=overlay,
+            pretrained_cfg_overlay=overlay or None,
             in_chans=in_chans,
             num_classes=args.num_classes,
             drop_rate=args.drop,
@@ -80,10 +86,55 @@ def create_student(args: argparse.Namespace) -> nn.Module:
         )
     if not count_classes(student):
         raise UsageError(f'{args.model} has no classifier: set --num-classes')
+    _start_head(args, student)
     if args.grad_checkpointing:
         cast(Callable[..., None], student.set_grad_checkpointing)(enable=True)
+    if args.split_bn:
+        student = convert_splitbn_model(student, max(args.aug_splits, 2))
     _logger.info(f'Model {args.model} created, param count:{sum(p.numel() for p in student.parameters())}')
     return student
+
+
+def _start_head(args: argparse.Namespace, student: nn.Module) -> None:
+    """Applies ``--head-init-scale`` and ``--head-init-bias`` to the classifier, or to each of several."""
+    if args.head_init_scale is None and args.head_init_bias is None:
+        return
+    found = cast(Callable[[], Any], student.get_classifier)()
+    heads = found if isinstance(found, (tuple, list)) else (found,)
+    with torch.no_grad():
+        for head in heads:
+            if getattr(head, 'bias', None) is None:
+                raise UsageError(f'--head-init-scale and --head-init-bias: the classifier of {args.model} has no bias')
+            if args.head_init_scale is not None:
+                head.weight.mul_(args.head_init_scale)
+                head.bias.mul_(args.head_init_scale)
+            if args.head_init_bias is not None:
+                head.bias.fill_(args.head_init_bias)
+
+
+def check_image_sizes(args: argparse.Namespace, student: nn.Module, in_chans: int) -> None:
+    """Shows the student an image of every size of ``--train-img-sizes``.
+
+    Args:
+        args: arguments of ``train.py``.
+        student: timm model, on the CPU.
+        in_chans: its channels.
+
+    Raises:
+        UsageError: if it does not take one.
+    """
+    mode = student.training
+    student.eval()
+    for size in args.train_img_sizes or ():
+        with usage_errors(
+            f'{args.model} takes no images of {size} pixels: check --train-img-sizes, or see --model-kwargs',
+            RuntimeError,
+            AssertionError,
+            ValueError,
+        ):
+            with torch.inference_mode():
+                student(torch.zeros(1, in_chans, size, size))
+    student.train(mode)
 
 
 def resolve_input(args: argparse.Namespace, model: nn.Module) -> InputConfig:
@@ -100,10 +151,13 @@ def resolve_input(args: argparse.Namespace, model: nn.Module) -> InputConfig:
         UsageError: if a value does not fit the number of channels.
     """
     with usage_errors('check --input-size, --mean and --std', AssertionError):
-        config = resolve_data_config(vars(args), model=model)
+        validates = hasattr(args, 'use_train_size')
+        config = resolve_data_config(vars(args), model=model, use_test_size=validates and not args.use_train_size)
     for key in ('mean', 'std'):  # as timm's loader does where the config is of other channels than the model
         if len(config[key]) != config['input_size'][0]:
             config[key] = (sum(config[key]) / len(config[key]),) * config['input_size'][0]
+    if not validates:
+        config['crop_mode'] = 'center'  # timm's training script validates so, whatever the model's is
     return InputConfig(**{field.name: config[field.name] for field in dataclasses.fields(InputConfig)})
 
 

@@ -1,12 +1,13 @@
 """The task of a run: what is trained, by which losses."""
 
 import argparse
+from copy import deepcopy
 from typing import Any, Dict, Optional
 
 import torch
 import torch.nn as nn
-from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
-from timm.task import ClassificationTask, DistillationTeacher, TrainingTask
+from timm.layers import SplitBatchNorm2d
+from timm.task import ClassificationTask, DistillationTeacher, MultiLabelClassificationTask, TrainingTask
 from timm.utils import unwrap_model
 
 from ..distillers import distill_settings
@@ -14,17 +15,55 @@ from ..errors import UsageError, usage_errors
 from ..task import DistillationTask, GapPreservingTask
 from ..task.base import BaseTask
 from ..task.static_teacher import resolve_static_teacher
-from .data import uses_mixup
+from .criterion import create_criterion
+from .student import count_classes
 
-__all__ = ['create_task', 'get_student', 'get_validation_models']
+__all__ = ['check_task', 'create_task', 'get_student', 'get_validation_models']
+
+# Losses that ask nothing of classes: the others compare probabilities of which only one class can be right.
+MULTILABEL_GPD_LOSSES = ('mse', 'l1')
+MULTILABEL_DISTILLERS = ('feature', 'reviewkd', 'rkd', 'at')
+
+
+def check_task(args: argparse.Namespace) -> None:
+    """Checks what the arguments say of the losses, before anything is created.
+
+    Args:
+        args: arguments of ``train.py``.
+
+    Raises:
+        UsageError: if an argument of a loss is none, or the losses do not fit the targets.
+    """
+    with usage_errors('check --kd-distill-type and --kd-loss-args'):
+        distillers = distill_settings(args.kd_distill_type, args.kd_loss_args, args.kd_temperature)
+    if args.kd_model_path and not args.kd_model_name:
+        raise UsageError('--kd-model-path needs --kd-model-name, the architecture of that checkpoint')
+    create_criterion(args)
+    if args.gpd and args.split_bn:
+        raise UsageError(
+            '--split-bn computes parts of a batch apart, and a dynamic teacher is made for batches of any size: '
+            'leave out --gpd or --split-bn'
+        )
+    if args.task != 'multilabel':
+        if args.target_format == 'multihot':
+            raise UsageError('--target-format multihot needs --task multilabel')
+        return
+    if not 0 < args.multilabel_threshold < 1:
+        raise UsageError(f'--multilabel-threshold must be between 0 and 1, but is {args.multilabel_threshold}')
+    reason = 'compares probabilities of classes that exclude each other, and with --task multilabel they do not: choose'
+    if args.gpd and args.gpd_loss not in MULTILABEL_GPD_LOSSES:
+        raise UsageError(f'--gpd-loss {args.gpd_loss} {reason} {" or ".join(MULTILABEL_GPD_LOSSES)}')
+    for name in distillers if args.kd_model_name else ():
+        if name not in MULTILABEL_DISTILLERS:
+            raise UsageError(f'--kd-distill-type {name} {reason} of {", ".join(MULTILABEL_DISTILLERS)}')
 
 
 def create_task(args: argparse.Namespace, student: nn.Module, device: torch.device) -> TrainingTask:
     """What the run trains: gap preserving with ``--gpd``, else distillation or classification.
 
     Args:
-        args: arguments of ``train.py``.
-        student: timm model with a classifier, on ``device``.
+        args: arguments of ``train.py``, checked by :func:`check_task`.
+        student: timm model with a classifier, on ``device``. A static teacher gets its dtype.
         device: device of the task.
 
     Returns:
@@ -33,7 +72,9 @@ def create_task(args: argparse.Namespace, student: nn.Module, device: torch.devi
     Raises:
         UsageError: if the student cannot be widened, or the static teacher does not fit it.
     """
-    common: Dict[str, Any] = dict(criterion=_create_criterion(args).to(device), device=device)
+    criterion = create_criterion(args, count_classes(student)).to(device)
+    dtype = next(student.parameters()).dtype
+    common: Dict[str, Any] = dict(criterion=criterion, device=device, dtype=dtype)
     distillation: Dict[str, Any] = dict(
         distill_type=args.kd_distill_type,
         distill_args=args.kd_loss_args,
@@ -41,13 +82,9 @@ def create_task(args: argparse.Namespace, student: nn.Module, device: torch.devi
         task_loss_weight=args.task_loss_weight,
         temperature=args.kd_temperature,
     )
-    with usage_errors('check --kd-distill-type and --kd-loss-args'):
-        distill_settings(args.kd_distill_type, args.kd_loss_args, args.kd_temperature)
-    if args.kd_model_path and not args.kd_model_name:
-        raise UsageError('--kd-model-path needs --kd-model-name, the architecture of that checkpoint')
     with usage_errors('check --kd-model-name, --kd-model-path and --kd-distill-type' if args.kd_model_name else ''):
         teacher: Optional[DistillationTeacher] = (
-            resolve_static_teacher(args.kd_model_name, student, device, path=args.kd_model_path)
+            resolve_static_teacher(args.kd_model_name, student, device, dtype, args.kd_model_path)
             if args.kd_model_name
             else None
         )
@@ -66,19 +103,9 @@ def create_task(args: argparse.Namespace, student: nn.Module, device: torch.devi
             )
         if teacher is not None:
             return DistillationTask(student, teacher, **distillation, **common)
+    if args.task == 'multilabel':
+        return MultiLabelClassificationTask(student, threshold=args.multilabel_threshold, **common)
     return ClassificationTask(student, **common)
-
-
-def _create_criterion(args: argparse.Namespace) -> nn.Module:
-    if args.bce_loss:
-        return BinaryCrossEntropy(
-            smoothing=0.0 if uses_mixup(args) else args.smoothing,
-            target_threshold=args.bce_target_thresh,
-            sum_classes=args.bce_sum,
-        )
-    if uses_mixup(args):
-        return SoftTargetCrossEntropy()  # mixup has smoothed the targets
-    return LabelSmoothingCrossEntropy(args.smoothing) if args.smoothing else nn.CrossEntropyLoss()
 
 
 # timm's own tasks lack the two methods by which those of this package answer these questions.
@@ -91,9 +118,14 @@ def get_student(task: TrainingTask, ema: bool = False) -> nn.Module:
         task: one of this package's tasks or of timm's.
         ema: the averaged student.
     """
-    if isinstance(task, BaseTask):
-        return task.get_student(ema=ema)
-    return unwrap_model(task.get_eval_model(ema=ema))
+    student = task.get_student(ema=ema) if isinstance(task, BaseTask) else unwrap_model(task.get_eval_model(ema=ema))
+    if not any(isinstance(module, SplitBatchNorm2d) for module in student.modules()):
+        return student
+    student = deepcopy(student).eval()
+    for module in student.modules():
+        if isinstance(module, SplitBatchNorm2d):
+            del module.aux_bn  # of training alone; without it the tensors are those of a model that was not split
+    return student
 
 
 def get_validation_models(task: TrainingTask, ema: bool = False) -> Dict[str, nn.Module]:

@@ -49,6 +49,13 @@ def add_data(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
         help='multilabel: probability from which on F1 counts a class as predicted',
     )
     group.add_argument(
+        '--max-bad-images',
+        type=float,
+        default=0.01,
+        metavar='SHARE',
+        help='share of the images of a split that may be unreadable before the run fails',
+    )
+    group.add_argument(
         '--digits-train-size',
         type=int,
         default=300,
@@ -74,13 +81,6 @@ def add_train_data(parser: argparse.ArgumentParser) -> None:
         default=0.0,
         metavar='N',
         help='times that a streamed dataset is repeated in an epoch',
-    )
-    group.add_argument(
-        '--max-bad-images',
-        type=float,
-        default=0.01,
-        metavar='SHARE',
-        help='share of the images that may be unreadable before the run fails',
     )
 
 

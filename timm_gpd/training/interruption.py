@@ -1,0 +1,95 @@
+"""Ending a run between two steps when it is told to: SIGTERM from a cluster, SIGINT from a keyboard."""
+
+import contextlib
+import os
+import signal
+from types import FrameType
+from typing import Any, Dict, Iterator, NoReturn, Optional
+
+import torch
+import torch.distributed as dist
+
+from ..errors import RunEnded
+from .processes import Processes
+
+__all__ = ['Interruption', 'listen']
+
+EXIT_CODES = {signal.SIGTERM: 0, signal.SIGINT: 130}  # a preempted job has done what it could
+
+
+class Interruption:
+    """Whether a run was told to end; all processes learn it between the same two steps.
+
+    Args:
+        processes: those that train together.
+    """
+
+    def __init__(self, processes: Processes) -> None:
+        self.processes = processes
+        self.process = os.getpid()
+        self.received = 0  # number of the signal
+        self.pending: Optional[Any] = None
+        self.agreed = torch.tensor(0)
+
+    def receive(self, number: int, frame: Optional[FrameType]) -> None:
+        """Handles a signal. The second one ends the process at once."""
+        is_worker = os.getpid() != self.process  # that loads images: it is told by SIGTERM when it is done
+        if self.received or (is_worker and number == signal.SIGTERM):
+            os._exit(128 + number)
+        self.received = 0 if is_worker else number
+
+    def check(self, wait: bool = False) -> bool:
+        """Whether the run shall end. Called by all processes, at the same points of the run.
+
+        Args:
+            wait: for all processes to be here. Else the answer is about the last call: it has travelled since.
+        """
+        if not self.processes.is_distributed:
+            return bool(self.received)
+        if self.pending is not None:
+            self.pending.wait()
+            self.pending = None
+        if not self.agreed:
+            self.agreed, current = torch.tensor(self.received), self.agreed
+            self.pending = dist.all_reduce(
+                self.agreed, op=dist.ReduceOp.MAX, group=self.processes.control, async_op=True
+            )
+            if not wait:
+                return bool(current)
+            self.pending.wait()
+            self.pending = None
+        return bool(self.agreed)
+
+    def end(self, checkpoint: str) -> NoReturn:
+        """Ends the run.
+
+        Args:
+            checkpoint: path of what it goes on from.
+
+        Raises:
+            RunEnded: always.
+        """
+        number = signal.Signals(int(self.agreed) if self.processes.is_distributed else self.received)
+        raise RunEnded(
+            f'{number.name}: saved to {checkpoint}; the same command with --resume {checkpoint} goes on',
+            EXIT_CODES[number],
+        )
+
+
+@contextlib.contextmanager
+def listen(processes: Processes) -> Iterator[Interruption]:
+    """Handles SIGTERM and SIGINT within it.
+
+    Args:
+        processes: those that train together.
+
+    Yields:
+        What tells whether one has come.
+    """
+    interruption = Interruption(processes)
+    before: Dict[int, Any] = {number: signal.signal(number, interruption.receive) for number in EXIT_CODES}
+    try:
+        yield interruption
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

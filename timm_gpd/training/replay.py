@@ -1,0 +1,195 @@
+"""Epochs that are the same whenever they are run again, from any batch on: what an exact resume rests on.
+
+Every random number of a run is drawn after seeding with what it is for: the run's seed, the epoch, and the position
+of the image or the number of the batch. So nothing about random numbers has to be saved, worker processes may live as
+long as they like and load ahead as far as they like, and what was loaded before a run was killed is loaded alike
+after it. Images are numbered over all processes, so that two processes augment them as one does.
+"""
+
+import hashlib
+import random
+from typing import Any, Iterator, List, NamedTuple, Tuple
+
+import numpy as np
+import torch
+from timm.data.loader import PrefetchLoader
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, RandomSampler
+
+from .processes import Processes
+
+__all__ = ['ReplayedLoader', 'seed_for', 'seed_of']
+
+
+def seed_of(*what: int) -> int:
+    """A seed that differs wherever one of some numbers does.
+
+    Args:
+        *what: numbers that say what the random numbers are for.
+
+    Returns:
+        A number below 2^63, well mixed.
+    """
+    digest = hashlib.blake2b(b','.join(b'%d' % number for number in what), digest_size=8)
+    return int.from_bytes(digest.digest(), 'little') >> 1
+
+
+def seed_for(*what: int) -> None:
+    """Seeds the global generators of Python, NumPy and torch, on all devices, see :func:`seed_of`."""
+    seed = seed_of(*what)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+# What seeds are for, besides the epoch and a number in it.
+_ORDER, _IMAGE, _LOADED, _STEP = range(4)
+
+
+class _Draw(NamedTuple):
+    """One image of a batch, as it travels to a worker process."""
+
+    index: Any
+    seed: int
+
+
+class _SeededDataset(Dataset):
+    """Seeds the generators before it reads an image, so that an augmentation depends on nothing that came before.
+
+    The batch is put together after its last image, in the same process: mixing it depends on nothing else either.
+    """
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, draw: _Draw) -> Any:
+        seed_for(draw.seed)
+        return self.dataset[draw.index]
+
+
+class _Draws:
+    """Batches of an epoch from some batch on, in the order that a batch sampler gives them, with seeds."""
+
+    def __init__(self, batch_sampler: Any, processes: Processes) -> None:
+        self.batch_sampler, self.processes = batch_sampler, processes
+        self.seed, self.epoch, self.start = 0, 0, 0
+
+    def __len__(self) -> int:
+        return len(self.batch_sampler) - self.start
+
+    def __iter__(self) -> Iterator[List[_Draw]]:
+        position = self.processes.rank
+        for number, batch in enumerate(self.batch_sampler):
+            draws = []
+            for index in batch:
+                draws.append(_Draw(index, seed_of(self.seed, _IMAGE, self.epoch, position)))
+                position += self.processes.world_size
+            if number >= self.start:
+                yield draws
+
+
+class _SeededBatches:
+    """A loader that seeds before it hands out a batch, for what a prefetcher does to it on the device."""
+
+    def __init__(self, loader: DataLoader, owner: 'ReplayedLoader') -> None:
+        self.loader, self.owner = loader, owner
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        for number, batch in enumerate(self.loader, start=self.owner.first_batch):
+            self.owner.seed_for(_LOADED, number)
+            yield batch
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.loader, name)
+
+
+class ReplayedLoader:
+    """Runs the epochs of a training loader, each as a function of the seed and the epoch alone.
+
+    Of data sets that are read as a stream, the order is the reader's; what comes before the first batch of a resumed
+    epoch is read and thrown away.
+
+    Args:
+        loader: one of timm's ``create_loader``, with a prefetcher or without. It must not be iterated elsewhere.
+        seed: seed of the run.
+        processes: those that train together; each has a loader of its own part of the data.
+
+    Attributes:
+        seed: can be changed between epochs: then the order and all random numbers are others.
+    """
+
+    def __init__(self, loader: Any, seed: int, processes: Processes) -> None:
+        self.seed, self.processes = seed, processes
+        self.epoch, self.first_batch = 0, 0
+        inner = loader.loader if isinstance(loader, PrefetchLoader) else loader
+        self.batches_per_epoch = len(inner)
+        self.collate_fn = inner.collate_fn
+        self.is_stream = isinstance(inner.dataset, IterableDataset)
+        if self.is_stream:
+            self.orders = [inner.dataset]
+        else:
+            # One process orders images as several do together, by the epoch.
+            if isinstance(inner.batch_sampler.sampler, RandomSampler):
+                inner.batch_sampler.sampler = DistributedSampler(inner.dataset, num_replicas=1, rank=0)
+            self.orders = [inner.batch_sampler, inner.batch_sampler.sampler]
+            self.draws = _Draws(inner.batch_sampler, processes)
+        self.batches = _SeededBatches(inner if self.is_stream else self._seeded(inner), self)
+        if isinstance(loader, PrefetchLoader):
+            loader.loader = self.batches  # type: ignore[assignment]
+        self.loader = loader if isinstance(loader, PrefetchLoader) else self.batches
+
+    def _seeded(self, loader: DataLoader) -> DataLoader:
+        """A loader of the same images, in the order of the draws. Its worker processes are new."""
+        dataset = loader.dataset
+        return DataLoader(
+            dataset if isinstance(dataset, _SeededDataset) else _SeededDataset(dataset),
+            batch_sampler=self.draws,  # type: ignore[arg-type]
+            num_workers=loader.num_workers,
+            collate_fn=loader.collate_fn,
+            pin_memory=loader.pin_memory,
+            worker_init_fn=loader.worker_init_fn,
+            persistent_workers=loader.persistent_workers,
+        )
+
+    def __len__(self) -> int:
+        return self.batches_per_epoch
+
+    def turn_mixup_off(self) -> None:
+        """Mixes no batch from the next epoch on, if the loader does. Worker processes have copies of what mixes."""
+        if getattr(self.collate_fn, 'mixup_enabled', False):
+            self.collate_fn.mixup_enabled = False
+            if not self.is_stream:
+                self.batches.loader = self._seeded(self.batches.loader)
+
+    def seed_for(self, purpose: int, number: int) -> None:
+        """Seeds the generators of this process for a batch of this epoch."""
+        seed_for(self.seed, purpose, self.epoch, number, self.processes.rank)
+
+    def run_epoch(self, epoch: int, first_batch: int = 0) -> Iterator[Tuple[int, Any]]:
+        """Batches of an epoch. Before each is handed out, the generators are seeded for the step that it is for.
+
+        Args:
+            epoch: index of the epoch, from 0.
+            first_batch: index of the batch to begin with.
+
+        Yields:
+            The index of a batch in its epoch, and the batch.
+        """
+        self.epoch, self.first_batch = epoch, 0 if self.is_stream else first_batch
+        for order in self.orders:
+            if isinstance(order, DistributedSampler):
+                order.seed = self.seed
+            if hasattr(order, 'set_epoch'):
+                order.set_epoch(epoch)
+        if not self.is_stream:
+            self.draws.seed, self.draws.epoch, self.draws.start = self.seed, epoch, first_batch
+        seed_for(self.seed, _ORDER, epoch)
+        for number, batch in enumerate(self.loader, start=self.first_batch):
+            if number >= first_batch:
+                self.seed_for(_STEP, number)
+                yield number, batch
