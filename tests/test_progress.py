@@ -13,10 +13,12 @@ import torch.nn as nn
 from timm.task import ClassificationTask
 
 from timm_gpd import DistillationTask, GapPreservingTask
+from timm_gpd.training.checkpoints import Position
 from timm_gpd.training.compute import create_compute
 from timm_gpd.training.log_file import LogFile
-from timm_gpd.training.loop import LoopSettings, train_one_epoch
+from timm_gpd.training.loop import LoopSettings, TrainingLoop
 from timm_gpd.training.overview import count_macs, describe, expected_cost, measure_models
+from timm_gpd.training.processes import Processes
 from timm_gpd.training.progress import Progress
 from timm_gpd.training.student import InputConfig
 
@@ -121,15 +123,27 @@ class Recorder(Progress):
         self.steps.append(arguments)
 
 
-def test_the_loop_tells_every_update(tiny_student):
+class Batches(list):
+    """What the loop reads of a loader."""
+
+    def run_epoch(self, epoch, first):
+        return list(enumerate(self))[first:]
+
+
+@pytest.mark.parametrize('world_size', [1, 2])
+def test_the_loop_tells_every_update(tiny_student, world_size):
     task = ClassificationTask(tiny_student, nn.CrossEntropyLoss(), verbose=False)
-    data = [(torch.randn(size, 1, 32, 32), torch.randint(10, (size,))) for size in (4, 4, 2)]
+    data = Batches((torch.randn(size, 1, 32, 32), torch.randint(10, (size,))) for size in (4, 4, 2))
     optimizer = torch.optim.SGD(tiny_student.parameters(), lr=0.25)
-    recorder = Recorder()
-    settings = LoopSettings(grad_accum_steps=2)
-    train_one_epoch(0, task, data, optimizer, create_compute('cpu'), settings, progress=recorder)
+    compute, recorder = create_compute('cpu'), Recorder()
+    processes = Processes(compute.device)
+    loop = TrainingLoop(task, data, optimizer, compute, processes, LoopSettings(grad_accum_steps=2), progress=recorder)
+    loop.processes = Processes(compute.device, world_size=world_size)  # whose images are counted
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Processes, 'sum', lambda self, numbers: numbers)
+        loop.train_epoch(Position())
     assert [step[:2] for step in recorder.steps] == [(0, 0), (0, 1)]
-    assert [step[5] for step in recorder.steps] == [8, 2]
+    assert [step[5] for step in recorder.steps] == [8 * world_size, 2 * world_size]
     for _, _, loss, mean, lr, _, seconds, data_seconds in recorder.steps:
         assert 0 < loss < 10 and 0 < mean < 10 and lr == 0.25 and 0 <= data_seconds < seconds < 60
 
