@@ -161,6 +161,13 @@ def test_the_plot_of_a_plain_run_and_of_one_that_was_best_early(tmp_path):
     (panel,) = draw_gap(measured([90.0, 20.0, 30.0, 31.0]), str(tmp_path / 'gap.png')).axes
     low, high = panel.get_ylim()
     assert low < 30 and high > 90, 'the best epoch is shown'
+    rows = [{name.replace('top1', 'map'): value for name, value in row.items()} for row in measured(STUDENT, TEACHER)]
+    panels = draw_gap(rows, str(tmp_path / 'gap.png')).axes
+    assert curves(panels[0])['dynamic teacher'] == [(list(range(8)), TEACHER)]
+    assert [panel.get_ylabel() for panel in panels] == [
+        'mean average precision (%)',
+        'gap (points of mean average precision)',
+    ]
     (panel,) = draw_gap(measured([50.0]), str(tmp_path / 'gap.png')).axes
     low, high = panel.get_ylim()
     assert low < 50 < high
@@ -183,8 +190,8 @@ def test_drawing_takes_a_bounded_share_of_a_run(tmp_path, monkeypatch):
     assert 5 <= len(drawn) and spent <= plot.MAX_SHARE * 400 + 0.5
     gap_plot.update(measured([50.0] * 400), last=True)
     assert drawn[-1][1] == 400
-    gap_plot.update([{'epoch': '0', 'eval_map': '50'}], last=True)
-    assert drawn[-1][1] == 400, 'without top-1 there is nothing to draw'
+    gap_plot.update([{'epoch': '0', 'eval_loss': '50'}], last=True)
+    assert drawn[-1][1] == 400, 'without accuracies there is nothing to draw'
     for _ in range(3):  # epochs of an hour are all drawn
         clock.now += 3600.0
         gap_plot.update(measured([50.0]))

@@ -119,11 +119,13 @@ class Progress:
         """Notes what a validation found.
 
         Args:
-            metrics: its results; ``top1`` is the student's, ``teacher_top1`` the dynamic teacher's, in percent.
+            metrics: its results; ``top1`` is the student's, ``teacher_top1`` the dynamic teacher's, in percent. It is
+                ``map`` of images with several labels.
         """
         if self.bar is None:
             return
-        names = {'top1': 'student', 'teacher_top1': 'teacher'}
+        metric = 'top1' if 'top1' in metrics else 'map'
+        names = {metric: 'student', f'teacher_{metric}': 'teacher'}
         found = ''.join(f', {label} {metrics[name]:.2f}' for name, label in names.items() if name in metrics)
         self.accuracies = found
         gap = f', gap {metrics["gap"]:.2f}' if 'gap' in metrics else ''
