@@ -94,9 +94,11 @@ def train(args: argparse.Namespace, compute: Compute, processes: Processes, log:
             task.compile(backend=args.torchcompile, mode=args.torchcompile_mode)
     processes.wrap(task, broadcast_buffers=not args.no_ddp_bb)
 
+    tracker = Tracker(args, run.path, position.epoch, processes.is_primary)
     run.open()
     log.open(run.file('train.log'))
-    _logger.info(overview)
+    for line in overview:
+        _logger.info(line)
     last_epoch = min(num_epochs, args.stop_epoch or num_epochs)
     progress = Progress(
         last_epoch,
@@ -107,11 +109,7 @@ def train(args: argparse.Namespace, compute: Compute, processes: Processes, log:
     )
     evaluate = Evaluation(task, loader_eval, compute, args.log_interval, ema=not args.model_ema_force_cpu)
     run.truncate(position.epoch)
-    with (
-        listen(processes) as interruption,
-        Tracker(args, run.path, position.epoch, processes.is_primary) as tracker,
-        progress,
-    ):
+    with listen(processes) as interruption, tracker, progress:
         loop = TrainingLoop(
             task,
             ReplayedLoader(loader_train, args.seed, processes),
