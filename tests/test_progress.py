@@ -95,6 +95,8 @@ def test_a_terminal_shows_a_bar_and_log_files_get_all(monkeypatch, lines):
             logging.getLogger('timm').warning('mind the gap')
             logging.getLogger('train').info('all is well')
             bar = str(progress.bar)
+            progress.validated({'top1': 52.5})
+            assert ', student 52.50, 128 img/s' in str(progress.bar)
         text = screen.getvalue()
         logging.getLogger('train').info('afterwards')
         assert screen.getvalue() == f'{text}afterwards\n'

@@ -211,6 +211,9 @@ def test_without_matplotlib_it_is_said_once(tmp_path, monkeypatch, caplog):
 # -- the folder --------------------------------------------------------------------------------------------------------
 
 
+NAMED = ['--kd-model-name', 'resnet34']
+
+
 def run_of(tmp_path, *arguments):
     return RunFolder(parse_train_args(['--output', str(tmp_path), '--experiment', 'run', *arguments]), INPUT)
 
@@ -221,12 +224,8 @@ def run_of(tmp_path, *arguments):
         (['--gpd'], [], 'gpd True, and this one has False'),
         ([], ['--gpd'], 'gpd False, and this one has True'),
         ([], ['--kd-model-name', 'resnet34'], "kd_model_name None, and this one has 'resnet34'"),
-        (['--kd-model-name', 'a'], ['--kd-model-name', 'b'], "kd_model_name 'a', and this one has 'b'"),
-        (
-            ['--kd-model-name', 'a'],
-            ['--kd-model-name', 'a', '--kd-distill-type', 'dkd'],
-            "kd_distill_type 'logit', and",
-        ),
+        (['--kd-model-name', 'resnet50'], ['--kd-model-name', 'resnet34'], "kd_model_name 'resnet50', and"),
+        (NAMED, [*NAMED, '--kd-distill-type', 'dkd'], "kd_distill_type 'logit', and"),
     ],
 )
 def test_a_run_with_other_columns_is_refused_before_anything_is_written(tmp_path, first, then, said):
