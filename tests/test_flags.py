@@ -248,6 +248,7 @@ def test_the_configuration_that_a_command_came_from_is_kept_with_old_flags_of_th
         (['--aug-splits', '2', '--no-aug'], 'leave out --no-aug'),
         (['--aug-splits', '2', '--no-prefetcher'], 'needs the prefetcher'),
         (['--aug-splits', '2', '--train-img-sizes', '32', '64'], 'do not go together'),
+        (['--mixup-mode', 'half', '--no-prefetcher'], '--mixup-mode half needs the prefetcher'),
         (['--split-bn'], '--split-bn needs --aug-splits or --resplit'),
         (['--split-bn', '--resplit', '--sync-bn'], 'choose one'),
         (['--split-bn', '--resplit', '--gpd'], 'leave out --gpd or --split-bn'),
