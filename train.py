@@ -12,6 +12,7 @@ from timm_gpd.command_line import run_program
 from timm_gpd.errors import usage_errors
 from timm_gpd.training.args import parse_train_args
 from timm_gpd.training.checkpoints import Checkpoints, Position
+from timm_gpd.training.combinations import check_batch_norm
 from timm_gpd.training.compute import Compute, create_compute, fast_norm, import_device_modules
 from timm_gpd.training.cpu import tune_process_for
 from timm_gpd.training.data import check_loaders, create_eval_loader, create_train_loader, mean_batch_size
@@ -57,12 +58,14 @@ def main() -> None:
 def train(args: argparse.Namespace, compute: Compute, processes: Processes, log: LogFile) -> None:
     random_seed(args.seed, processes.rank)
     with processes.primary_first():
+        source = resolve_data(args)
         student = create_student(args)
+        check_batch_norm(args.batch_size * (processes.world_size if args.sync_bn else 1), student)
         input_config, num_classes = resolve_input(args, student), count_classes(student)
         check_image_sizes(args, student, input_config.input_size[0])
         set_input(student, input_config)
-        run = RunFolder(args, input_config, processes)
-        source = resolve_data(args)
+    run = RunFolder(args, input_config, processes)
+    with processes.primary_first():
         loader_train, mixup_fn = create_train_loader(args, source, input_config, num_classes, compute.device)
         loader_eval = create_eval_loader(args, source, input_config, num_classes, compute.device)
         compute.place(student)
@@ -91,9 +94,11 @@ def train(args: argparse.Namespace, compute: Compute, processes: Processes, log:
             task.compile(backend=args.torchcompile, mode=args.torchcompile_mode)
     processes.wrap(task, broadcast_buffers=not args.no_ddp_bb)
 
+    tracker = Tracker(args, run.path, position.epoch, processes.is_primary)
     run.open()
     log.open(run.file('train.log'))
-    _logger.info(overview)
+    for line in overview:
+        _logger.info(line)
     last_epoch = min(num_epochs, args.stop_epoch or num_epochs)
     progress = Progress(
         last_epoch,
@@ -104,11 +109,7 @@ def train(args: argparse.Namespace, compute: Compute, processes: Processes, log:
     )
     evaluate = Evaluation(task, loader_eval, compute, args.log_interval, ema=not args.model_ema_force_cpu)
     run.truncate(position.epoch)
-    with (
-        listen(processes) as interruption,
-        Tracker(args, run.path, position.epoch, processes.is_primary) as tracker,
-        progress,
-    ):
+    with listen(processes) as interruption, tracker, progress:
         loop = TrainingLoop(
             task,
             ReplayedLoader(loader_train, args.seed, processes),
@@ -148,7 +149,7 @@ def train(args: argparse.Namespace, compute: Compute, processes: Processes, log:
             checkpoints.save_epoch(epoch, position, metric)
             if epoch + 1 in args.save_epochs:
                 checkpoints.save_milestone(epoch)
-            report_bad_images(epoch, loader_train, loader_eval)
+            report_bad_images(processes, epoch, loader_train, loader_eval)
             if position.epoch < last_epoch and interruption.check(wait=True):
                 interruption.end(checkpoints.path('last'))
     if checkpoints.best_metric is not None:

@@ -17,8 +17,10 @@ from timm_gpd.errors import DataError, UsageError
 from timm_gpd.training.args import parse_train_args, parse_validate_args
 from timm_gpd.training.datasets import create_split, resolve_data
 from timm_gpd.training.images import CheckedImages, LabelRange, report_bad_images
+from timm_gpd.training.processes import Processes
 from timm_gpd.training.student import InputConfig
 
+ALONE = Processes(torch.device('cpu'))
 INPUT = InputConfig((3, 8, 8), (0.5,) * 3, (0.5,) * 3, 'bilinear', 1.0)
 
 
@@ -209,12 +211,12 @@ def test_unreadable_images_are_counted_once_an_epoch(tmp_path, caplog, workers):
         list(loaders[1])
         caplog.clear()
         with caplog.at_level(logging.WARNING):
-            report_bad_images(epoch, *loaders)
+            report_bad_images(ALONE, epoch, *loaders)
         (line,) = [record.getMessage() for record in caplog.records]
         assert line.startswith(f'Epoch {epoch}: 3 of 20 images of the train split could not be read')
         assert 'the first is cat/3.png (image file is truncated' in line
     caplog.clear()
-    report_bad_images(2, *loaders)
+    report_bad_images(ALONE, 2, *loaders)
     assert not caplog.records
     plain = loader_of(ImageDataset(str(root / 'train')), 0)
     assert seen == [[labels.tolist() for _, labels in plain]] * 2  # what takes their places is timm's choice
@@ -230,7 +232,7 @@ def test_too_many_unreadable_images_end_the_run(tmp_path, workers):
     loader = loader_of(train, workers)
     with pytest.raises(DataError) as error:
         list(loader)
-        report_bad_images(0, loader)
+        report_bad_images(ALONE, 0, loader)
     assert '2 of 20 images of the train split cannot be read' in str(error.value)
     assert '--max-bad-images 0.05' in str(error.value) and '\n' not in str(error.value)
     for index in range(20):

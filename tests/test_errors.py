@@ -45,7 +45,7 @@ def test_a_bug_is_not_presented_as_bad_input(arguments, broken, tmp_path, monkey
     'flags, message',
     [
         (('--gpd-ratio', '0', '--gpd'), 'ratio must be a positive integer'),
-        (('--gpd-branches', '9', '--gpd'), 'num_branches must be a positive integer of at most 6'),
+        (('--gpd-branches', '9', '--gpd'), '--gpd-branches must be a positive integer of at most 6'),
         (('--gpd-noise', '-1', '--gpd'), 'noise must be at least 0'),
         (('--kd-model-name', 'no_such_model'), 'no_such_model'),
         (('--kd-model-name', 'local-dir:no/such/folder'), 'no/such/folder'),

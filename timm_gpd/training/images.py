@@ -7,12 +7,12 @@ import zlib
 from typing import Any, List, Optional, Tuple
 
 import torch
-import torch.distributed as dist
 from PIL import Image
 from timm.data import ImageDataset
 from timm.data.target_transforms import MultiLabelTarget
 
 from ..errors import DataError, one_line
+from .processes import Processes
 
 __all__ = ['CheckedImages', 'LabelRange', 'LabelSet', 'report_bad_images']
 
@@ -138,18 +138,22 @@ class CheckedImages(ImageDataset):
         """What an image is called: its file where there is one."""
         return str(self.filename(index) or f'image {index}')
 
-    def report(self, epoch: Optional[int] = None) -> None:
-        """Logs how many images could not be read since the last report, and which was the first, on one line.
+    def take_bad(self) -> List[int]:
+        """Indices of the images that this process and its workers could not read since it was asked last."""
+        bad = self.marks.nonzero().flatten().tolist()
+        self.marks.zero_()
+        return bad
 
-        Where several processes train, each has to call it.
+    def report(self, bad: List[int], epoch: Optional[int] = None) -> None:
+        """Logs how many images could not be read, and which was the first, on one line.
 
         Args:
+            bad: their indices, in order.
             epoch: index of the epoch that has ended, if any.
 
         Raises:
             DataError: if their share is too large.
         """
-        bad = self._take_marks()
         if not bad:
             return
         try:
@@ -157,21 +161,11 @@ class CheckedImages(ImageDataset):
             reason = 'it can be read now'
         except OSError as error:
             reason = one_line(error)
-        if not dist.is_initialized() or dist.get_rank() == 0:
-            _logger.warning(
-                f'{"" if epoch is None else f"Epoch {epoch}: "}{len(bad)} of {len(self)} images of the {self.split} '
-                f'split could not be read, and others took their places: the first is {self.name(bad[0])} ({reason})'
-            )
+        _logger.warning(
+            f'{"" if epoch is None else f"Epoch {epoch}: "}{len(bad)} of {len(self)} images of the {self.split} '
+            f'split could not be read, and others took their places: the first is {self.name(bad[0])} ({reason})'
+        )
         self._check_share(bad, reason)
-
-    def _take_marks(self) -> List[int]:
-        bad = self.marks.nonzero().flatten().tolist()
-        self.marks.zero_()
-        if dist.is_initialized():
-            gathered: List[Any] = [None] * dist.get_world_size()
-            dist.all_gather_object(gathered, bad)
-            bad = sorted({index for indices in gathered for index in indices})
-        return bad
 
     def _check_share(self, bad: List[int], reason: str) -> None:
         count = max(len(bad), int(self.marks.sum()))
@@ -182,10 +176,11 @@ class CheckedImages(ImageDataset):
             )
 
 
-def report_bad_images(epoch: Optional[int], *loaders: Any) -> None:
-    """Logs what could not be read in an epoch, a line for each split.
+def report_bad_images(processes: Processes, epoch: Optional[int], *loaders: Any) -> None:
+    """Logs what could not be read in an epoch, a line for each split. Every process has to call it.
 
     Args:
+        processes: those that share the images.
         epoch: index of the epoch, None where there are no epochs.
         *loaders: timm's loaders of the splits.
 
@@ -197,4 +192,5 @@ def report_bad_images(epoch: Optional[int], *loaders: Any) -> None:
         while not isinstance(dataset, CheckedImages) and hasattr(dataset, 'dataset'):
             dataset = dataset.dataset  # of what augments one image in several ways
         if isinstance(dataset, CheckedImages):
-            dataset.report(epoch)
+            parts = processes.share(processes.gather(dataset.take_bad()))
+            dataset.report(sorted({index for part in parts for index in part}), epoch)

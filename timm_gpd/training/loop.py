@@ -212,7 +212,7 @@ class TrainingLoop:
 
     def _name_non_finite(self, update_terms: '_Means', epoch: int, update: int) -> str:
         what = name_non_finite(update_terms.sums, self.task.get_trainable_module().named_parameters())
-        return f'{what} in epoch {epoch}, update {update}, at a learning rate of {mean_lr(self.optimizer):.3g}'
+        return f'epoch {epoch}, update {update}, learning rate {mean_lr(self.optimizer):.3g}: {what}'
 
     def _save_if_wanted(self, position: Position, means: '_Means', update: int) -> None:
         """Saves between two updates, every so often and if the run shall end."""

@@ -7,6 +7,8 @@ from ...command_line import Parser
 from ...errors import UsageError
 from ...models.variants import plain_name
 from ...version import __version__
+from ..checks import check_flags
+from ..combinations import check_train_combinations, check_validate_combinations
 from .arguments import Arguments
 from .augmentation import add_augmentation, add_image_sizes
 from .config import read_config
@@ -24,16 +26,6 @@ from .schedule import add_schedule
 __all__ = ['parse_train_args', 'parse_validate_args', 'train_parser', 'validate_parser']
 
 EXIT_CODES = 'exit codes: 0 done, 2 bad input (one line says what to do; nothing was overwritten), 1 anything else'
-POSITIVE = (
-    'gpd_ratio',
-    'gpd_branches',
-    'batch_size',
-    'epochs',
-    'grad_accum_steps',
-    'val_interval',
-    'checkpoint_hist',
-    'log_interval',
-)
 
 
 def train_parser() -> argparse.ArgumentParser:
@@ -89,17 +81,14 @@ def parse_train_args(argv: Optional[List[str]] = None) -> Arguments:
     if config:
         parser.set_defaults(**read_config(config, parser))
     values = vars(parser.parse_args(argv))
-    for name in POSITIVE:
-        if values[name] < 1:
-            raise UsageError(f'--{name.replace("_", "-")} must be a positive integer, but is {values[name]}')
-    if not values['gpd_noise'] >= 0:
-        raise UsageError(f'--gpd-noise must be at least 0, but is {values["gpd_noise"]}')
+    check_flags(values, parser)
     multilabel = values['task'] == 'multilabel'
     if values['smoothing'] is None:
         values['smoothing'] = 0.0 if multilabel else 0.1
     if values['eval_metric'] is None:
         values['eval_metric'] = 'map' if multilabel else 'top1'
     _resolve_loss(values)
+    check_train_combinations(values, parser)
     return Arguments(
         **{**values, 'model': plain_name(values['model']), 'data_dir': values['data_dir'] or values['data']}
     )
@@ -129,7 +118,10 @@ def parse_validate_args(argv: Optional[List[str]] = None) -> Arguments:
         A value for every argument; ``data_dir`` is the folder wherever it stood.
 
     Raises:
-        UsageError: if something cannot be understood.
+        UsageError: if something cannot be understood or is out of range.
     """
-    values = vars(validate_parser().parse_args(argv))
+    parser = validate_parser()
+    values = vars(parser.parse_args(argv))
+    check_flags({**values, 'model': None}, parser)  # it may be many models
+    check_validate_combinations(values)
     return Arguments(**{**values, 'data_dir': values['data_dir'] or values['data']})

@@ -1,0 +1,221 @@
+"""Every flag's value is checked before anything is created: the table is held against the parsers themselves."""
+
+import argparse
+import logging
+import math
+
+import pytest
+import timm
+import torch
+
+from timm_gpd.errors import UsageError
+from timm_gpd.training.args import parse_train_args, parse_validate_args, train_parser, validate_parser
+from timm_gpd.training.args.refused import Refused
+from timm_gpd.training.checks import FLAGS, check_flags
+from timm_gpd.training.combinations import check_batch_norm
+from timm_gpd.training.value_kinds import Input, Names, Numbers, Output, Text
+
+PARSERS = {'train': train_parser(), 'validate': validate_parser()}
+PARSE = {'train': parse_train_args, 'validate': parse_validate_args}
+
+
+def takes_a_value(action):
+    return action.nargs != 0 and action.choices is None and not isinstance(action, Refused)
+
+
+ACTIONS = {
+    f'{program} {action.dest}': (program, action)
+    for program, parser in PARSERS.items()
+    for action in parser._actions
+    if takes_a_value(action)
+}
+
+
+def of_kind(kind):
+    return [name for name, (_, action) in ACTIONS.items() if isinstance(FLAGS.get(action.dest), kind)]
+
+
+def flag_of(action):
+    return next(option for option in action.option_strings if option.startswith('--'))
+
+
+def refusal(program, *arguments):
+    with pytest.raises(UsageError) as error:
+        PARSE[program](['--data-dir', 'x', *map(str, arguments)])
+    assert '\n' not in str(error.value)
+    return str(error.value)
+
+
+def test_every_flag_is_in_the_table_and_nothing_else():
+    assert {action.dest for _, action in ACTIONS.values()} == set(FLAGS)
+    for program, action in ACTIONS.values():
+        number = action.type in (int, float)
+        assert isinstance(FLAGS[action.dest], Numbers) == number, f'{program} {action.dest}'
+
+
+def test_every_default_is_right():
+    for parser in PARSERS.values():
+        check_flags({**vars(parser.parse_args([])), 'config': None}, parser)
+
+
+@pytest.mark.parametrize('name', of_kind(Numbers))
+def test_numbers_out_of_range_are_refused(name):
+    program, action = ACTIONS[name]
+    kind, flag = FLAGS[action.dest], flag_of(action)
+    bad = [] if action.type is int else ['nan', 'inf']
+    step = 1 if action.type is int else 0.001
+    good = kind.low if kind.low > -math.inf else -1
+    if kind.above:
+        good += step
+    if math.isfinite(kind.low):
+        bad.append(action.type(kind.low - step))
+        bad += [action.type(kind.low)] if kind.above else []
+    if math.isfinite(kind.high):
+        bad.append(action.type(kind.high + step))
+        bad += [action.type(kind.high)] if kind.below else []
+    count = kind.counts[0] if kind.counts else 1
+    for value in bad:
+        message = refusal(program, flag, *[value] * count)
+        assert message.startswith(f'{flag} must be ') and str(value) in message
+    if kind.counts and action.nargs == '+':
+        assert message_of_count(kind) in refusal(program, flag, *[action.type(good)] * (kind.counts[-1] + 1))
+    assert kind([good] * count if action.nargs else good) is None
+
+
+def message_of_count(kind):
+    return f'takes {" or ".join(map(str, kind.counts))} numbers'
+
+
+@pytest.mark.parametrize('name', of_kind(Names))
+def test_unknown_names_are_refused_with_what_exists(name):
+    program, action = ACTIONS[name]
+    if (program, action.dest) == ('validate', 'model'):
+        pytest.skip('it may be a pattern, or a file of names')
+    kind = FLAGS[action.dest]
+    message = refusal(program, flag_of(action), 'resnet19x')
+    assert message.startswith(f'{flag_of(action)} resnet19x is unknown: ')
+    assert sum(known in message for known in kind.known()) >= min(3, len(kind.known()))
+    for known in list(kind.known())[:20]:
+        assert action.dest == 'aa' or kind(known) is None
+
+
+@pytest.mark.parametrize('name', of_kind((Input, Output)))
+def test_files_have_to_be_there(name, tmp_path):
+    program, action = ACTIONS[name]
+    flag = flag_of(action)
+    message = refusal(program, flag, tmp_path / 'no' / 'file')
+    assert message.startswith(f'{flag} {tmp_path}/no/file ')
+    assert refusal(program, flag, tmp_path)  # a folder
+    (tmp_path / 'file').write_text('')
+    assert FLAGS[action.dest](str(tmp_path / 'file')) is None
+
+
+def test_text_says_who_checks_it():
+    assert all(kind.checked for kind in FLAGS.values() if isinstance(kind, Text))
+
+
+def test_choices_of_the_parser_are_listed():
+    for program, parser in PARSERS.items():
+        for action in parser._actions:
+            if action.choices is not None:
+                message = refusal(program, flag_of(action), 'nonsense')
+                assert all(str(choice) in message for choice in action.choices)
+
+
+@pytest.mark.parametrize(
+    'policy, right',
+    [
+        ('rand-m9-mstd0.5-inc1', True),
+        ('rand', True),
+        ('augmix-m5-w4-d2', True),
+        ('original-mstd0.5', True),
+        ('v0r', True),
+        ('3a', True),
+        ('random-m9', False),
+        ('rand-q9', False),
+        ('original-w3', False),
+        ('v1', False),
+    ],
+)
+def test_policies(policy, right):
+    if right:
+        assert PARSE['train'](['--data-dir', 'x', '--aa', policy]).aa == policy
+    else:
+        assert f'--aa {policy} is unknown: policies are rand' in refusal('train', '--aa', policy)
+
+
+@pytest.mark.parametrize('name', ['sgd', 'lookahead_adamw', 'AdamW', 'muon'])
+def test_optimizers_by_the_names_that_timm_reads(name):
+    assert PARSE['train'](['--data-dir', 'x', '--opt', name]).opt == name
+
+
+@pytest.mark.parametrize(
+    'flags, message',
+    [
+        ('--mixup 0.2 --batch-size 7', 'a batch of 7 is odd'),
+        ('--cutmix-minmax 0.2 0.8 --train-img-sizes 32 64 --train-batch-sizes 8 3', 'a batch of 3 is odd'),
+        ('--scale 1 0.1', '--scale and --ratio go from low to high'),
+        ('--start-epoch 20 --epochs 20', '--start-epoch 20 leaves nothing of the 20 epochs'),
+        ('--sched plateau --sched-on-updates', '--sched plateau looks at a metric'),
+        ('--min-lr 1 --lr 0.1', '--min-lr 1 is above --lr 0.1'),
+        ('--sched wsd --epochs 5', '--sched wsd has 0 epochs after the warmup'),
+        ('--sched wsd --epochs 20 --decay-epochs 16', 'has 15 epochs after the warmup, and --decay-epochs is 16'),
+        ('--in-chans 1 --input-size 3 32 32', '--in-chans 1 is not the 3 channels of --input-size'),
+        ('--img-size 64 --input-size 3 32 32', '--img-size 64 is not the 32 x 32 pixels'),
+        ('--amp --model-dtype bfloat16', '--amp needs weights in float32'),
+        ('--eval-metric top-1', '--eval-metric top-1 is unknown: this run has loss, top1, top5'),
+        ('--eval-metric gap', 'is unknown: this run has loss, top1, top5'),
+        ('--gpd --eval-metric lap', 'this run has loss, top1, top5, teacher_loss, teacher_top1, teacher_top5, gap'),
+        ('--task multilabel --eval-metric top1', 'this run has loss, map, micro_f1, macro_f1, sample_f1'),
+    ],
+)
+def test_what_does_not_go_together(flags, message):
+    assert message in refusal('train', *flags.split())
+
+
+@pytest.mark.parametrize(
+    'flags, message',
+    [
+        ('--use-ema', '--use-ema chooses among the models of a checkpoint'),
+        ('--use-teacher', '--use-teacher chooses among the models of a checkpoint'),
+        ('--real-labels FILE --valid-labels FILE', '--real-labels are of all 1000 classes'),
+        ('--task multilabel --metrics-avg macro', '--metrics-avg is for images of one class'),
+        ('--amp --model-dtype float16', '--amp needs weights in float32'),
+    ],
+)
+def test_what_does_not_go_together_in_validation(flags, message, tmp_path):
+    (tmp_path / 'labels').write_text('')
+    assert message in refusal('validate', *flags.replace('FILE', str(tmp_path / 'labels')).split())
+
+
+@pytest.mark.parametrize(
+    'flags, message',
+    [
+        ('--epochs 3', '--warmup-epochs 5 of --epochs 3: the learning rate never reaches its value'),
+        ('--gpd-ratio 4', '--gpd-ratio does nothing without --gpd'),
+        ('--kd-temperature 2 --amp-dtype bfloat16', '--kd-temperature does nothing without --kd-model-name'),
+    ],
+)
+def test_what_has_no_effect_is_said(flags, message, caplog):
+    with caplog.at_level(logging.WARNING):
+        PARSE['train'](['--data-dir', 'x', *flags.split()])
+    assert message in caplog.text
+
+
+def test_a_batch_of_one_needs_a_model_without_batch_norm():
+    check_batch_norm(2, timm.create_model('test_resnet'))
+    check_batch_norm(1, timm.create_model('test_vit'))
+    with pytest.raises(UsageError, match=r'a batch of one .* \(conv1.1\): raise --batch-size'):
+        check_batch_norm(1, timm.create_model('test_resnet'))
+
+
+def test_a_flag_without_an_entry_would_be_found():
+    parser = argparse.ArgumentParser()
+    action = parser.add_argument('--new', type=int)
+    assert takes_a_value(action) and action.dest not in FLAGS
+
+
+def test_backends_are_those_of_torch():
+    assert 'inductor' in FLAGS['torchcompile'].known() and set(FLAGS['torchcompile'].known()) <= set(
+        torch.compiler.list_backends(exclude_tags=())
+    )

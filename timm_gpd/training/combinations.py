@@ -1,0 +1,151 @@
+"""Values that are right by themselves and do not go together."""
+
+import argparse
+import logging
+from typing import Any, List, Mapping, Tuple
+
+import torch.nn as nn
+
+from ..errors import UsageError
+from ..private_torch import BatchNorm
+
+__all__ = [
+    'METRICS',
+    'MULTILABEL_METRICS',
+    'check_batch_norm',
+    'check_train_combinations',
+    'check_validate_combinations',
+]
+
+_logger = logging.getLogger('train')
+
+METRICS = ('loss', 'top1', 'top5')
+MULTILABEL_METRICS = ('loss', 'map', 'micro_f1', 'macro_f1', 'sample_f1')
+# Flags that only another one gives a meaning, by that one.
+_ONLY_WITH = {
+    'gpd': ('gpd_ratio', 'gpd_branches', 'gpd_noise', 'gpd_scale', 'gpd_loss', 'gpd_weight'),
+    'kd_model_name': ('kd_distill_type', 'kd_loss_args', 'distill_loss_weight', 'task_loss_weight', 'kd_temperature'),
+    'model_ema': ('model_ema_decay', 'model_ema_warmup', 'model_ema_force_cpu'),
+    'amp': ('amp_dtype',),
+    'torchcompile': ('torchcompile_mode',),
+}
+
+
+def check_train_combinations(values: Mapping[str, Any], parser: argparse.ArgumentParser) -> None:
+    """Checks the arguments of ``train.py`` against one another.
+
+    Args:
+        values: by argument, each right by itself.
+        parser: knows the defaults.
+
+    Raises:
+        UsageError: if two of them contradict each other. What has no effect is warned about.
+    """
+    _check_images(values)
+    _check_batches(values)
+    _check_schedule(values)
+    metrics = _metrics(values)
+    if values['eval_metric'] not in metrics:
+        raise UsageError(f'--eval-metric {values["eval_metric"]} is unknown: this run has {", ".join(metrics)}')
+    for switch, names in _ONLY_WITH.items():
+        idle = [name for name in names if not values[switch] and values[name] != parser.get_default(name)]
+        if idle:
+            _logger.warning(f'{", ".join(_flag(name) for name in idle)} does nothing without {_flag(switch)}')
+
+
+def check_validate_combinations(values: Mapping[str, Any]) -> None:
+    """Checks the arguments of ``validate.py`` against one another.
+
+    Args:
+        values: by argument, each right by itself.
+
+    Raises:
+        UsageError: if two of them contradict each other.
+    """
+    _check_images(values)
+    for name in ('use_ema', 'use_teacher'):
+        if values[name] and not values['checkpoint']:
+            raise UsageError(f'{_flag(name)} chooses among the models of a checkpoint: give --checkpoint')
+    if values['real_labels'] and values['valid_labels']:
+        raise UsageError('--real-labels are of all 1000 classes, and --valid-labels leaves some: give one of them')
+    for name in ('real_labels', 'valid_labels', 'metrics_avg'):
+        if values[name] and values['task'] == 'multilabel':
+            raise UsageError(f'{_flag(name)} is for images of one class: leave out --task multilabel')
+
+
+def check_batch_norm(batch_size: int, model: nn.Module) -> None:
+    """Checks that batch norm has something to normalise over.
+
+    Args:
+        batch_size: images that a model sees at once in training, of all processes where their statistics are one.
+        model: the model.
+
+    Raises:
+        UsageError: if it has batch norm and sees one image at a time.
+    """
+    if batch_size > 1:
+        return
+    for name, module in model.named_modules():
+        if isinstance(module, BatchNorm):
+            raise UsageError(
+                f'a batch of one has no statistics for batch norm, which the model has ({name}): raise --batch-size'
+            )
+
+
+def _check_images(values: Mapping[str, Any]) -> None:
+    size, channels, side = values['input_size'], values['in_chans'], values['img_size']
+    if size and channels and size[0] != channels:
+        raise UsageError(f'--in-chans {channels} is not the {size[0]} channels of --input-size')
+    if size and side and tuple(size[1:]) != (side, side):
+        raise UsageError(f'--img-size {side} is not the {size[1]} x {size[2]} pixels of --input-size: give one of them')
+    if values['amp'] and values['model_dtype'] not in (None, 'float32'):
+        raise UsageError(f'--amp needs weights in float32: leave out --model-dtype {values["model_dtype"]}')
+
+
+def _check_batches(values: Mapping[str, Any]) -> None:
+    mixed = values['mixup'] > 0 or values['cutmix'] > 0 or values['cutmix_minmax'] is not None
+    odd = [size for size in values['train_batch_sizes'] or [values['batch_size']] if size % 2]
+    if mixed and odd:
+        raise UsageError(f'--mixup and --cutmix mix pairs of images, and a batch of {odd[0]} is odd: set --batch-size')
+    for low, high in (values['scale'], values['ratio']):
+        if low > high:
+            raise UsageError(f'--scale and --ratio go from low to high, but {low:g} is above {high:g}')
+
+
+def _check_schedule(values: Mapping[str, Any]) -> None:
+    epochs, warmup = values['epochs'], values['warmup_epochs']
+    last = epochs + values['cooldown_epochs'] + (warmup if values['warmup_prefix'] else 0)
+    if values['start_epoch'] is not None and values['start_epoch'] >= last:
+        raise UsageError(f'--start-epoch {values["start_epoch"]} leaves nothing of the {last} epochs: raise --epochs')
+    if values['sched'] == 'plateau' and values['sched_on_updates']:
+        raise UsageError('--sched plateau looks at a metric after every epoch: leave out --sched-on-updates')
+    if values['lr'] and values['min_lr'] > values['lr'] and values['sched'] not in ('none', 'constant'):
+        raise UsageError(f'--min-lr {values["min_lr"]:g} is above --lr {values["lr"]:g}')
+    if values['sched'] in ('wsd', 'rsqrt'):
+        steady = epochs if values['warmup_prefix'] else epochs - warmup
+        decay = 0.2 if values['decay_epochs'] is None else values['decay_epochs']
+        if steady <= 0 or decay > steady:
+            raise UsageError(
+                f'--sched {values["sched"]} has {max(steady, 0)} epochs after the warmup, and --decay-epochs is '
+                f'{decay:g}: raise --epochs, or lower --warmup-epochs or --decay-epochs'
+            )
+    elif warmup >= epochs and not values['warmup_prefix'] and values['sched'] != 'none':
+        _logger.warning(
+            f'--warmup-epochs {warmup} of --epochs {epochs}: the learning rate never reaches its value '
+            '(--warmup-prefix puts the warmup before them)'
+        )
+
+
+def _metrics(values: Mapping[str, Any]) -> Tuple[str, ...]:
+    names = MULTILABEL_METRICS if values['task'] == 'multilabel' else METRICS
+    lead = names[1]  # what the gap is the difference of
+    found: List[str] = list(names)
+    if values['gpd']:
+        found += [*(f'teacher_{name}' for name in names), 'gap']
+    if values['kd_model_name']:
+        found.append(f'static_{lead}')
+    return tuple(found)
+
+
+def _flag(name: str) -> str:
+    return '--' + name.replace('_', '-')
