@@ -330,7 +330,7 @@ def test_wsd_is_steady_and_then_decays():
     found = rates('--sched', 'rsqrt', '--lr-stable-timescale', '3', '--decay-epochs', '1')
     assert found[3] == pytest.approx(0.5**0.5)
     assert all(len(rates('--sched', 'wsd', '--lr-decay-fn', name)) == 10 for name in DECAY_FNS)
-    with pytest.raises(UsageError, match='check --sched wsd and its arguments'):
+    with pytest.raises(UsageError, match='raise --epochs'):
         rates('--sched', 'wsd', '--decay-epochs', '11')
 
 
