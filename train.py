@@ -18,10 +18,12 @@ from timm_gpd.training.cpu import tune_process_for
 from timm_gpd.training.data import check_loaders, create_eval_loader, create_train_loader, mean_batch_size
 from timm_gpd.training.datasets import resolve_data
 from timm_gpd.training.evaluation import Evaluation, evaluator_of
+from timm_gpd.training.image_log import ImageLog
 from timm_gpd.training.images import report_bad_images
 from timm_gpd.training.interruption import listen
 from timm_gpd.training.log_file import LogFile
 from timm_gpd.training.loop import LoopSettings, TrainingLoop
+from timm_gpd.training.memory import memory_errors
 from timm_gpd.training.non_finite import NonFiniteError
 from timm_gpd.training.optimizer import create_optimizer
 from timm_gpd.training.overview import describe
@@ -48,7 +50,7 @@ def main() -> None:
         compute = create_compute(str(processes.device), args.amp, args.amp_dtype, args.channels_last, args.model_dtype)
         undo = tune_process_for(compute.device)
         try:
-            with fast_norm(args.fast_norm):
+            with fast_norm(args.fast_norm), memory_errors(args, args.batch_size):
                 train(args, compute, processes, log)
         finally:
             undo()
@@ -63,7 +65,8 @@ def train(args: argparse.Namespace, compute: Compute, processes: Processes, log:
         input_config, num_classes = resolve_input(args, student), count_classes(student)
         check_image_sizes(args, student, input_config.input_size[0])
         set_input(student, input_config)
-        run = RunFolder(args, input_config, processes)
+    run = RunFolder(args, input_config, processes)
+    with processes.primary_first():
         loader_train, mixup_fn = create_train_loader(args, source, input_config, num_classes, compute.device)
         loader_eval = create_eval_loader(args, source, input_config, num_classes, compute.device)
         compute.place(student)
@@ -92,9 +95,11 @@ def train(args: argparse.Namespace, compute: Compute, processes: Processes, log:
             task.compile(backend=args.torchcompile, mode=args.torchcompile_mode)
     processes.wrap(task, broadcast_buffers=not args.no_ddp_bb)
 
+    tracker = Tracker(args, run.path, position.epoch, processes.is_primary)
     run.open()
     log.open(run.file('train.log'))
-    _logger.info(overview)
+    for line in overview:
+        _logger.info(line)
     last_epoch = min(num_epochs, args.stop_epoch or num_epochs)
     progress = Progress(
         last_epoch,
@@ -112,11 +117,7 @@ def train(args: argparse.Namespace, compute: Compute, processes: Processes, log:
         create_evaluator=evaluator_of(args, compute.device),
     )
     run.truncate(position.epoch)
-    with (
-        listen(processes) as interruption,
-        Tracker(args, run.path, position.epoch, processes.is_primary) as tracker,
-        progress,
-    ):
+    with listen(processes) as interruption, tracker, progress:
         loop = TrainingLoop(
             task,
             ReplayedLoader(loader_train, args.seed, processes),
@@ -129,6 +130,8 @@ def train(args: argparse.Namespace, compute: Compute, processes: Processes, log:
             interruption,
             mixup_fn,
             progress,
+            batch_size,
+            ImageLog(run.path, args.log_interval) if args.save_images and processes.is_primary else None,
         )
         while position.epoch < last_epoch:
             try:

@@ -2,6 +2,10 @@
 
 import torch
 
+from timm_gpd.training.checkpoints import Position
+from timm_gpd.training.loop import LoopSettings, TrainingLoop
+from timm_gpd.training.processes import Processes
+
 
 def batch(seed=1, size=8):
     """Images (B, 1, 32, 32) and classes."""
@@ -21,3 +25,19 @@ def train(task, optimizer, steps, first=0, size=8):
         task.update_ema(step + 1)
         losses.append(loss.item())
     return losses
+
+
+class Batches(list):
+    """Batches as a training loop takes them, the same in every epoch."""
+
+    def run_epoch(self, epoch, first_batch=0):
+        yield from list(enumerate(self))[first_batch:]
+
+    def turn_mixup_off(self):
+        raise AssertionError('nothing here mixes')
+
+
+def train_epoch(task, batches, optimizer, compute, epoch=0, **settings):
+    """One epoch of a training loop on batches of images and targets; the means of its losses."""
+    loop = TrainingLoop(task, Batches(batches), optimizer, compute, Processes(compute.device), LoopSettings(**settings))
+    return loop.train_epoch(Position(epoch))

@@ -7,9 +7,10 @@ import pytest
 import timm
 import torch
 
+from steps import train_epoch
 from timm_gpd.training.args import parse_train_args
 from timm_gpd.training.compute import Compute
-from timm_gpd.training.loop import LoopSettings, train_one_epoch
+from timm_gpd.training.loop import LoopSettings
 from timm_gpd.training.optimizer import create_optimizer
 from timm_gpd.training.student import create_student, resolve_input, set_input
 from timm_gpd.training.task import create_task
@@ -129,8 +130,8 @@ def test_two_steps(config, weights):
     losses = [f'{prefix}/{args.kd_distill_type}' for prefix in ('kd', 'teacher_kd')] if args.kd_model_name else []
 
     def step(index):
-        settings = LoopSettings.from_args(args)
-        metrics = train_one_epoch(index, task, [batches[index]], optimizer, Compute(torch.device('cpu')), settings)
+        settings = vars(LoopSettings.from_args(args))
+        metrics = train_epoch(task, [batches[index]], optimizer, Compute(torch.device('cpu')), index, **settings)
         assert {name for name in metrics if '/' in name} == set(losses)
         terms = sum(metrics[name] for name in ['task_loss', 'teacher_task_loss', *losses])
         assert metrics['loss'] == pytest.approx(terms + 3 * metrics['gpd_loss'], rel=1e-4)

@@ -8,12 +8,12 @@ import torch
 from timm.task import ClassificationTask, DistillationTeacher
 
 from programs import ROOT
+from steps import train_epoch
 from timm_gpd import GapPreservingTask
 from timm_gpd.training.args import parse_train_args, parse_validate_args
 from timm_gpd.training.compute import create_compute
 from timm_gpd.training.data import create_train_loader
 from timm_gpd.training.datasets import resolve_data
-from timm_gpd.training.loop import LoopSettings, train_one_epoch
 from timm_gpd.training.optimizer import resolve_lr
 from timm_gpd.training.schedule import create_schedule
 from timm_gpd.training.student import InputConfig, create_student, resolve_input
@@ -43,7 +43,7 @@ def step(task, data, compute=CPU, lr=0.1, **settings):
     """One epoch of plain SGD: the update of the parameters, and the means of the losses."""
     before = parameters(task)
     optimizer = torch.optim.SGD(task.get_trainable_module().parameters(), lr=lr)
-    metrics = train_one_epoch(0, task, data, optimizer, compute, LoopSettings(**settings))
+    metrics = train_epoch(task, data, optimizer, compute, **settings)
     return parameters(task) - before, metrics
 
 

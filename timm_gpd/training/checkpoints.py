@@ -171,7 +171,7 @@ class Checkpoints:
                 os.fsync(file.fileno())
         except (OSError, RuntimeError) as error:  # the second is torch's, of what it could not write
             raise UsageError(
-                f'{self.path(name)} cannot be written: {first_line(error)}; the checkpoints before it are as they were: '
+                f'{self.path(name)} cannot be written: {first_line(error)}; earlier checkpoints are as they were: '
                 'make room, and go on with --resume auto'
             )
 

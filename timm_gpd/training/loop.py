@@ -15,6 +15,7 @@ from timm.utils import AverageMeter, dispatch_clip_grad
 
 from .checkpoints import Checkpoints, Position
 from .compute import Compute
+from .image_log import ImageLog
 from .interruption import Interruption
 from .non_finite import NonFiniteError, are_finite, name_non_finite
 from .processes import Processes
@@ -40,6 +41,9 @@ class LoopSettings:
         recovery_interval: updates between recovery checkpoints, 0 for none.
         on_nan: what follows a loss or gradient that is NaN or infinite, see ``POLICIES`` of ``non_finite``.
         sync_bn: batch norm over the images of all processes.
+        variable_batch_loss_scale: how a loss grows with its batch where batches differ: ``'none'``, ``'sqrt'`` or
+            ``'linear'``.
+        synchronize_step: wait for the device at the end of every update.
     """
 
     grad_accum_steps: int = 1
@@ -49,6 +53,8 @@ class LoopSettings:
     recovery_interval: int = 0
     on_nan: str = 'stop'
     sync_bn: bool = False
+    variable_batch_loss_scale: str = 'none'
+    synchronize_step: bool = False
 
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> 'LoopSettings':
@@ -71,6 +77,8 @@ class TrainingLoop:
         interruption: tells whether the run shall end.
         mixup_fn: mixes a batch, where the loader does not.
         progress: shows how far the run is.
+        batch_size: images of a batch of this process, the mean where batches differ.
+        image_log: saves images.
     """
 
     def __init__(
@@ -86,11 +94,14 @@ class TrainingLoop:
         interruption: Optional[Interruption] = None,
         mixup_fn: Optional[Mixup] = None,
         progress: Optional[Progress] = None,
+        batch_size: Optional[float] = None,
+        image_log: Optional[ImageLog] = None,
     ) -> None:
         self.task, self.loader, self.optimizer, self.compute = task, loader, optimizer, compute
         self.processes, self.settings, self.lr_scheduler = processes, settings, lr_scheduler
         self.checkpoints, self.interruption = checkpoints, interruption
         self.mixup_fn, self.progress = mixup_fn, progress
+        self.batch_size, self.image_log = batch_size, image_log
         self.updates_per_epoch = -(-len(loader) // settings.grad_accum_steps)
         synchronized = settings.sync_bn and processes.is_distributed
         self.batch_norm = SynchronizedBatchNorm() if synchronized else nullcontext()
@@ -128,7 +139,8 @@ class TrainingLoop:
                 with self.compute.autocast():
                     result = self.task(images, target)
                 update_terms.add(result, images.shape[0])
-                is_finite = self._backward(result['loss'] / accumulated, is_update, update_terms)
+                loss = result['loss'] * self._scale(images.shape[0]) / accumulated
+                is_finite = self._backward(loss, is_update, update_terms)
             if not is_update:
                 continue
             if is_finite:
@@ -140,6 +152,10 @@ class TrainingLoop:
             self.optimizer.zero_grad()
             num_updates = epoch * self.updates_per_epoch + update + 1
             self.task.update_ema(step=num_updates)
+            if self.settings.synchronize_step and self.compute.device.type != 'cpu':
+                torch.accelerator.synchronize(self.compute.device)
+            if self.image_log is not None:
+                self.image_log.save(update, index, images)
             losses.update((update_terms.sums['loss'] / update_terms.images).item(), update_terms.images)
             if self.progress is not None:
                 images_of_all = update_terms.images * self.processes.world_size
@@ -153,6 +169,13 @@ class TrainingLoop:
             self._save_if_wanted(position, means, update)
         position.batch, position.sums, position.images = batches, means.numbers(), means.images
         return means.compute(self.processes)
+
+    def _scale(self, batch_size: int) -> float:
+        """Factor of the loss of a batch, 1 for one of mean size."""
+        how = self.settings.variable_batch_loss_scale
+        if how == 'none' or self.batch_size is None:
+            return 1.0
+        return (batch_size / self.batch_size) ** (0.5 if how == 'sqrt' else 1.0)
 
     def _turn_mixup_off(self) -> None:
         self.loader.turn_mixup_off()
@@ -189,7 +212,7 @@ class TrainingLoop:
 
     def _name_non_finite(self, update_terms: '_Means', epoch: int, update: int) -> str:
         what = name_non_finite(update_terms.sums, self.task.get_trainable_module().named_parameters())
-        return f'{what} in epoch {epoch}, update {update}, at a learning rate of {mean_lr(self.optimizer):.3g}'
+        return f'epoch {epoch}, update {update}, learning rate {mean_lr(self.optimizer):.3g}: {what}'
 
     def _save_if_wanted(self, position: Position, means: '_Means', update: int) -> None:
         """Saves between two updates, every so often and if the run shall end."""

@@ -1,11 +1,12 @@
 """Losses and gradients that are NaN or infinite: found before the update that they would spoil."""
 
-from typing import Any, Dict, Iterable, List, Tuple
+from typing import Any, Dict, Iterable, Tuple
 
 import torch
 from torch.nn.utils import get_total_norm
 
 from ..errors import NamedError
+from ..losses import check_finite
 
 __all__ = ['POLICIES', 'NonFiniteError', 'are_finite', 'name_non_finite']
 
@@ -27,20 +28,21 @@ def are_finite(gradients: Iterable[torch.Tensor]) -> bool:
     return bool(get_total_norm(gradients, norm_type=float('inf')).isfinite())
 
 
-def name_non_finite(result: Dict[str, torch.Tensor], named_parameters: Iterable[Tuple[str, Any]]) -> str:
+def name_non_finite(terms: Dict[str, torch.Tensor], named_parameters: Iterable[Tuple[str, Any]]) -> str:
     """Says what is NaN or infinite: terms of the loss, or else the first gradient.
 
     Args:
-        result: the terms of a loss, scalars.
+        terms: scalars by name, the loss among them.
         named_parameters: of what is trained, with their gradients.
 
     Returns:
-        The beginning of a message.
+        A message without its end.
     """
-    terms: List[str] = [name for name, value in result.items() if not value.isfinite()]
-    if terms:
-        return f'{", ".join(name for name in terms if name != "loss" or len(terms) == 1)} is NaN or infinite'
+    try:
+        check_finite({name: value for name, value in terms.items() if name != 'loss' or len(terms) == 1})
+    except FloatingPointError as error:
+        return str(error)
     for name, parameter in named_parameters:
         if parameter.grad is not None and not parameter.grad.isfinite().all():
-            return f'the gradient of {name} is NaN or infinite'
-    return 'a loss or a gradient is NaN or infinite in another process'
+            return f'the gradient of {name} is not finite: lower the learning rate, or clip gradients'
+    return 'a loss or a gradient is not finite in another process'

@@ -9,6 +9,7 @@ from timm.utils import unwrap_model
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..teacher.functional import call_with_parameters
 from .student import InputConfig
 from .task import get_validation_models
 
@@ -42,10 +43,16 @@ def count_macs(model: nn.Module, images: torch.Tensor) -> int:
     """
     training = model.training
     model.eval()
+    # The counter follows gradients, and cannot where a parameter is what a module is called with: there are none here.
+    trained = {
+        name: parameter.detach()
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if parameter.requires_grad
+    }
     try:
         # The kernels of fused attention are not counted on every device; its matrix products are.
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            model(images)
+            call_with_parameters(model, trained, images) if trained else model(images)
     finally:
         model.train(training)
     return counter.get_total_flops() // 2
@@ -55,7 +62,7 @@ def measure_models(task: TrainingTask, input_config: InputConfig) -> Dict[str, M
     """Sizes of what a task runs, on one blank image.
 
     Args:
-        task: any of timm's tasks or of this package's.
+        task: any of timm's tasks or of this package's, not compiled.
         input_config: what images the student takes.
 
     Returns:
@@ -87,18 +94,18 @@ def expected_cost(sizes: Dict[str, ModelSize]) -> float:
     return (plain + 3 * forward.get('dynamic teacher', 0) + forward.get('static teacher', 0)) / max(plain, 1)
 
 
-def describe(task: TrainingTask, input_config: InputConfig) -> str:
+def describe(task: TrainingTask, input_config: InputConfig) -> List[str]:
     """What a person wants to know before a run: the models, their sizes, and what a step will cost.
 
     Args:
-        task: any of timm's tasks or of this package's.
+        task: any of timm's tasks or of this package's, not compiled.
         input_config: what images the student takes.
 
     Returns:
-        A few lines.
+        The lines of a log.
     """
     sizes = measure_models(task, input_config)
-    lines: List[str] = [f'{"":<15}  {"parameters":>14}  {"MACs per image":>14}']
+    lines = [f'{"":<15}  {"parameters":>14}  {"MACs per image":>14}']
     lines += [f'{name:<15}  {size.parameters:>14,}  {_short(size.macs):>14}' for name, size in sizes.items()]
     trained = unwrap_model(task.get_trainable_module())
     count = sum(p.numel() for p in trained.parameters() if p.requires_grad)
@@ -108,7 +115,7 @@ def describe(task: TrainingTask, input_config: InputConfig) -> str:
         if len(sizes) > 1
         else 'This is plain training.'
     )
-    return '\n'.join(lines)
+    return lines
 
 
 def _what_they_are(task: TrainingTask, sizes: Dict[str, ModelSize]) -> str:

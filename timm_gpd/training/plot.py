@@ -1,4 +1,4 @@
-"""``gap.png``: top-1 of student and teachers over epochs, and the gap between them."""
+"""``gap.png``: accuracy of student and teachers over epochs, and the gap between them."""
 
 import logging
 import time
@@ -12,6 +12,7 @@ _logger = logging.getLogger('train')
 
 # Of the time of a run, in drawing; and seconds in which a run is not worth a plot but its last.
 MAX_SHARE, FIRST_AFTER = 0.02, 5.0
+METRICS = {'top1': 'top-1', 'map': 'mean average precision'}  # the second of images with several labels
 COLORS = {'student': 'tab:blue', 'dynamic teacher': 'tab:orange', 'static teacher': 'tab:gray', 'gap': 'tab:green'}
 
 
@@ -32,11 +33,11 @@ class GapPlot:
         """Draws the plot, unless that would be too soon after the last drawing.
 
         Args:
-            rows: of ``summary.csv``. Those without ``eval_top1`` are skipped, and without any other nothing is drawn.
+            rows: of ``summary.csv``. Those without an accuracy are skipped, and without any other nothing is drawn.
             last: draw it whatever it costs.
         """
         start = time.monotonic()
-        rows = [row for row in rows if row.get('eval_top1')]
+        rows = [row for row in rows if any(row.get(f'eval_{metric}') for metric in METRICS)]
         if not rows or not self.is_possible or start < self.next_time and not last:
             return
         try:
@@ -53,11 +54,13 @@ class GapPlot:
 def draw_gap(rows: Sequence[Dict[str, str]], path: str, title: str = '') -> Any:
     """Draws top-1 of student, dynamic teacher and static teacher, and below it the gap where there is one.
 
+    Of images with several labels it is the mean average precision.
+
     The axes fit the later half of the epochs: where earlier ones are out of their range, they are cut off. The best
     epoch of the student and the last one are marked.
 
     Args:
-        rows: of ``summary.csv``, at least one, each with ``eval_top1``.
+        rows: of ``summary.csv``, at least one, each with ``eval_top1`` or ``eval_map``.
         path: of the PNG file, which is replaced as a whole.
         title: what stands above the plot.
 
@@ -70,8 +73,9 @@ def draw_gap(rows: Sequence[Dict[str, str]], path: str, title: str = '') -> Any:
     from matplotlib.figure import Figure  # optional, and slow to import
 
     epochs = [int(row['epoch']) for row in rows]
+    metric = next(metric for metric in METRICS if rows[0].get(f'eval_{metric}'))
     student, teacher, static, gap = (
-        _column(rows, f'eval_{name}') for name in ('top1', 'teacher_top1', 'static_top1', 'gap')
+        _column(rows, f'eval_{name}') for name in (metric, f'teacher_{metric}', f'static_{metric}', 'gap')
     )
     best = max(range(len(rows)), key=lambda index: (student[index], index))
     figure = Figure(figsize=(7, 6.5 if gap else 4.5), layout='constrained')
@@ -84,12 +88,12 @@ def draw_gap(rows: Sequence[Dict[str, str]], path: str, title: str = '') -> Any:
     if static:
         label = f'static teacher: {static[-1]:.2f}'
         top.axhline(static[-1], color=COLORS['static teacher'], linestyle='--', label=label)
-    top.set(ylabel='top-1 (%)', title=title)
+    top.set(ylabel=f'{METRICS[metric]} (%)', title=title)
     _show_last_epochs(top, [curve for curve in (student, teacher, static) if curve], best)
     if gap:
         panels[1].axhline(0, color='black', linewidth=0.8)
         _curve(panels[1], epochs, gap, best, 'gap', 'then')
-        panels[1].set(ylabel='gap (points of top-1)')
+        panels[1].set(ylabel=f'gap (points of {METRICS[metric]})')
         _show_last_epochs(panels[1], [gap], best)
     for panel in panels:
         panel.grid(alpha=0.3)

@@ -11,7 +11,7 @@ __all__ = ['Progress']
 
 _logger = logging.getLogger('train')
 
-BAR = '{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}'
+BAR = '{desc} {percentage:3.0f}%|{bar}| {remaining} left{postfix}'
 
 
 class Progress:
@@ -112,18 +112,20 @@ class Progress:
         if self.bar is not None:
             rate = _per_second(self.images, self.update_time.sum)
             self.bar.set_description_str(f'epoch {epoch}/{self.num_epochs - 1}', refresh=False)
-            self.bar.set_postfix_str(f'loss {loss_mean:#.3g}{self.accuracies}, {rate:.0f} images/s', refresh=False)
+            self.bar.set_postfix_str(f'loss {loss_mean:#.3g}{self.accuracies}, {rate:.0f} img/s', refresh=False)
             self.bar.update(epoch * self.updates_per_epoch + update + 1 - self.bar.n)
 
     def validated(self, metrics: Mapping[str, float]) -> None:
         """Notes what a validation found.
 
         Args:
-            metrics: its results; ``top1`` is the student's, ``teacher_top1`` the dynamic teacher's, in percent.
+            metrics: its results; ``top1`` is the student's, ``teacher_top1`` the dynamic teacher's, in percent. It is
+                ``map`` of images with several labels.
         """
         if self.bar is None:
             return
-        names = {'top1': 'student', 'teacher_top1': 'teacher'}
+        metric = 'top1' if 'top1' in metrics else 'map'
+        names = {metric: 'student', f'teacher_{metric}': 'teacher'}
         found = ''.join(f', {label} {metrics[name]:.2f}' for name, label in names.items() if name in metrics)
         self.accuracies = found
         gap = f', gap {metrics["gap"]:.2f}' if 'gap' in metrics else ''

@@ -85,7 +85,8 @@ class RunFolder:
         """A run that goes on has the columns of the rows that are there."""
         with open(self.file('args.yaml')) as file:
             before = yaml.safe_load(file) or {}
-        for name in OF_COLUMNS if self.summary.rows() else ():
+        names = OF_COLUMNS if self.args['kd_model_name'] else OF_COLUMNS[:-1]
+        for name in names if self.summary.rows() else ():
             old, new = before.get(name), self.args.get(name)
             if name in before and old != new:
                 raise UsageError(

@@ -35,7 +35,7 @@ def check_tracking(args: argparse.Namespace) -> None:
 
 
 class Tracker:
-    """Sends the rows of ``summary.csv`` to the services that the arguments name. A context of the run.
+    """Sends the rows of ``summary.csv`` to the services that the arguments name; as a context, ends with the run.
 
     TensorBoard's files are in ``tensorboard/`` of the run's folder, wandb's in ``wandb/``.
 
@@ -45,17 +45,19 @@ class Tracker:
         start_epoch: index of the first epoch that is trained, from 0: what TensorBoard has of it and of later ones is
             of a run that was continued from an earlier checkpoint, and is hidden.
         is_primary: whether this is the process that reports. In all others nothing is sent.
+
+    Raises:
+        UsageError: if wandb does not start.
     """
 
     def __init__(self, args: argparse.Namespace, folder: str, start_epoch: int = 0, is_primary: bool = True) -> None:
-        self.args, self.folder, self.start_epoch, self.is_primary = args, folder, start_epoch, is_primary
         self.services: List[Any] = []
+        if is_primary and args.log_tensorboard:
+            self.services.append(_TensorBoard(os.path.join(folder, 'tensorboard'), start_epoch))
+        if is_primary and args.log_wandb:
+            self.services.append(_Wandb(args, folder))
 
     def __enter__(self) -> 'Tracker':
-        if self.is_primary and self.args.log_tensorboard:
-            self.services.append(_TensorBoard(os.path.join(self.folder, 'tensorboard'), self.start_epoch))
-        if self.is_primary and self.args.log_wandb:
-            self.services.append(_Wandb(self.args, self.folder))
         return self
 
     def __exit__(self, kind: Any, *error: Any) -> None:

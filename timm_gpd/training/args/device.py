@@ -42,5 +42,5 @@ def add_train_device(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--local_rank', '--local-rank', type=int, default=0, help='index of the process on its machine')
     group.add_argument('--worker-seeding', default='all', choices=['all', 'part'], help='worker seed mode')
     group.add_argument(
-        '--use-multi-epochs-loader', action='store_true', help='keep data loading processes from epoch to epoch'
+        '--use-multi-epochs-loader', action='store_true', help='data loading processes stay from epoch to epoch anyway'
     )
