@@ -23,6 +23,7 @@ from timm_gpd.training.images import report_bad_images
 from timm_gpd.training.interruption import listen
 from timm_gpd.training.log_file import LogFile
 from timm_gpd.training.loop import LoopSettings, TrainingLoop
+from timm_gpd.training.memory import memory_errors
 from timm_gpd.training.non_finite import NonFiniteError
 from timm_gpd.training.optimizer import create_optimizer
 from timm_gpd.training.overview import describe
@@ -49,7 +50,7 @@ def main() -> None:
         compute = create_compute(str(processes.device), args.amp, args.amp_dtype, args.channels_last, args.model_dtype)
         undo = tune_process_for(compute.device)
         try:
-            with fast_norm(args.fast_norm):
+            with fast_norm(args.fast_norm), memory_errors(args, args.batch_size):
                 train(args, compute, processes, log)
         finally:
             undo()

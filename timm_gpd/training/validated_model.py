@@ -41,14 +41,10 @@ def load_validated_model(args: argparse.Namespace) -> nn.Module:
     if not args.checkpoint and not args.pretrained:
         _logger.info(f'No --checkpoint: these are the pretrained weights of {args.model}')
     in_chans = args.in_chans or (args.input_size[0] if args.input_size else None)
+    options = dict(num_classes=args.num_classes, in_chans=in_chans, global_pool=args.gp)
     with usage_errors(_ADVICE, *_KINDS):
         model = create_model(
-            args.model,
-            pretrained=args.pretrained or not args.checkpoint,
-            num_classes=args.num_classes,
-            in_chans=in_chans,
-            global_pool=args.gp,
-            **args.model_kwargs,
+            args.model, pretrained=args.pretrained or not args.checkpoint, **{**options, **args.model_kwargs}
         )
     if not count_classes(model):
         raise UsageError(f'{args.model} has no classifier: set --num-classes')
