@@ -17,12 +17,13 @@ from timm_gpd.training.compute import Compute, create_compute, fast_norm, import
 from timm_gpd.training.cpu import tune_process_for
 from timm_gpd.training.data import check_loaders, create_eval_loader, create_train_loader, mean_batch_size
 from timm_gpd.training.datasets import resolve_data
-from timm_gpd.training.evaluation import Evaluation
+from timm_gpd.training.evaluation import Evaluation, evaluator_of
 from timm_gpd.training.image_log import ImageLog
 from timm_gpd.training.images import report_bad_images
 from timm_gpd.training.interruption import listen
 from timm_gpd.training.log_file import LogFile
 from timm_gpd.training.loop import LoopSettings, TrainingLoop
+from timm_gpd.training.memory import memory_errors
 from timm_gpd.training.non_finite import NonFiniteError
 from timm_gpd.training.optimizer import create_optimizer
 from timm_gpd.training.overview import describe
@@ -49,7 +50,7 @@ def main() -> None:
         compute = create_compute(str(processes.device), args.amp, args.amp_dtype, args.channels_last, args.model_dtype)
         undo = tune_process_for(compute.device)
         try:
-            with fast_norm(args.fast_norm):
+            with fast_norm(args.fast_norm), memory_errors(args, args.batch_size):
                 train(args, compute, processes, log)
         finally:
             undo()
@@ -107,7 +108,14 @@ def train(args: argparse.Namespace, compute: Compute, processes: Processes, log:
         position.epoch * updates_per_epoch + position.batch // args.grad_accum_steps,
         processes.is_primary,
     )
-    evaluate = Evaluation(task, loader_eval, compute, args.log_interval, ema=not args.model_ema_force_cpu)
+    evaluate = Evaluation(
+        task,
+        loader_eval,
+        compute,
+        args.log_interval,
+        ema=not args.model_ema_force_cpu,
+        create_evaluator=evaluator_of(args, compute.device),
+    )
     run.truncate(position.epoch)
     with listen(processes) as interruption, tracker, progress:
         loop = TrainingLoop(

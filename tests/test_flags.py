@@ -150,17 +150,17 @@ def test_a_configuration_of_valid_values(tmp_path):
             experiment=2026,
         ),
         '--epochs',
-        '3',
+        '20',
     )
     assert args.sched == 'wsd' and args.input_size == [3, 32, 32] and args.amp and args.save_epochs == [4, 8]
     assert args.pretrained_cfg_overlay == {'num_classes': 10} and args.stop_epoch is None
-    assert args.epochs == 3 and args.experiment == '2026' and args.torchcompile == 'inductor'
+    assert args.epochs == 20 and args.experiment == '2026' and args.torchcompile == 'inductor'
 
 
 def test_a_configuration_may_write_numbers_as_texts(tmp_path):
-    args = with_config(tmp_path, dict(lr='3e-4', epochs='10', mean=['0.5', 0.4, '0.3'], drop_path=1))
+    args = with_config(tmp_path, dict(lr='3e-4', epochs='10', mean=['0.5', 0.4, '0.3'], drop_path=0))
     assert args.lr == 3e-4 and args.epochs == 10 and args.mean == [0.5, 0.4, 0.3]
-    assert args.drop_path == 1.0 and isinstance(args.drop_path, float)
+    assert args.drop_path == 0.0 and isinstance(args.drop_path, float)
 
 
 @pytest.mark.parametrize(
@@ -236,7 +236,7 @@ def test_the_configuration_that_a_command_came_from_is_kept_with_old_flags_of_th
         (['--task', 'multilabel', '--loss', 'db'], 'requires class_counts'),
         (['--task', 'multilabel', '--loss-pos-weight', 'neg_pos'], 'requires class stats'),
         (['--task', 'multilabel', '--class-stats', 'STATS', '--loss-pos-weight', 'inv_freq'], 'pos_weight methods are'),
-        (['--task', 'multilabel', '--multilabel-threshold', '1'], '--multilabel-threshold must be between 0 and 1'),
+        (['--task', 'multilabel', '--multilabel-threshold', '1'], '--multilabel-threshold must be above 0'),
         (['--target-format', 'multihot'], '--target-format multihot needs --task multilabel'),
         (['--task', 'multilabel', '--gpd'], '--gpd-loss sce compares probabilities of classes that exclude each other'),
         (
@@ -248,6 +248,7 @@ def test_the_configuration_that_a_command_came_from_is_kept_with_old_flags_of_th
         (['--aug-splits', '2', '--no-aug'], 'leave out --no-aug'),
         (['--aug-splits', '2', '--no-prefetcher'], 'needs the prefetcher'),
         (['--aug-splits', '2', '--train-img-sizes', '32', '64'], 'do not go together'),
+        (['--mixup-mode', 'half', '--no-prefetcher'], '--mixup-mode half needs the prefetcher'),
         (['--split-bn'], '--split-bn needs --aug-splits or --resplit'),
         (['--split-bn', '--resplit', '--sync-bn'], 'choose one'),
         (['--split-bn', '--resplit', '--gpd'], 'leave out --gpd or --split-bn'),

@@ -11,7 +11,7 @@ from timm.task import DistillationTeacher
 from timm.utils import unwrap_model
 
 from ..distillers import DistillSettings, ModelOutput, tap_teacher
-from ..errors import InputError, first_line, is_bug
+from ..errors import InputError, is_bug, one_line
 from ..expansion.images import input_shape
 from ..expansion.student import count_classes
 
@@ -132,7 +132,7 @@ def _create(
         except (RuntimeError, OSError, ValueError, AssertionError) as error:  # timm's, of a name or of its weights
             if is_bug(error):
                 raise
-            raise InputError(first_line(error)) from error
+            raise InputError(one_line(error)) from error
         _check_adapted(name, unwrap_model(teacher.model), channels)
         return teacher
     if not os.path.isfile(path):
@@ -145,13 +145,13 @@ def _create(
     try:
         return create()
     except (KeyError, RuntimeError) as error:  # a KeyError from timm before 1.0.31, of other names
-        problem = str(error).strip().splitlines()[-1].strip()  # the classifier's bias, where only that does not fit
+        problem = (str(error).strip().splitlines() or [''])[
+            -1
+        ].strip()  # the classifier's bias, where only that does not fit
         for key, tensor in weights.items():
             if problem.startswith(f'size mismatch for {key}:') and problem.endswith(f'[{num_classes}]).'):
                 _check_classes(len(tensor), student)
-        if not problem.startswith('size mismatch'):
-            problem = 'its tensors have other names or shapes'
-        raise InputError(f'{path} does not fit {name}: {problem}')
+        raise InputError(f'{path} does not fit {name}: {one_line(error)}')
 
 
 def _check_adapted(name: str, teacher: nn.Module, channels: int) -> None:

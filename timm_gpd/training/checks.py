@@ -14,7 +14,7 @@ from ..models.variants import plain_name
 from ..teacher.branches import BRANCH_KINDS
 from .value_kinds import Input, Names, Numbers, Output, Text
 
-__all__ = ['FLAGS', 'check_flags']
+__all__ = ['FLAGS', 'check_flags', 'check_model_name']
 
 _INTERPOLATIONS = ('nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos')
 _COMPILE_MODES = ('default', 'lite', 'reduce-overhead', 'max-autotune-no-cudagraphs', 'max-autotune')
@@ -242,3 +242,17 @@ def check_flags(values: Mapping[str, Any], parser: argparse.ArgumentParser) -> N
         if problem:
             flag = next((option for option in action.option_strings if option.startswith('--')), action.dest)
             raise UsageError(f'{flag} {problem}')
+
+
+def check_model_name(name: str) -> None:
+    """Checks that timm knows a model.
+
+    Args:
+        name: the model; one on the Hub or in a folder passes.
+
+    Raises:
+        UsageError: lists models of names like it.
+    """
+    problem = FLAGS['model'](name)
+    if problem:
+        raise UsageError(f'--model {problem}')

@@ -33,6 +33,7 @@ def check_loaders(args: argparse.Namespace, world_size: int = 1) -> None:
         (splits and uses_mixup(args), '--aug-splits compares views of an image: leave out --mixup and --cutmix'),
         (splits and args.no_aug, '--aug-splits augments all views but the first: leave out --no-aug'),
         (splits and sizes, '--aug-splits and --train-img-sizes do not go together'),
+        (args.mixup_mode == 'half' and args.no_prefetcher, '--mixup-mode half needs the prefetcher: choose another'),
         (args.split_bn and not (splits or args.resplit), '--split-bn needs --aug-splits or --resplit'),
         (args.split_bn and args.sync_bn, '--split-bn and --sync-bn do not go together: choose one'),
         (args.aug_repeats and world_size == 1, '--aug-repeats needs several processes, among which it deals the views'),

@@ -1,22 +1,48 @@
 """Validation: models on images, and what a run reports after an epoch."""
 
+import argparse
 import logging
 import time
 from collections import OrderedDict
-from typing import Any, Dict
+from functools import partial
+from typing import Any, Callable, Dict, Optional
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
-import torch.nn.functional as F
-from timm.task import TrainingTask
-from timm.utils import AverageMeter, accuracy
+from timm.task import (
+    ClassificationEvaluator,
+    MultiLabelClassificationEvaluator,
+    TrainingTask,
+    evaluation_sample_limit,
+)
+from timm.utils import AverageMeter
 
 from .compute import Compute
 from .task import get_validation_models
 
-__all__ = ['Evaluation', 'validate']
+__all__ = ['Evaluation', 'EvaluatorFactory', 'evaluator_of', 'validate']
 
 _logger = logging.getLogger('train')
+
+EvaluatorFactory = Callable[..., ClassificationEvaluator]
+
+_SHORT = {'loss': 'Loss', 'top1': 'Acc@1', 'top5': 'Acc@5'}
+
+
+def evaluator_of(args: argparse.Namespace, device: torch.device) -> EvaluatorFactory:
+    """What computes the metrics of ``--task``.
+
+    Args:
+        args: arguments of ``train.py`` or ``validate.py``.
+        device: of the models.
+
+    Returns:
+        Makes one of timm's evaluators, of ``max_samples``, the images of this process that no other one has.
+    """
+    if args.task == 'multilabel':
+        return partial(MultiLabelClassificationEvaluator, device, threshold=args.multilabel_threshold)
+    return partial(ClassificationEvaluator, device)
 
 
 class Evaluation:
@@ -24,10 +50,11 @@ class Evaluation:
 
     Args:
         task: the task; its static teacher, if any, is validated once, here.
-        loader: batches of images (B, in_chans, H, W) and class indices (B,).
+        loader: batches of images (B, in_chans, H, W) and targets.
         compute: device and precision.
         log_interval: batches between log lines.
         ema: validate the moving average, where there is one.
+        create_evaluator: from :func:`evaluator_of` (default: of images of one class).
     """
 
     def __init__(
@@ -37,28 +64,31 @@ class Evaluation:
         compute: Compute,
         log_interval: int,
         ema: bool = True,
+        create_evaluator: Optional[EvaluatorFactory] = None,
     ) -> None:
-        self.ema = ema
-        self.task, self.loader, self.compute, self.log_interval = task, loader, compute, log_interval
+        self.task, self.loader, self.compute, self.log_interval, self.ema = task, loader, compute, log_interval, ema
+        self.create_evaluator = create_evaluator or partial(ClassificationEvaluator, compute.device)
+        self.lead = self.create_evaluator().default_metric
         self.static: Dict[str, float] = {}
         static_teacher = getattr(task, 'teacher', None)  # as timm's distillation tasks call it
         if static_teacher is not None:
-            metrics = self._validate({'static_': static_teacher})
-            self.static = {'static_top1': metrics['static_top1']}
+            name = f'static_{self.lead}'
+            self.static = {name: self._validate({'static_': static_teacher})[name]}
 
     def _validate(self, models: Dict[str, nn.Module]) -> Dict[str, float]:
-        return validate(models, self.loader, self.compute, self.log_interval)
+        return validate(models, self.loader, self.compute, self.log_interval, self.create_evaluator)
 
     def __call__(self) -> Dict[str, float]:
         """Validates the models as they are now.
 
         Returns:
             What :func:`validate` gives: the student's metrics without prefix, the dynamic teacher's with ``teacher_``.
-            ``gap`` is the dynamic teacher's lead in top-1, and ``static_top1`` the static teacher's, in percent.
+            ``gap`` is the dynamic teacher's lead in top-1, or mAP of several labels, and ``static_top1`` or
+            ``static_map`` the static teacher's, in percent.
         """
         metrics = self._validate(get_validation_models(self.task, ema=self.ema and self.task.has_ema()))
-        if 'teacher_top1' in metrics:
-            metrics['gap'] = metrics['teacher_top1'] - metrics['top1']
+        if f'teacher_{self.lead}' in metrics:
+            metrics['gap'] = metrics[f'teacher_{self.lead}'] - metrics[self.lead]
         metrics.update(self.static)
         return metrics
 
@@ -69,19 +99,24 @@ def validate(
     loader: Any,
     compute: Compute,
     log_interval: int,
+    create_evaluator: Optional[EvaluatorFactory] = None,
 ) -> Dict[str, float]:
-    """Validates several models in one pass over the images.
+    """Validates several models in one pass over the images, of which each process has its part.
 
     Args:
         models: by the prefix of their metrics; the plain one is ``''``.
-        loader: batches of images (B, in_chans, H, W) and class indices (B,).
+        loader: batches of images (B, in_chans, H, W) and targets.
         compute: device and precision.
-        log_interval: batches between log lines.
+        log_interval: batches between log lines, which are of this process's part.
+        create_evaluator: gives what computes the metrics, see :func:`evaluator_of` (default: of images of one class).
 
     Returns:
-        For every prefix ``loss``, and ``top1`` and ``top5`` in percent.
+        For every prefix ``loss``, and in percent ``top1`` and ``top5`` or what else the evaluator computes, over the
+        images of all processes.
     """
-    meters = {prefix + name: AverageMeter() for prefix in models for name in ('loss', 'top1', 'top5')}
+    limit = evaluation_sample_limit(loader)
+    create_evaluator = create_evaluator or partial(ClassificationEvaluator, compute.device)
+    evaluators = {prefix: create_evaluator(max_samples=limit) for prefix in models}
     batch_time = AverageMeter()
     for model in models.values():
         model.eval()
@@ -91,23 +126,17 @@ def validate(
         for prefix, model in models.items():
             with compute.autocast():
                 output = model(images)
-                if isinstance(output, (tuple, list)):
-                    output = output[0]
-                loss = F.cross_entropy(output, target)
-            top1, top5 = accuracy(output, target, topk=(1, 5))
-            for name, value in (('loss', loss), ('top1', top1), ('top5', top5)):
-                meters[prefix + name].update(value.item(), images.shape[0])
+            evaluators[prefix].update(output[0] if isinstance(output, (tuple, list)) else output, target)
         batch_time.update(time.time() - end)
         end = time.time()
         if index % log_interval == 0 or index == len(loader) - 1:
-            for prefix in models:
+            for prefix, evaluator in evaluators.items():
                 name = f'Test ({prefix.rstrip("_")})' if prefix else 'Test'
-                losses, first, fifth = (meters[prefix + key] for key in ('loss', 'top1', 'top5'))
-                _logger.info(
-                    f'{name}: [{index:>4d}/{len(loader) - 1}]  '
-                    f'Time: {batch_time.val:.3f} ({batch_time.avg:.3f})  '
-                    f'Loss: {losses.val:>7.3f} ({losses.avg:>6.3f})  '
-                    f'Acc@1: {first.val:>7.3f} ({first.avg:>7.3f})  '
-                    f'Acc@5: {fifth.val:>7.3f} ({fifth.avg:>7.3f})'
-                )
-    return OrderedDict((name, meter.avg) for name, meter in meters.items())
+                means = [f'{_SHORT.get(key, key)}: {value:>7.3f}' for key, value in evaluator.summary().items()]
+                times = f'Time: {batch_time.val:.3f} ({batch_time.avg:.3f})'
+                _logger.info('  '.join([f'{name}: [{index:>4d}/{len(loader) - 1}]', times, *means]))
+    metrics: Dict[str, float] = OrderedDict()
+    for prefix, evaluator in evaluators.items():
+        for key, value in evaluator.compute(distributed=dist.is_initialized()).items():
+            metrics[prefix + key] = value
+    return metrics

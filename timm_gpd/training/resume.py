@@ -9,7 +9,7 @@ from typing import Any, Dict
 from timm.task import TrainingTask, load_task_ema_checkpoint, resume_task_checkpoint
 from timm.utils.checkpoint_saver import load_checkpoint_metadata
 
-from ..errors import UsageError, first_line, is_bug
+from ..errors import UsageError, first_line, is_bug, one_line
 from .checkpoints import Checkpoints, Position, newest_checkpoint
 from .non_finite import NonFiniteError
 
@@ -77,9 +77,8 @@ def resume_run(
     except (RuntimeError, ValueError, KeyError) as error:
         if is_bug(error):
             raise
-        reason = ' '.join(line.strip() for line in str(error).strip().splitlines())
         raise UsageError(
-            f'{path} does not fit --model {args.model} and its options: {reason[:400]} '
+            f'{path} does not fit --model {args.model} and its options: {one_line(error)} '
             '(resume with the arguments of its run, in args.yaml beside it)'
         )
     if os.path.realpath(os.path.dirname(path)) == os.path.realpath(checkpoints.folder):

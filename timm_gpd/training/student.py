@@ -132,7 +132,7 @@ def check_image_sizes(args: argparse.Namespace, student: nn.Module, in_chans: in
             AssertionError,
             ValueError,
         ):
-            with torch.inference_mode():
+            with torch.no_grad():
                 student(torch.zeros(1, in_chans, size, size))
     student.train(mode)
 

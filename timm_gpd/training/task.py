@@ -48,8 +48,6 @@ def check_task(args: argparse.Namespace) -> None:
         if args.target_format == 'multihot':
             raise UsageError('--target-format multihot needs --task multilabel')
         return
-    if not 0 < args.multilabel_threshold < 1:
-        raise UsageError(f'--multilabel-threshold must be between 0 and 1, but is {args.multilabel_threshold}')
     reason = 'compares probabilities of classes that exclude each other, and with --task multilabel they do not: choose'
     if args.gpd and args.gpd_loss not in MULTILABEL_GPD_LOSSES:
         raise UsageError(f'--gpd-loss {args.gpd_loss} {reason} {" or ".join(MULTILABEL_GPD_LOSSES)}')
