@@ -21,7 +21,7 @@ COMMON = [
     '--sched',
     'none',
     '--lr',
-    '0.02',
+    '0.005',
     '--no-aug',
     '--workers',
     '0',
