@@ -140,6 +140,8 @@ def test_a_run_that_is_told_to_end_says_how_it_goes_on(tmp_path, left_alone, num
         f'train.py: {number.name}: saved to {path}; the same command with --resume {path} goes on'
     )
     assert '--result' not in ended.stdout
+    refused = train(tmp_path, *arguments, '--resume', path, '-b', '10', code=2)
+    assert 'the middle of an epoch with batch_size 20, and this run has 10' in refused.stderr
     train(tmp_path, *arguments, '--resume', path)
     assert_same_run(tmp_path / 'run', left_alone)
 
