@@ -160,6 +160,8 @@ def train(args: argparse.Namespace, compute: Compute, processes: Processes, log:
             report_bad_images(processes, epoch, loader_train, loader_eval)
             if position.epoch < last_epoch and interruption.check(wait=True):
                 interruption.end(checkpoints.path('last'))
+    if not run.has_results():  # of a run that was complete, in another folder
+        run.write_epoch(position.epoch - 1, {}, evaluate(), lr=mean_lr(optimizer))
     if checkpoints.best_metric is not None:
         _logger.info(f'*** Best metric: {checkpoints.best_metric} (epoch {checkpoints.best_epoch})')
     run.finish(task)

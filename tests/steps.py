@@ -30,7 +30,7 @@ def train(task, optimizer, steps, first=0, size=8):
 class Batches(list):
     """Batches as a training loop takes them, the same in every epoch."""
 
-    def run_epoch(self, epoch, first_batch=0):
+    def run_epoch(self, epoch, first_batch=0, attempt=0):
         yield from list(enumerate(self))[first_batch:]
 
     def turn_mixup_off(self):

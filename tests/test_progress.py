@@ -13,6 +13,7 @@ import torch.nn as nn
 from timm.task import ClassificationTask
 
 from timm_gpd import DistillationTask, GapPreservingTask
+from timm_gpd.errors import RunEnded, UsageError
 from timm_gpd.training.checkpoints import Position
 from timm_gpd.training.compute import create_compute
 from timm_gpd.training.log_file import LogFile
@@ -95,6 +96,8 @@ def test_a_terminal_shows_a_bar_and_log_files_get_all(monkeypatch, lines):
             logging.getLogger('timm').warning('mind the gap')
             logging.getLogger('train').info('all is well')
             bar = str(progress.bar)
+            progress.validated({'top1': 52.5})
+            assert ', student 52.50, 128 img/s' in str(progress.bar)
         text = screen.getvalue()
         logging.getLogger('train').info('afterwards')
         assert screen.getvalue() == f'{text}afterwards\n'
@@ -108,6 +111,7 @@ def test_a_terminal_shows_a_bar_and_log_files_get_all(monkeypatch, lines):
 
 def test_time_left_counts_validations_and_not_what_was_done_before(monkeypatch):
     with terminal(monkeypatch), Progress(4, 10, updates_done=20) as progress:
+        progress.bar.mininterval = 0.0  # it measures the speed of every update
         progress.bar.start_t -= 60.0  # ten updates and a validation took a minute
         run_epoch(progress, 2, 10)
         match = re.search(r'epoch 2/3  75%\|.*\| (\d\d):(\d\d) left', str(progress.bar))
@@ -151,18 +155,23 @@ def test_the_loop_tells_every_update(tiny_student, world_size):
 def test_the_log_file_has_what_came_before_it_and_what_ended_the_run(tmp_path, lines):
     path = tmp_path / 'train.log'
     logger = logging.getLogger('train')
-    for part in ('one', 'two'):
-        with pytest.raises(RuntimeError), LogFile() as log:
+    for part, error in (('one', UsageError('no room')), ('two', RunEnded('SIGTERM', 0)), ('three', KeyError('bug'))):
+        with pytest.raises(type(error)), LogFile() as log:
             logger.info(f'{part}: before')
             log.open(str(path))
             logger.info(f'{part}: after')
-            raise RuntimeError('no power')
+            raise error
     text = [line.split(' - ')[-1] for line in path.read_text().splitlines()]
-    assert text == ['one: before', 'one: after', 'The run ended: RuntimeError: no power'] + [
+    assert text[:7] == [
+        'one: before',
+        'one: after',
+        'The run ended: no room',
         'two: before',
         'two: after',
-        'The run ended: RuntimeError: no power',
+        'The run ended: SIGTERM',
+        'three: before',
     ]
+    assert text[8] == 'The run ended: Traceback (most recent call last):' and text[-1] == "KeyError: 'bug'"
     assert 'The run ended' not in ''.join(lines())  # the program prints it
     assert not any(isinstance(handler, LogFile) for handler in logging.root.handlers)
 

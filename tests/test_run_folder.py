@@ -13,7 +13,7 @@ from PIL import Image
 from timm.utils import update_summary
 
 from programs import ROOT, summary, train
-from timm_gpd.errors import UsageError
+from timm_gpd.errors import RunEnded, UsageError
 from timm_gpd.training import plot
 from timm_gpd.training.args import parse_train_args
 from timm_gpd.training.files import replaced_file
@@ -211,6 +211,9 @@ def test_without_matplotlib_it_is_said_once(tmp_path, monkeypatch, caplog):
 # -- the folder --------------------------------------------------------------------------------------------------------
 
 
+NAMED = ['--kd-model-name', 'resnet34']
+
+
 def run_of(tmp_path, *arguments):
     return RunFolder(parse_train_args(['--output', str(tmp_path), '--experiment', 'run', *arguments]), INPUT)
 
@@ -221,12 +224,8 @@ def run_of(tmp_path, *arguments):
         (['--gpd'], [], 'gpd True, and this one has False'),
         ([], ['--gpd'], 'gpd False, and this one has True'),
         ([], ['--kd-model-name', 'resnet34'], "kd_model_name None, and this one has 'resnet34'"),
-        (['--kd-model-name', 'a'], ['--kd-model-name', 'b'], "kd_model_name 'a', and this one has 'b'"),
-        (
-            ['--kd-model-name', 'a'],
-            ['--kd-model-name', 'a', '--kd-distill-type', 'dkd'],
-            "kd_distill_type 'logit', and",
-        ),
+        (['--kd-model-name', 'resnet50'], ['--kd-model-name', 'resnet34'], "kd_model_name 'resnet50', and"),
+        (NAMED, [*NAMED, '--kd-distill-type', 'dkd'], "kd_distill_type 'logit', and"),
     ],
 )
 def test_a_run_with_other_columns_is_refused_before_anything_is_written(tmp_path, first, then, said):
@@ -376,11 +375,13 @@ def test_wandb_gets_what_timm_sends(monkeypatch, tmp_path):
     assert init == dict(project='gpd', name='run', tags=['a', 'b'], dir=str(tmp_path / 'run'))
     assert logs == [('log', row(0)), ('log', row(1)), ('finish', 0)]
 
-    fake.calls.clear()
-    with pytest.raises(KeyboardInterrupt), Tracker(tracking('--log-wandb', '--wandb-resume-id', 'a1b2'), 'run'):
-        raise KeyboardInterrupt
-    (_, init), end = fake.calls
-    assert init['id'] == 'a1b2' and init['resume'] == 'must' and end == ('finish', 1)
+    for error, code in ((KeyboardInterrupt(), 1), (RunEnded('preempted', 0), 0), (UsageError('no room'), 2)):
+        fake.calls.clear()
+        args = tracking('--log-wandb', '--wandb-resume-id', 'a1b2')
+        with pytest.raises(type(error)), Tracker(args, 'run'):
+            raise error
+        (_, init), end = fake.calls
+        assert init['id'] == 'a1b2' and init['resume'] == 'must' and end == ('finish', code)
 
 
 def test_a_wandb_that_does_not_start_is_one_line(monkeypatch):

@@ -41,7 +41,7 @@ def files(folder):
         (['--kd-distill-type', 'dkd,kdd'], "'kdd' is not a distillation loss: choose of logit, kd, feature, dkd"),
         (['--kd-loss-args', 'beta=2'], "loss argument 'beta' is none"),
         (['--resume', 'missing.pth.tar'], 'does not exist: check --resume'),
-        (['--resume', 'OTHER'], 'does not fit --model test_resnet'),
+        (['--resume', 'OTHER'], 'is no checkpoint of a run'),
         (['--resume', 'BROKEN'], 'cannot be read as a checkpoint'),
         (['--output', '/proc/nothing'], 'cannot write to /proc/nothing'),
         (['--experiment', 'run'], 'holds another run'),

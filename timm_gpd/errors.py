@@ -119,6 +119,7 @@ def one_line(error: BaseException, names: int = 3, length: int = 600) -> str:
         length: characters that stay of what is longer nevertheless; its end is kept too.
     """
     text = ' '.join(str(error).split()) or type(error).__name__
+    text = re.sub(r'^Error\(s\) in loading state_dict for \w+: ', '', text)
     text = re.sub(r'"[^"\s]+"(?:, "[^"\s]+")+', lambda found: _shorten(found[0], ', ', names), text)
     text = re.sub(r'size mismatch for .*', lambda found: _shorten(found[0], ' size mismatch for ', 2), text)
     return text if len(text) <= length else f'{text[: length * 2 // 3]} ... {text[-length // 3 :]}'

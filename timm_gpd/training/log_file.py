@@ -5,6 +5,8 @@ import traceback
 from contextlib import suppress
 from typing import Any, List, Optional, TextIO
 
+from ..errors import NamedError, RunEnded
+
 __all__ = ['LogFile']
 
 _logger = logging.getLogger('train')
@@ -14,7 +16,7 @@ class LogFile(logging.Handler):
     """Keeps what is logged until it knows the file, then writes it there, in timm's format. A context of the run.
 
     So the file begins with what was logged before the run had a folder. A run that is continued adds to it. What ends
-    the run is its last line.
+    the run is its last line, or the traceback there.
 
     Args:
         is_primary: whether this is the process that reports. In all others nothing is written, and only warnings are
@@ -38,8 +40,10 @@ class LogFile(logging.Handler):
     def __exit__(self, kind: Any, error: Optional[BaseException], trace: Any) -> None:
         logging.root.removeHandler(self)
         if error is not None:
-            text = ''.join(traceback.format_exception_only(error)).strip()
-            self.handle(_logger.makeRecord('train', logging.ERROR, '', 0, f'The run ended: {text}', (), None))
+            is_known = isinstance(error, (NamedError, RunEnded))
+            text = str(error) if is_known else ''.join(traceback.format_exception(error)).strip()
+            level = logging.INFO if isinstance(error, RunEnded) else logging.ERROR
+            self.handle(_logger.makeRecord('train', level, '', 0, f'The run ended: {text}', (), None))
         self.close()
 
     def open(self, path: str) -> None:

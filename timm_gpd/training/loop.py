@@ -126,7 +126,7 @@ class TrainingLoop:
         self.optimizer.zero_grad()
         losses, times = AverageMeter(), _Times()
         means, update_terms = _Means.at(position), _Means()
-        for index, (images, target) in self.loader.run_epoch(epoch, position.batch):
+        for index, (images, target) in self.loader.run_epoch(epoch, position.batch, position.rewinds):
             update = index // accumulation
             # The last update of an epoch may have fewer batches than the others.
             accumulated = min(accumulation, batches - update * accumulation)

@@ -39,7 +39,8 @@ def name_non_finite(terms: Dict[str, torch.Tensor], named_parameters: Iterable[T
         A message without its end.
     """
     try:
-        check_finite({name: value for name, value in terms.items() if name != 'loss' or len(terms) == 1})
+        check_finite({name: value for name, value in terms.items() if name != 'loss'} or terms)
+        check_finite({'loss': terms['loss']})
     except FloatingPointError as error:
         return str(error)
     for name, parameter in named_parameters:

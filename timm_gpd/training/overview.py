@@ -121,7 +121,7 @@ def describe(task: TrainingTask, input_config: InputConfig) -> List[str]:
 def _what_they_are(task: TrainingTask, sizes: Dict[str, ModelSize]) -> str:
     parts = ['shared by student and dynamic teacher, branches included'] if 'dynamic teacher' in sizes else []
     if 'static teacher' in sizes:
-        parts.append('with those of the losses from the static teacher')
+        parts.append('those of the losses from the static teacher included')
     return f', {", ".join(parts)}' if parts else ''
 
 

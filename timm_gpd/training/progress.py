@@ -110,10 +110,13 @@ class Progress:
                 f'Data: {data.val:.3f} ({data.avg:.3f})'
             )
         if self.bar is not None:
-            rate = _per_second(self.images, self.update_time.sum)
             self.bar.set_description_str(f'epoch {epoch}/{self.num_epochs - 1}', refresh=False)
-            self.bar.set_postfix_str(f'loss {loss_mean:#.3g}{self.accuracies}, {rate:.0f} img/s', refresh=False)
+            self._set_numbers(self.bar)
             self.bar.update(epoch * self.updates_per_epoch + update + 1 - self.bar.n)
+
+    def _set_numbers(self, bar: tqdm) -> None:
+        rate = _per_second(self.images, self.update_time.sum)
+        bar.set_postfix_str(f'loss {self.loss_mean:#.3g}{self.accuracies}, {rate:.0f} img/s', refresh=False)
 
     def validated(self, metrics: Mapping[str, float]) -> None:
         """Notes what a validation found.
@@ -128,6 +131,7 @@ class Progress:
         names = {metric: 'student', f'teacher_{metric}': 'teacher'}
         found = ''.join(f', {label} {metrics[name]:.2f}' for name, label in names.items() if name in metrics)
         self.accuracies = found
+        self._set_numbers(self.bar)
         gap = f', gap {metrics["gap"]:.2f}' if 'gap' in metrics else ''
         text = f'loss {self.loss_mean:#.3g}{found}{gap}'
         self.bar.write(f'epoch {self.epoch}: {text}', file=sys.stderr)

@@ -118,13 +118,11 @@ class ReplayedLoader:
         loader: one of timm's ``create_loader``, with a prefetcher or without. It must not be iterated elsewhere.
         seed: seed of the run.
         processes: those that train together; each has a loader of its own part of the data.
-
-    Attributes:
-        seed: can be changed between epochs: then the order and all random numbers are others.
     """
 
     def __init__(self, loader: Any, seed: int, processes: Processes) -> None:
-        self.seed, self.processes = seed, processes
+        self.run_seed = self.seed = seed
+        self.processes = processes
         self.epoch, self.first_batch = 0, 0
         inner = loader.loader if isinstance(loader, PrefetchLoader) else loader
         self.batches_per_epoch = len(inner)
@@ -170,16 +168,18 @@ class ReplayedLoader:
         """Seeds the generators of this process for a batch of this epoch."""
         seed_for(self.seed, purpose, self.epoch, number, self.processes.rank)
 
-    def run_epoch(self, epoch: int, first_batch: int = 0) -> Iterator[Tuple[int, Any]]:
+    def run_epoch(self, epoch: int, first_batch: int = 0, attempt: int = 0) -> Iterator[Tuple[int, Any]]:
         """Batches of an epoch. Before each is handed out, the generators are seeded for the step that it is for.
 
         Args:
             epoch: index of the epoch, from 0.
             first_batch: index of the batch to begin with.
+            attempt: another number makes other orders and other random numbers.
 
         Yields:
             The index of a batch in its epoch, and the batch.
         """
+        self.seed = seed_of(self.run_seed, attempt) if attempt else self.run_seed
         self.epoch, self.first_batch = epoch, 0 if self.is_stream else first_batch
         for order in self.orders:
             if isinstance(order, DistributedSampler):

@@ -115,6 +115,10 @@ class RunFolder:
         if self.is_primary:
             self.summary.truncate(epoch)
 
+    def has_results(self) -> bool:
+        """Whether any epoch has been written, or is not this process's to write."""
+        return not self.is_primary or bool(self.summary.rows())
+
     def write_epoch(
         self,
         epoch: int,

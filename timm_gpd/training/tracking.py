@@ -4,7 +4,7 @@ import argparse
 import importlib
 import logging
 import os
-from typing import Any, Dict, List, Mapping
+from typing import Any, Dict, List, Mapping, Optional
 
 from ..errors import UsageError, first_line
 
@@ -60,9 +60,9 @@ class Tracker:
     def __enter__(self) -> 'Tracker':
         return self
 
-    def __exit__(self, kind: Any, *error: Any) -> None:
+    def __exit__(self, kind: Any, error: Optional[BaseException], trace: Any) -> None:
         for service in self.services:
-            service.close(failed=kind is not None)
+            service.close(0 if error is None else getattr(error, 'exit_code', 1))
         self.services = []
 
     def log(self, row: Mapping[str, float]) -> None:
@@ -89,7 +89,7 @@ class _TensorBoard:
                 self.writer.add_scalar(name, value, int(row['epoch']))
         self.writer.flush()
 
-    def close(self, failed: bool) -> None:
+    def close(self, exit_code: int) -> None:
         self.writer.close()
 
 
@@ -115,5 +115,5 @@ class _Wandb:
     def log(self, row: Mapping[str, float]) -> None:
         self.run.log(dict(row))
 
-    def close(self, failed: bool) -> None:
-        self.run.finish(exit_code=int(failed))
+    def close(self, exit_code: int) -> None:
+        self.run.finish(exit_code=exit_code)

@@ -1,0 +1,280 @@
+"""A run that is killed, told to end or out of room, and goes on: it ends where the run that was left alone does."""
+
+import argparse
+import contextlib
+import errno
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from timm.task import ClassificationTask
+
+from programs import QUICK, ROOT, run, summary, train
+from timm_gpd import GapPreservingTask
+from timm_gpd.training.loop import TrainingLoop
+
+# All that draws random numbers: order, augmentation in worker processes, mixing, erasing, drop path.
+RANDOM = ['--mixup', '0.5', '--reprob', '0.5', '--smoothing', '0.1', '--drop-path', '0.2', '--workers', '1']
+RANDOM += ['--model-ema', '--model-ema-decay', '0.9', '-b', '20', '--epochs', '3', '--checkpoint-hist', '2']
+RANDOM += ['--recovery-interval', '2', '--mixup-off-epoch', '2']  # of five updates an epoch
+
+
+@pytest.fixture(scope='module')
+def left_alone(tmp_path_factory):
+    """The folder of a run that nothing happened to."""
+    folder = tmp_path_factory.mktemp('alone') / 'runs'
+    train(folder, *RANDOM, '--experiment', 'run')
+    return folder / 'run'
+
+
+def values(state, path=''):
+    """All that a checkpoint holds, by where it stands."""
+    if isinstance(state, (dict, list, tuple)):
+        for key, value in state.items() if isinstance(state, dict) else enumerate(state):
+            yield from values(value, f'{path}/{key}')
+    elif not isinstance(state, argparse.Namespace):  # the command, of which --resume is a part
+        yield path, state
+
+
+def load(folder, name='last'):
+    return torch.load(folder / f'{name}.pth.tar', weights_only=False)
+
+
+def assert_same_run(actual, expected):
+    """Every file, number and tensor of two runs' folders."""
+    assert sorted(os.listdir(actual)) == sorted(os.listdir(expected))
+    assert (actual / 'summary.csv').read_text() == (expected / 'summary.csv').read_text()
+    for file in expected.glob('*.pth.tar'):
+        name = file.name.removesuffix('.pth.tar')
+        found, wanted = (dict(values(load(folder, name))) for folder in (actual, expected))
+        assert found.keys() == wanted.keys()
+        for key, value in wanted.items():
+            same = torch.equal(found[key], value) if isinstance(value, torch.Tensor) else found[key] == value
+            assert same, f'{key} of {name}'
+
+
+KILLED = """
+import os, runpy, signal, sys
+sys.path.insert(0, {root!r})
+import torch
+from timm_gpd.training.loop import TrainingLoop
+
+updates, saves = [], []
+
+def count(loop, *args):
+    save_if_wanted(loop, *args)
+    updates.append(0)
+    if len(updates) == {update}:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+def write_half(state, file):
+    saves.append(0)
+    if len(saves) == {save}:
+        file.write(b'x' * 100_000)
+        file.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+    save(state, file)
+
+save_if_wanted, save = TrainingLoop._save_if_wanted, torch.save
+TrainingLoop._save_if_wanted, torch.save = count, write_half
+sys.argv = ['train.py', *sys.argv[1:]]
+runpy.run_path({script!r}, run_name='__main__')
+"""
+
+
+@pytest.mark.parametrize(
+    'moments',
+    [
+        # In the second epoch, behind and in front of a recovery checkpoint; then in the first step after it is resumed.
+        [dict(update=8, save=0), dict(update=1, save=0)],
+        # While a recovery checkpoint is written, and `last`.
+        [dict(update=0, save=2), dict(update=0, save=4)],
+    ],
+    ids=['training', 'writing'],
+)
+def test_a_killed_run_ends_as_the_one_that_was_left_alone(tmp_path, left_alone, moments):
+    arguments = [*RANDOM, '--experiment', 'run', '--resume', 'auto']
+    for moment in moments:
+        program = KILLED.format(root=ROOT, script=os.path.join(ROOT, 'train.py'), **moment)
+        config = os.path.join(ROOT, 'configs', 'digits_gpd.yaml')
+        data = ['--data-dir', str(left_alone.parent.parent / 'data'), '--output', str(tmp_path)]
+        killed = subprocess.run(
+            [sys.executable, '-c', program, '-c', config, *data, *QUICK, *map(str, arguments)],
+            env={**os.environ, 'OMP_NUM_THREADS': '1'},
+            capture_output=True,
+            timeout=120,
+        )
+        assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()[-2000:]
+    train(tmp_path, *arguments)
+    assert_same_run(tmp_path / 'run', left_alone)
+
+
+@contextlib.contextmanager
+def at_update(number, action):
+    """Does something behind an update, counted from 1, of whatever run there is."""
+    original, updates = TrainingLoop._save_if_wanted, []
+
+    def count(loop, *args):
+        updates.append(0)
+        if len(updates) == number:
+            action()
+        original(loop, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TrainingLoop, '_save_if_wanted', count)
+        yield
+
+
+@pytest.mark.parametrize('number, code', [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_a_run_that_is_told_to_end_says_how_it_goes_on(tmp_path, left_alone, number, code):
+    arguments = [*RANDOM, '--experiment', 'run']
+    before = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)]
+    with at_update(6, lambda: os.kill(os.getpid(), number)):
+        ended = train(tmp_path, *arguments, code=code)
+    assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)] == before
+    path = tmp_path / 'run' / 'recovery-1-1.pth.tar'
+    assert ended.stderr.splitlines()[-1] == (
+        f'train.py: {number.name}: saved to {path}; the same command with --resume {path} goes on'
+    )
+    assert '--result' not in ended.stdout
+    train(tmp_path, *arguments, '--resume', path)
+    assert_same_run(tmp_path / 'run', left_alone)
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, left_alone, monkeypatch):
+    saves, save = [], torch.save
+
+    def run_out_of_room(state, file):
+        saves.append(0)
+        if len(saves) == 5:  # three recovery checkpoints, and `last`
+            file.write(b'x' * 1000)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        save(state, file)
+
+    monkeypatch.setattr(torch, 'save', run_out_of_room)
+    arguments = [*RANDOM, '--experiment', 'run', '--resume', 'auto']
+    failed = train(tmp_path, *arguments, code=2)
+    monkeypatch.undo()
+    error = failed.stderr.splitlines()[-1]
+    assert 'recovery-1-2.pth.tar cannot be written: ' in error and 'No space left on device' in error
+    assert load(tmp_path / 'run')['epoch'] == 0 and not [
+        name for name in os.listdir(tmp_path / 'run') if name.startswith('.')
+    ]
+    train(tmp_path, *arguments)
+    assert_same_run(tmp_path / 'run', left_alone)
+
+
+# -- what was is not lost -------------------------------------------------------------------------------------------
+
+PLAIN = ['--digits-train-size', '100', '--workers', '0', '--checkpoint-hist', '3']
+
+
+def test_going_back_keeps_a_better_model_and_the_number_of_checkpoints(tmp_path):
+    arguments = [*PLAIN, '--experiment', 'run']
+    train(tmp_path, *arguments, '--epochs', '5', '--lr', '0.02', '--save-epochs', '1', '3', config='digits')
+    folder = tmp_path / 'run'
+    best = load(folder, 'model_best')
+    assert (folder / 'milestone-1.pth.tar').exists() and load(folder, 'milestone-3')['epoch'] == 2
+    first = folder / 'milestone-1.pth.tar'
+    # From there on, nothing is learned.
+    train(tmp_path, *arguments, '--epochs', '5', '--resume', first, '--lr', '1e-9', config='digits')
+    assert [int(row['epoch']) for row in summary(folder)] == list(range(5))
+    kept = sorted(name for name in os.listdir(folder) if name.startswith('checkpoint-'))
+    assert len(kept) == 3
+    again = load(folder, 'model_best')
+    assert again['metric'] >= best['metric']
+    assert max(load(folder, name.removesuffix('.pth.tar'))['metric'] for name in kept) == again['metric']
+
+
+def test_a_finished_run_stays_finished(tmp_path):
+    arguments = [*PLAIN, '--experiment', 'run', '--epochs', '1', '--resume', 'auto']
+    train(tmp_path, *arguments)
+    before = {name: (tmp_path / 'run' / name).read_bytes() for name in ('last.pth.tar', 'summary.csv')}
+    train(tmp_path, *arguments)
+    assert before == {name: (tmp_path / 'run' / name).read_bytes() for name in before}
+    # Into a folder of its own: its student is there.
+    last = tmp_path / 'run' / 'last.pth.tar'
+    train(tmp_path, *PLAIN, '--experiment', 'other', '--epochs', '1', '--resume', last)
+    (row,) = summary(tmp_path / 'other')
+    assert float(row['eval_top1']) == float(summary(tmp_path / 'run')[0]['eval_top1'])
+    assert (tmp_path / 'other' / 'student' / 'model.safetensors').exists()
+
+
+@pytest.mark.parametrize('first, then', [('digits_gpd', 'digits'), ('digits', 'digits_gpd')])
+def test_a_run_is_resumed_as_what_it_was(tmp_path, first, then):
+    train(tmp_path, *PLAIN, '--experiment', 'run', '--epochs', '1', config=first)
+    command = (tmp_path / 'run' / 'args.yaml').read_text()
+    last = tmp_path / 'run' / 'last.pth.tar'
+    for experiment in ('run', 'other'):
+        failed = train(
+            tmp_path, *PLAIN, '--experiment', experiment, '--epochs', '2', '--resume', last, config=then, code=2
+        )
+        assert 'gpd' in failed.stderr.splitlines()[-1] and 'Traceback' not in failed.stderr
+    assert (tmp_path / 'run' / 'args.yaml').read_text() == command
+
+
+def test_no_checkpoint_to_resume_automatically_is_a_beginning(tmp_path):
+    train(tmp_path, *PLAIN, '--experiment', 'run', '--epochs', '1', '--resume', 'auto', config='digits')
+    assert len(summary(tmp_path / 'run')) == 1
+    (tmp_path / 'run' / 'last.pth.tar').write_bytes(b'nothing')
+    failed = run('train.py', '--dataset', 'digits', *PLAIN, '--resume', 'auto', '--device', 'cpu', code=2)
+    assert '--resume auto needs --experiment' in failed.stderr
+
+
+# -- NaN ------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def nan_at(number, task_class):
+    """The loss of a forward pass, counted from 1, is NaN."""
+    forward, steps = task_class.forward, []
+
+    def spoil(task, *args):
+        result = forward(task, *args)
+        steps.append(0)
+        if len(steps) == number:
+            result['loss'] = result['loss'] * float('nan')
+        return result
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(task_class, 'forward', spoil)
+        yield
+
+
+@pytest.mark.parametrize('config, task_class', [('digits', ClassificationTask), ('digits_gpd', GapPreservingTask)])
+def test_nan_is_found_before_the_update(tmp_path, config, task_class):
+    arguments = [*PLAIN, '-b', '50', '--epochs', '2']
+    with nan_at(4, task_class):  # the last update of the second epoch
+        failed = train(tmp_path, *arguments, '--experiment', 'stop', config=config, code=3)
+    error = failed.stderr.splitlines()[-1]
+    assert error.startswith('train.py: error: epoch 1, update 1, learning rate ') and 'loss is nan' in error
+    assert load(tmp_path / 'stop')['epoch'] == 0
+
+    with nan_at(4, task_class):
+        train(tmp_path, *arguments, '--experiment', 'skip', '--on-nan', 'skip', config=config)
+    train(tmp_path, *arguments, '--experiment', 'free', config=config)
+    row, free = (summary(tmp_path / name)[1] for name in ('skip', 'free'))
+    assert row['train_loss'] != free['train_loss'] and float(row['train_loss']) < 100
+    steps = {state.get('step') for state in load(tmp_path / 'skip')['optimizer']['state'].values()}
+    assert steps == {None}  # SGD counts none; its momentum is finite
+    assert all(
+        value.isfinite().all() for _, value in values(load(tmp_path / 'skip')) if isinstance(value, torch.Tensor)
+    )
+
+
+def test_a_run_goes_back_and_on_with_other_random_numbers(tmp_path):
+    arguments = [*PLAIN, '-b', '50', '--epochs', '2', '--on-nan', 'rewind']
+    with nan_at(3, GapPreservingTask):
+        result = train(tmp_path, *arguments, '--experiment', 'run')
+    assert 'the run goes back to' in result.stderr
+    first, second = summary(tmp_path / 'run')
+    train(tmp_path, *arguments, '--experiment', 'free')
+    expected_first, expected_second = summary(tmp_path / 'free')
+    assert first == expected_first and second['train_loss'] != expected_second['train_loss']
+    assert load(tmp_path / 'run')['run']['rewinds'] == 1
+    with nan_at(1, GapPreservingTask):
+        failed = train(tmp_path, *arguments, '--experiment', 'none', code=3)
+    assert 'there is no checkpoint to go back to' in failed.stderr
