@@ -12,7 +12,7 @@ from programs import ROOT, summary, train
 from timm_gpd.training.sync_batch_norm import SynchronizedBatchNorm
 
 STEPS = 5
-# One update an epoch, and a checkpoint of each. Images are neither augmented nor mixed: both processes have half of them.
+# One update an epoch, and a checkpoint of each. Images are not mixed: each process has half of them.
 COMMON = [
     '--digits-train-size',
     '64',
@@ -21,7 +21,7 @@ COMMON = [
     '--sched',
     'none',
     '--lr',
-    '0.02',
+    '0.005',
     '--no-aug',
     '--workers',
     '0',

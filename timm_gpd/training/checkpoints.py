@@ -1,7 +1,7 @@
 """Checkpoints: whole states of a run, each written at once or not at all, and which of them are kept.
 
 File names, keys and what is kept are those of timm's ``CheckpointSaver``: ``last``, ``model_best``,
-``checkpoint-<epoch>`` for the best few epochs, ``milestone-<epochs>`` and ``recovery-<epoch>-<batch>``, all ``.pth.tar``.
+``checkpoint-<epoch>`` for the best few epochs, ``milestone-<epochs>``, ``recovery-<epoch>-<batch>``; all ``.pth.tar``.
 """
 
 import argparse

@@ -62,6 +62,8 @@ def check_train_combinations(values: Mapping[str, Any], parser: argparse.Argumen
             raise UsageError(f'--model-kwargs has {name}, which is {flag}: give that')
     _check_batches(values)
     _check_schedule(values)
+    if values['resume'] == 'auto' and not values['experiment']:
+        raise UsageError('--resume auto needs --experiment, the name of the run')
     metrics = _metrics(values)
     if values['eval_metric'] not in metrics:
         raise UsageError(f'--eval-metric {values["eval_metric"]} is unknown: this run has {", ".join(metrics)}')

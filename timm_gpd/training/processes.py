@@ -113,7 +113,9 @@ class Processes:
         """
         if self.is_distributed:
             device_ids = [self.device.index] if self.device.type == 'cuda' else None
-            task.prepare_distributed(device_ids=device_ids, broadcast_buffers=broadcast_buffers)
+            # torch 2.14 has a new name for it, and warns of the old one even where it is the default.
+            settings = {} if broadcast_buffers else {'broadcast_buffers': False}
+            task.prepare_distributed(device_ids=device_ids, **settings)
 
     def share_statistics(self, task: TrainingTask, how: str) -> None:
         """Makes running statistics of batch norm the same in all processes, in place.

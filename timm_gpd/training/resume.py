@@ -31,14 +31,12 @@ def find_checkpoint(args: argparse.Namespace, folder: str) -> str:
         Its path; empty where the run begins.
 
     Raises:
-        UsageError: if it does not exist, or ``auto`` has no ``--experiment`` to look for.
+        UsageError: if it does not exist.
     """
     if args.resume != 'auto':
         if args.resume and not os.path.isfile(args.resume):
             raise UsageError(f'checkpoint {args.resume} does not exist: check --resume')
         return args.resume
-    if not args.experiment:
-        raise UsageError('--resume auto needs --experiment, the name of the run')
     return newest_checkpoint(folder) or ''
 
 
