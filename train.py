@@ -151,7 +151,7 @@ def train(args: argparse.Namespace, compute: Compute, processes: Processes, log:
                 eval_metrics = evaluate()
                 progress.validated(eval_metrics)
                 tracker.log(run.write_epoch(epoch, train_metrics, eval_metrics, lr=lr))
-                metric = eval_metrics[args.eval_metric]
+                metric = (eval_metrics or train_metrics)[args.eval_metric]
             if lr_scheduler is not None:
                 lr_scheduler.step(epoch + 1, metric)
             position = position.next_epoch()

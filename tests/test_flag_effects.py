@@ -221,7 +221,7 @@ def test_split_statistics_stay_in_training():
     torch.testing.assert_close(plain.eval()(images), student(images))
 
 
-@pytest.mark.parametrize('gpd', [False, True])
+@pytest.mark.parametrize('kind', ['plain', 'gpd', 'static teacher'])
 @pytest.mark.parametrize(
     'extra, tolerance',
     [
@@ -232,34 +232,41 @@ def test_split_statistics_stay_in_training():
         (['--fast-norm'], 1e-6),
         (['--channels-last'], 1e-4),
     ],
+    ids=lambda value: ' '.join(value) if isinstance(value, list) else '',
 )
-def test_precision_changes_a_step_by_its_rounding_only(extra, tolerance, gpd):
-    def run(*flags):
+def test_precision_changes_steps_by_its_rounding_only(extra, tolerance, kind, tmp_path):
+    flags = [] if kind == 'plain' else ['--gpd']
+    if kind == 'static teacher':
+        torch.save(timm.create_model('test_resnet', num_classes=3, in_chans=1).state_dict(), tmp_path / 'teacher.pth')
+        flags += ['--kd-model-name', 'test_resnet', '--kd-model-path', tmp_path / 'teacher.pth']
+        flags += ['--kd-distill-type', 'dkd,feature']
+
+    def losses(*extra):
         torch.manual_seed(0)
-        args = arguments(*VIT, *flags, *(['--gpd'] if gpd else []))
+        args = arguments(*VIT, *flags, *extra)
         compute = create_compute('cpu', args.amp, args.amp_dtype, args.channels_last, args.model_dtype)
         with fast_norm(args.fast_norm):
             student = create_student(args)
             compute.place(student)
             task = create_task(args, student, CPU)
-            torch.manual_seed(1)
             optimizer = create_optimizer(args, task)
-            losses = []
+            if compute.loss_scaler is not None:  # no gradient overflows, which would skip a step
+                compute.loss_scaler.load_state_dict({**compute.loss_scaler.state_dict(), 'scale': 256.0})
+            torch.manual_seed(1)
             for _ in range(2):
                 images, target = compute.prepare(torch.randn(4, 1, 64, 64), torch.tensor([0, 1, 2, 0]))
                 with compute.autocast():
-                    result = task(images, target)
-                losses.append(result['loss'].item())
+                    loss = task(images, target)['loss']
+                yield loss.item()
                 optimizer.zero_grad()
                 if compute.loss_scaler is None:
-                    result['loss'].backward()
+                    loss.backward()
                     optimizer.step()
                 else:
-                    compute.loss_scaler(result['loss'], optimizer)
-        assert not is_fast_norm()
-        return losses
+                    compute.loss_scaler(loss, optimizer)
 
-    assert run(*extra) == pytest.approx(run(), rel=tolerance)
+    assert list(losses(*extra)) == pytest.approx(list(losses()), rel=tolerance)
+    assert not is_fast_norm()
 
 
 def test_half_precision_is_of_weights_or_of_computing():
@@ -377,6 +384,16 @@ def test_the_loss_grows_with_its_batch(how, power):
         torch.testing.assert_close(gradients.pop(0), scaled)
         expected = [value - 0.1 * gradient for value, gradient in zip(expected, scaled)]
     assert metrics['loss'] == pytest.approx((2 * losses[0] + 6 * losses[1]) / 8)  # the log is of plain losses
+
+
+def test_without_a_split_to_validate_on_the_loss_of_training_counts(tmp_path):
+    result = train(tmp_path, '--val-split', '', '--experiment', 'run')
+    rows = summary(tmp_path / 'run')
+    assert not any(name.startswith('eval_') for name in rows[0]) and len(rows) == 2
+    best = min(range(2), key=lambda epoch: float(rows[epoch]['train_loss']))
+    assert torch.load(tmp_path / 'run' / 'model_best.pth.tar', weights_only=False)['epoch'] == best
+    assert 'validation' not in json.loads(result.stdout.split('--result\n')[1])[0]
+    assert timm.create_model(f'local-dir:{tmp_path}/run/student', pretrained=True).num_classes == 10
 
 
 def test_images_are_saved_and_an_average_on_the_cpu_is_not_validated(tmp_path):

@@ -182,11 +182,13 @@ def create_eval_loader(
         device: where a prefetching loader puts batches.
 
     Returns:
-        A loader of images (B, in_chans, H, W), normalised, and targets, unmixed.
+        A loader of images (B, in_chans, H, W), normalised, and targets, unmixed; None where the split has no name.
 
     Raises:
         UsageError: if the dataset cannot be read or has other classes than the model.
     """
+    if not args.val_split:
+        return None
     return create_loader(
         create_split(args, source, input_config, num_classes, args.val_split, is_training=False),
         batch_size=getattr(args, 'validation_batch_size', None) or args.batch_size,

@@ -50,7 +50,7 @@ class Evaluation:
 
     Args:
         task: the task; its static teacher, if any, is validated once, here.
-        loader: batches of images (B, in_chans, H, W) and targets.
+        loader: batches of images (B, in_chans, H, W) and targets; None finds nothing.
         compute: device and precision.
         log_interval: batches between log lines.
         ema: validate the moving average, where there is one.
@@ -71,7 +71,7 @@ class Evaluation:
         self.lead = self.create_evaluator().default_metric
         self.static: Dict[str, float] = {}
         static_teacher = getattr(task, 'teacher', None)  # as timm's distillation tasks call it
-        if static_teacher is not None:
+        if static_teacher is not None and loader is not None:
             name = f'static_{self.lead}'
             self.static = {name: self._validate({'static_': static_teacher})[name]}
 
@@ -86,6 +86,8 @@ class Evaluation:
             ``gap`` is the dynamic teacher's lead in top-1, or mAP of several labels, and ``static_top1`` or
             ``static_map`` the static teacher's, in percent.
         """
+        if self.loader is None:
+            return {}
         metrics = self._validate(get_validation_models(self.task, ema=self.ema and self.task.has_ema()))
         if f'teacher_{self.lead}' in metrics:
             metrics['gap'] = metrics[f'teacher_{self.lead}'] - metrics[self.lead]

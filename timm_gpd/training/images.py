@@ -182,12 +182,14 @@ def report_bad_images(processes: Processes, epoch: Optional[int], *loaders: Any)
     Args:
         processes: those that share the images.
         epoch: index of the epoch, None where there are no epochs.
-        *loaders: timm's loaders of the splits.
+        *loaders: timm's loaders of the splits, or None.
 
     Raises:
         DataError: if a split has more unreadable images than ``--max-bad-images`` allows.
     """
     for loader in loaders:
+        if loader is None:
+            continue
         dataset = loader.dataset
         while not isinstance(dataset, CheckedImages) and hasattr(dataset, 'dataset'):
             dataset = dataset.dataset  # of what augments one image in several ways

@@ -85,7 +85,9 @@ def parse_train_args(argv: Optional[List[str]] = None) -> Arguments:
     multilabel = values['task'] == 'multilabel'
     if values['smoothing'] is None:
         values['smoothing'] = 0.0 if multilabel else 0.1
-    if values['eval_metric'] is None:
+    if not values['val_split']:
+        values['eval_metric'] = 'loss'  # of training, as in timm
+    elif values['eval_metric'] is None:
         values['eval_metric'] = 'map' if multilabel else 'top1'
     _resolve_loss(values)
     check_train_combinations(values, parser)
