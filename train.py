@@ -25,7 +25,7 @@ from timm_gpd.training.log_file import LogFile
 from timm_gpd.training.loop import LoopSettings, TrainingLoop
 from timm_gpd.training.memory import memory_errors
 from timm_gpd.training.non_finite import NonFiniteError
-from timm_gpd.training.optimizer import create_optimizer
+from timm_gpd.training.optimizer import check_optimizer, create_optimizer
 from timm_gpd.training.overview import describe
 from timm_gpd.training.processes import Processes, start_processes
 from timm_gpd.training.progress import Progress
@@ -44,6 +44,7 @@ def main() -> None:
     args = parse_train_args()
     check_tracking(args)
     check_task(args)
+    check_optimizer(args)
     import_device_modules(args.device_modules)
     with start_processes(args.device) as processes, LogFile(processes.is_primary) as log:
         check_loaders(args, processes.world_size)
