@@ -146,7 +146,8 @@ def train(args: argparse.Namespace, compute: Compute, processes: Processes, log:
             if args.recovery_interval or interruption.check(wait=True):
                 checkpoints.save_recovery(position)
             processes.share_statistics(task, args.dist_bn)
-            if (epoch + 1) % args.val_interval == 0 or epoch + 1 == last_epoch:
+            is_milestone = epoch + 1 in args.save_epochs
+            if (epoch + 1) % args.val_interval == 0 or is_milestone or epoch + 1 == last_epoch:
                 eval_metrics = evaluate()
                 progress.validated(eval_metrics)
                 tracker.log(run.write_epoch(epoch, train_metrics, eval_metrics, lr=lr))
@@ -155,7 +156,7 @@ def train(args: argparse.Namespace, compute: Compute, processes: Processes, log:
                 lr_scheduler.step(epoch + 1, metric)
             position = position.next_epoch()
             checkpoints.save_epoch(epoch, position, metric)
-            if epoch + 1 in args.save_epochs:
+            if is_milestone:
                 checkpoints.save_milestone(epoch)
             report_bad_images(processes, epoch, loader_train, loader_eval)
             if position.epoch < last_epoch and interruption.check(wait=True):
