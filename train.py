@@ -29,7 +29,7 @@ from timm_gpd.training.processes import Processes, start_processes
 from timm_gpd.training.progress import Progress
 from timm_gpd.training.replay import ReplayedLoader
 from timm_gpd.training.resume import find_checkpoint, resume_run
-from timm_gpd.training.run import Run, last_epoch_of
+from timm_gpd.training.run import Run
 from timm_gpd.training.run_folder import RunFolder
 from timm_gpd.training.schedule import create_schedule, set_learning_rates
 from timm_gpd.training.student import check_image_sizes, count_classes, create_student, resolve_input, set_input
@@ -89,7 +89,7 @@ def train(args: argparse.Namespace, compute: Compute, processes: Processes, log:
     updates_per_epoch = -(-len(loader_train) // args.grad_accum_steps)
     lr_scheduler, num_epochs = create_schedule(args, optimizer, updates_per_epoch, position.epoch, lower_is_better)
     set_learning_rates(optimizer, position.learning_rates)
-    last_epoch = last_epoch_of(args, num_epochs)
+    last_epoch = args.stop_epoch or num_epochs
     progress = Progress(
         last_epoch,
         updates_per_epoch,

@@ -204,7 +204,7 @@ def test_a_run_stops_early_and_goes_on_as_if_it_had_not(tmp_path):
     assert [int(row['epoch']) for row in stopped] == [0, 1, 2, 3]
     assert [row for row in stopped if row['epoch'] != '1'] == whole
     failed = train(tmp_path, *arguments, '--experiment', 'late', '--stop-epoch', '5', config='digits', code=2)
-    assert '--stop-epoch 5 is behind the end of the schedule, 4 epochs' in failed.stderr
+    assert '--stop-epoch 5 is behind the 4 epochs of the schedule' in failed.stderr
 
 
 def test_a_finished_run_stays_finished(tmp_path):

@@ -8,7 +8,6 @@ from typing import Any, Dict, Tuple
 import torch
 from timm.task import TrainingTask
 
-from ..errors import UsageError
 from .checkpoints import Checkpoints, Position
 from .evaluation import Evaluation
 from .images import report_bad_images
@@ -22,24 +21,9 @@ from .run_folder import RunFolder
 from .schedule import mean_lr, set_learning_rates
 from .tracking import Tracker
 
-__all__ = ['Run', 'last_epoch_of']
+__all__ = ['Run']
 
 _logger = logging.getLogger('train')
-
-
-def last_epoch_of(args: argparse.Namespace, num_epochs: int) -> int:
-    """How many epochs are complete when a run ends: ``--stop-epoch`` leaves the schedule as it is.
-
-    Args:
-        args: arguments of ``train.py``.
-        num_epochs: epochs of the schedule, its cooldown included.
-
-    Raises:
-        UsageError: if ``--stop-epoch`` is behind the schedule's end.
-    """
-    if args.stop_epoch and args.stop_epoch > num_epochs:
-        raise UsageError(f'--stop-epoch {args.stop_epoch} is behind the end of the schedule, {num_epochs} epochs')
-    return args.stop_epoch or num_epochs
 
 
 @dataclass(frozen=True)
