@@ -94,6 +94,8 @@ def test_validate_agrees_with_training(trained, tmp_path):
         '0',
         '--results-file',
         tmp_path / 'results.json',
+        '--results-format',
+        'json',
     ]
     run('validate.py', '--model', f'local-dir:{folder}/student', '--pretrained', *data)
     results = json.loads((tmp_path / 'results.json').read_text())
@@ -234,6 +236,8 @@ def test_a_moving_average_is_what_is_validated_and_kept(tmp_path, config):
         '0',
         '--results-file',
         tmp_path / 'results.json',
+        '--results-format',
+        'json',
     ]
     run('validate.py', '--model', f'local-dir:{tmp_path}/run/student', '--pretrained', *data)
     results = json.loads((tmp_path / 'results.json').read_text())
