@@ -13,6 +13,7 @@ from timm_gpd.training.args import parse_train_args, parse_validate_args, train_
 from timm_gpd.training.args.refused import Refused
 from timm_gpd.training.checks import FLAGS, check_flags
 from timm_gpd.training.combinations import check_batch_norm
+from timm_gpd.training.optimizer import check_optimizer
 from timm_gpd.training.value_kinds import Input, Names, Numbers, Output, Text
 
 PARSERS = {'train': train_parser(), 'validate': validate_parser()}
@@ -162,6 +163,8 @@ def test_optimizers_by_the_names_that_timm_reads(name):
         ('--sched wsd --epochs 20 --decay-epochs 16', 'has 15 epochs after the warmup, and --decay-epochs is 16'),
         ('--in-chans 1 --input-size 3 32 32', '--in-chans 1 is not the 3 channels of --input-size'),
         ('--img-size 64 --input-size 3 32 32', '--img-size 64 is not the 32 x 32 pixels'),
+        ('--in-chans 1 --mean 0.5 0.4 0.3', '--mean has 3 values, and images have 1 channels'),
+        ('--model-kwargs num_classes=3', '--model-kwargs has num_classes, which is --num-classes'),
         ('--amp --model-dtype bfloat16', '--amp needs weights in float32'),
         ('--eval-metric top-1', '--eval-metric top-1 is unknown: this run has loss, top1, top5'),
         ('--eval-metric gap', 'is unknown: this run has loss, top1, top5'),
@@ -207,6 +210,28 @@ def test_a_batch_of_one_needs_a_model_without_batch_norm():
     check_batch_norm(1, timm.create_model('test_vit'))
     with pytest.raises(UsageError, match=r'a batch of one .* \(conv1.1\): raise --batch-size'):
         check_batch_norm(1, timm.create_model('test_resnet'))
+
+
+@pytest.mark.parametrize(
+    'flags, message',
+    [
+        ('--opt-kwargs foo=1', "unexpected keyword argument 'foo' (check --opt sgd"),
+        ('--opt adam --opt-betas 0.9', '--opt adam has 2 betas: --opt-betas gives 1'),
+        ('--opt adamw --opt-betas 0.9 0.9 0.9', '--opt adamw has 2 betas: --opt-betas gives 3'),
+        ('--opt adahessian', '--opt adahessian needs second derivatives'),
+    ],
+)
+def test_arguments_that_an_optimizer_does_not_take(flags, message):
+    with pytest.raises(UsageError) as error:
+        check_optimizer(PARSE['train'](['--data-dir', 'x', *flags.split()]))
+    assert message in str(error.value) and '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('name', ['sgd', 'adamw', 'lookahead_radam', 'muon', 'adan'])
+def test_arguments_that_an_optimizer_takes(name, caplog):
+    check_optimizer(PARSE['train'](['--data-dir', 'x', '--opt', name, '--opt-eps', '1e-6', '--layer-decay', '0.7']))
+    check_optimizer(PARSE['train'](['--data-dir', 'x', '--opt', 'sgd', '--opt-betas', '0.9', '0.99']))
+    assert '--opt-betas does nothing: --opt sgd has none' in caplog.text
 
 
 def test_a_flag_without_an_entry_would_be_found():

@@ -99,7 +99,7 @@ def test_validate_agrees_with_training(trained, tmp_path):
     ]
     run('validate.py', '--model', f'local-dir:{folder}/student', '--pretrained', *data)
     results = json.loads((tmp_path / 'results.json').read_text())
-    assert results['top1'] == pytest.approx(float(summary(folder)[-1]['eval_top1']), abs=1e-6)
+    assert results['top1'] == pytest.approx(float(summary(folder)[-1]['eval_top1']), abs=1e-4)
 
 
 def test_gpd_name_and_flag_mean_the_same(tmp_path):

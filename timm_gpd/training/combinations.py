@@ -30,6 +30,21 @@ _ONLY_WITH = {
     'torchcompile': ('torchcompile_mode',),
 }
 
+# Arguments of a model that have flags of their own.
+_OF_FLAGS = {
+    'num_classes': '--num-classes',
+    'in_chans': '--in-chans',
+    'global_pool': '--gp',
+    'drop_rate': '--drop',
+    'drop_path_rate': '--drop-path',
+    'drop_block_rate': '--drop-block',
+    'bn_momentum': '--bn-momentum',
+    'bn_eps': '--bn-eps',
+    'pretrained': '--pretrained',
+    'pretrained_cfg_overlay': '--pretrained-cfg-overlay',
+    'checkpoint_path': '--initial-checkpoint',
+}
+
 
 def check_train_combinations(values: Mapping[str, Any], parser: argparse.ArgumentParser) -> None:
     """Checks the arguments of ``train.py`` against one another.
@@ -42,6 +57,9 @@ def check_train_combinations(values: Mapping[str, Any], parser: argparse.Argumen
         UsageError: if two of them contradict each other. What has no effect is warned about.
     """
     _check_images(values)
+    for name, flag in _OF_FLAGS.items():
+        if name in values['model_kwargs']:
+            raise UsageError(f'--model-kwargs has {name}, which is {flag}: give that')
     _check_batches(values)
     _check_schedule(values)
     if values['resume'] == 'auto' and not values['experiment']:
@@ -100,6 +118,10 @@ def _check_images(values: Mapping[str, Any]) -> None:
         raise UsageError(f'--in-chans {channels} is not the {size[0]} channels of --input-size')
     if size and side and tuple(size[1:]) != (side, side):
         raise UsageError(f'--img-size {side} is not the {size[1]} x {size[2]} pixels of --input-size: give one of them')
+    channels = size[0] if size else channels
+    for name in ('mean', 'std'):
+        if values[name] and channels and len(values[name]) not in (1, channels):
+            raise UsageError(f'--{name} has {len(values[name])} values, and images have {channels} channels')
     if values['amp'] and values['model_dtype'] not in (None, 'float32'):
         raise UsageError(f'--amp needs weights in float32: leave out --model-dtype {values["model_dtype"]}')
 

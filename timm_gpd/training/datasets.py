@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass, field
 from typing import Any, Dict, Optional, Tuple
 
+from PIL import ImageMode
 from timm.data import ImageDataset, create_dataset
 
 from ..errors import UsageError, usage_errors
@@ -154,7 +155,13 @@ def create_split(
     Raises:
         UsageError: if the dataset cannot be read or has other classes than the model.
     """
-    mode = args.input_img_mode or ('RGB' if input_config.input_size[0] == 3 else 'L')
+    channels = input_config.input_size[0]
+    mode = args.input_img_mode or ('RGB' if channels == 3 else 'L')
+    bands = ImageMode.getmode(mode).bands
+    if args.input_img_mode and len(bands) != channels:
+        raise UsageError(
+            f'images of mode {mode} have other channels than the {channels} of the model: --input-img-mode'
+        )
     folder = source.split_folders.get(split)
     keys = dict(input_key=args.input_key, target_key=args.target_key, target_format=args.target_format)
     with usage_errors(

@@ -60,8 +60,9 @@ def create_student(args: argparse.Namespace) -> nn.Module:
     overlay = dict(args.pretrained_cfg_overlay)
     if args.pretrained_path:
         overlay.update(file=args.pretrained_path, num_classes=-1)  # -1: adapt the classifier, whatever its classes
+    files = [path for path in (args.pretrained_path, args.initial_checkpoint) if path]
     with usage_errors(
-        'check --model, --model-kwargs, --pretrained and the checkpoint options',
+        f'check --model, --model-kwargs and {" and ".join(files) or "--pretrained"}',
         RuntimeError,
         ValueError,
         TypeError,
