@@ -19,20 +19,19 @@ from timm_gpd.training.data import check_loaders, create_eval_loader, create_tra
 from timm_gpd.training.datasets import resolve_data
 from timm_gpd.training.evaluation import Evaluation, evaluator_of
 from timm_gpd.training.image_log import ImageLog
-from timm_gpd.training.images import report_bad_images
 from timm_gpd.training.interruption import listen
 from timm_gpd.training.log_file import LogFile
 from timm_gpd.training.loop import LoopSettings, TrainingLoop
 from timm_gpd.training.memory import memory_errors
-from timm_gpd.training.non_finite import NonFiniteError
 from timm_gpd.training.optimizer import check_optimizer, create_optimizer
 from timm_gpd.training.overview import describe
 from timm_gpd.training.processes import Processes, start_processes
 from timm_gpd.training.progress import Progress
 from timm_gpd.training.replay import ReplayedLoader
-from timm_gpd.training.resume import find_checkpoint, resume_run, rewind
+from timm_gpd.training.resume import find_checkpoint, resume_run
+from timm_gpd.training.run import Run
 from timm_gpd.training.run_folder import RunFolder
-from timm_gpd.training.schedule import create_schedule, mean_lr, set_learning_rates
+from timm_gpd.training.schedule import create_schedule, set_learning_rates
 from timm_gpd.training.student import check_image_sizes, count_classes, create_student, resolve_input, set_input
 from timm_gpd.training.task import check_task, create_task
 from timm_gpd.training.tracking import Tracker, check_tracking
@@ -66,7 +65,7 @@ def train(args: argparse.Namespace, compute: Compute, processes: Processes, log:
         input_config, num_classes = resolve_input(args, student), count_classes(student)
         check_image_sizes(args, student, input_config.input_size[0])
         set_input(student, input_config)
-    run = RunFolder(args, input_config, processes)
+    folder = RunFolder(args, input_config, processes)
     with processes.primary_first():
         loader_train, mixup_fn = create_train_loader(args, source, input_config, num_classes, compute.device)
         loader_eval = create_eval_loader(args, source, input_config, num_classes, compute.device)
@@ -77,9 +76,9 @@ def train(args: argparse.Namespace, compute: Compute, processes: Processes, log:
     optimizer = create_optimizer(args, task, batch_size * processes.world_size * args.grad_accum_steps)
     lower_is_better = args.eval_metric.endswith('loss')
     checkpoints = Checkpoints(
-        run.path, task, optimizer, args, processes, compute.loss_scaler, lower_is_better, args.checkpoint_hist
+        folder.path, task, optimizer, args, processes, compute.loss_scaler, lower_is_better, args.checkpoint_hist
     )
-    checkpoint = processes.share(find_checkpoint(args, run.path))
+    checkpoint = processes.share(find_checkpoint(args, folder.path))
     if args.model_ema:
         task.setup_ema(
             decay=args.model_ema_decay,
@@ -90,18 +89,7 @@ def train(args: argparse.Namespace, compute: Compute, processes: Processes, log:
     updates_per_epoch = -(-len(loader_train) // args.grad_accum_steps)
     lr_scheduler, num_epochs = create_schedule(args, optimizer, updates_per_epoch, position.epoch, lower_is_better)
     set_learning_rates(optimizer, position.learning_rates)
-    overview = describe(task, input_config)
-    if args.torchcompile:
-        with usage_errors('check --torchcompile and --torchcompile-mode', RuntimeError):
-            task.compile(backend=args.torchcompile, mode=args.torchcompile_mode)
-    processes.wrap(task, broadcast_buffers=not args.no_ddp_bb)
-
-    tracker = Tracker(args, run.path, position.epoch, processes.is_primary)
-    run.open()
-    log.open(run.file('train.log'))
-    for line in overview:
-        _logger.info(line)
-    last_epoch = min(num_epochs, args.stop_epoch or num_epochs)
+    last_epoch = args.stop_epoch or num_epochs
     progress = Progress(
         last_epoch,
         updates_per_epoch,
@@ -109,6 +97,17 @@ def train(args: argparse.Namespace, compute: Compute, processes: Processes, log:
         position.epoch * updates_per_epoch + position.batch // args.grad_accum_steps,
         processes.is_primary,
     )
+    overview = describe(task, input_config)
+    if args.torchcompile:
+        with usage_errors('check --torchcompile and --torchcompile-mode', RuntimeError):
+            task.compile(backend=args.torchcompile, mode=args.torchcompile_mode)
+    processes.wrap(task, broadcast_buffers=not args.no_ddp_bb)
+
+    tracker = Tracker(args, folder.path, position.epoch, processes.is_primary)
+    folder.open()
+    log.open(folder.file('train.log'))
+    for line in overview:
+        _logger.info(line)
     evaluate = Evaluation(
         task,
         loader_eval,
@@ -117,7 +116,7 @@ def train(args: argparse.Namespace, compute: Compute, processes: Processes, log:
         ema=not args.model_ema_force_cpu,
         create_evaluator=evaluator_of(args, compute.device),
     )
-    run.truncate(position.epoch)
+    folder.truncate(position.epoch)
     with listen(processes) as interruption, tracker, progress:
         loop = TrainingLoop(
             task,
@@ -132,42 +131,28 @@ def train(args: argparse.Namespace, compute: Compute, processes: Processes, log:
             mixup_fn,
             progress,
             batch_size,
-            ImageLog(run.path, args.log_interval) if args.save_images and processes.is_primary else None,
+            ImageLog(folder.path, args.log_interval) if args.save_images and processes.is_primary else None,
         )
-        while position.epoch < last_epoch:
-            try:
-                train_metrics = loop.train_epoch(position)
-            except NonFiniteError as error:
-                if args.on_nan != 'rewind':
-                    raise
-                position = rewind(error, args, task, checkpoints, position)
-                set_learning_rates(optimizer, position.learning_rates)
-                continue
-            epoch, lr, metric = position.epoch, mean_lr(optimizer), None
-            if args.recovery_interval or interruption.check(wait=True):
-                checkpoints.save_recovery(position)
-            processes.share_statistics(task, args.dist_bn)
-            if (epoch + 1) % args.val_interval == 0 or epoch + 1 == last_epoch:
-                eval_metrics = evaluate()
-                progress.validated(eval_metrics)
-                tracker.log(run.write_epoch(epoch, train_metrics, eval_metrics, lr=lr))
-                metric = (eval_metrics or train_metrics)[args.eval_metric]
-            if lr_scheduler is not None:
-                lr_scheduler.step(epoch + 1, metric)
-            position = position.next_epoch()
-            checkpoints.save_epoch(epoch, position, metric)
-            if epoch + 1 in args.save_epochs:
-                checkpoints.save_milestone(epoch)
-            report_bad_images(processes, epoch, loader_train, loader_eval)
-            if position.epoch < last_epoch and interruption.check(wait=True):
-                interruption.end(checkpoints.path('last'))
-    if not run.has_results():  # of a run that was complete, in another folder
-        run.write_epoch(position.epoch - 1, {}, evaluate(), lr=mean_lr(optimizer))
-    if checkpoints.best_metric is not None:
-        _logger.info(f'*** Best metric: {checkpoints.best_metric} (epoch {checkpoints.best_epoch})')
-    run.finish(task)
+        run = Run(
+            args,
+            task,
+            optimizer,
+            lr_scheduler,
+            loop,
+            evaluate,
+            checkpoints,
+            folder,
+            tracker,
+            progress,
+            processes,
+            interruption,
+            (loader_train, loader_eval),
+            last_epoch,
+        )
+        run.train(position)
+    run.finish()
     if processes.is_primary:
-        print(f'--result\n{json.dumps(run.best_results(args.eval_metric, lower_is_better), indent=4)}')
+        print(f'--result\n{json.dumps(folder.best_results(args.eval_metric, lower_is_better), indent=4)}')
 
 
 if __name__ == '__main__':

@@ -329,6 +329,19 @@ def test_every_schedule_is_one(name):
     assert (found[-1] < 1.0) == (name not in ('none', 'constant', 'step', 'plateau'))
 
 
+def test_a_run_stops_within_its_schedule():
+    assert len(rates('--stop-epoch', '12', '--cooldown-epochs', '2')) == 12
+    with pytest.raises(UsageError, match='--stop-epoch 11 is behind the 10 epochs'):
+        rates('--stop-epoch', '11')
+
+
+def test_milestones_are_validated_whatever_the_interval(tmp_path):
+    flags = ['--epochs', '3', '--val-interval', '3', '--save-epochs', '1', '--stop-epoch', '2']
+    train(tmp_path, *flags, '--experiment', 'run', config='digits')
+    assert [row['epoch'] for row in summary(tmp_path / 'run')] == ['0', '1']
+    assert sorted(path.name for path in (tmp_path / 'run').glob('milestone-*')) == ['milestone-1.pth.tar']
+
+
 def test_wsd_is_steady_and_then_decays():
     found = rates('--sched', 'wsd')
     assert found[:9] == pytest.approx([1.0] * 9) and found[9] == pytest.approx(1 - math.sqrt(0.5))

@@ -12,7 +12,7 @@ from programs import ROOT, summary, train
 from timm_gpd.training.sync_batch_norm import SynchronizedBatchNorm
 
 STEPS = 5
-# One update an epoch, and a checkpoint of each. Images are not mixed: each process has half of them.
+# One update an epoch, and a checkpoint of each. Images are augmented, and not mixed: each process has half of them.
 COMMON = [
     '--digits-train-size',
     '64',
@@ -22,7 +22,8 @@ COMMON = [
     'none',
     '--lr',
     '0.005',
-    '--no-aug',
+    '--hflip',
+    '0.5',
     '--workers',
     '0',
 ]

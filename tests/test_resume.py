@@ -140,6 +140,8 @@ def test_a_run_that_is_told_to_end_says_how_it_goes_on(tmp_path, left_alone, num
         f'train.py: {number.name}: saved to {path}; the same command with --resume {path} goes on'
     )
     assert '--result' not in ended.stdout
+    refused = train(tmp_path, *arguments, '--resume', path, '-b', '10', code=2)
+    assert 'the middle of an epoch with batch_size 20, and this run has 10' in refused.stderr
     train(tmp_path, *arguments, '--resume', path)
     assert_same_run(tmp_path / 'run', left_alone)
 
@@ -187,6 +189,22 @@ def test_going_back_keeps_a_better_model_and_the_number_of_checkpoints(tmp_path)
     again = load(folder, 'model_best')
     assert again['metric'] >= best['metric']
     assert max(load(folder, name.removesuffix('.pth.tar'))['metric'] for name in kept) == again['metric']
+
+
+def test_a_run_stops_early_and_goes_on_as_if_it_had_not(tmp_path):
+    """Milestones and the last epoch are validated, whatever the interval; the schedule stays as it was."""
+    arguments = [*PLAIN, '--epochs', '4', '--val-interval', '3', '--save-epochs', '1', '--resume', 'auto']
+    train(tmp_path, *arguments, '--experiment', 'run', '--stop-epoch', '2', config='digits')
+    folder = tmp_path / 'run'
+    assert [int(row['epoch']) for row in summary(folder)] == [0, 1] and load(folder)['epoch'] == 1
+    assert load(folder, 'milestone-1')['epoch'] == 0
+    train(tmp_path, *arguments, '--experiment', 'run', config='digits')
+    train(tmp_path, *arguments, '--experiment', 'whole', config='digits')
+    stopped, whole = summary(folder), summary(tmp_path / 'whole')
+    assert [int(row['epoch']) for row in stopped] == [0, 1, 2, 3]
+    assert [row for row in stopped if row['epoch'] != '1'] == whole
+    failed = train(tmp_path, *arguments, '--experiment', 'late', '--stop-epoch', '5', config='digits', code=2)
+    assert '--stop-epoch 5 is behind the 4 epochs of the schedule' in failed.stderr
 
 
 def test_a_finished_run_stays_finished(tmp_path):

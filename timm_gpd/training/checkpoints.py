@@ -221,7 +221,7 @@ class Checkpoints:
             The position of this process.
 
         Raises:
-            UsageError: if an epoch was begun by another number of processes.
+            UsageError: if an epoch was begun with other batches.
         """
         if 'run' not in checkpoint:  # of timm's script, or of this one before it knew positions
             return Position(epoch=checkpoint['epoch'] + 1)
@@ -233,12 +233,21 @@ class Checkpoints:
             for module, buffers in zip(self._trained_modules(), part.get('buffers', ())):
                 for name, buffer in module.named_buffers():
                     buffer.copy_(buffers[name])
-        elif run['batch']:
-            raise UsageError(
-                f'the checkpoint is of the middle of an epoch of {run["world_size"]} processes, and this run has '
-                f'{self.processes.world_size}: resume with as many, or from last.pth.tar'
-            )
+        if run['batch']:
+            self._check_same_epoch(checkpoint)
         return position
+
+    def _check_same_epoch(self, checkpoint: Dict[str, Any]) -> None:
+        """The batches of an epoch that was begun are those that it goes on with."""
+        before, now = vars(checkpoint['args']), vars(self.args)
+        both = {flag: (before.get(flag), now.get(flag)) for flag in ('batch_size', 'grad_accum_steps', 'seed')}
+        both['number of processes'] = checkpoint['run']['world_size'], self.processes.world_size
+        for what, (old, new) in both.items():
+            if old != new:
+                raise UsageError(
+                    f'the checkpoint is of the middle of an epoch with {what} {old}, and this run has {new}: resume '
+                    'with the same, or from last.pth.tar'
+                )
 
     def restore_history(self, checkpoint: Dict[str, Any], is_last: bool) -> None:
         """Goes on ranking where a checkpoint of this folder left off. Whatever else is there is ranked with the rest.

@@ -32,11 +32,16 @@ class Interruption:
         self.agreed = torch.tensor(0)
 
     def receive(self, number: int, frame: Optional[FrameType]) -> None:
-        """Handles a signal. The second one ends the process at once."""
-        is_worker = os.getpid() != self.process  # that loads images: it is told by SIGTERM when it is done
-        if self.received or (is_worker and number == signal.SIGTERM):
+        """Handles a signal. The second one ends the process at once.
+
+        Processes that load images inherit this. Whoever signals the whole group signals them too, and the step that is
+        to be finished needs them: they go when the run does.
+        """
+        is_loader = os.getpid() != self.process
+        if self.received and not (is_loader and number == signal.SIGINT):
             os._exit(128 + number)
-        self.received = 0 if is_worker else number
+        if not (is_loader and number == signal.SIGINT):
+            self.received = number
 
     def check(self, wait: bool = False) -> bool:
         """Whether the run shall end. Called by all processes, at the same points of the run.

@@ -6,7 +6,7 @@ from typing import Any, Sequence, Tuple
 import torch
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 
-from ..errors import usage_errors
+from ..errors import UsageError, usage_errors
 
 __all__ = ['create_schedule', 'mean_lr', 'set_learning_rates']
 
@@ -31,12 +31,14 @@ def create_schedule(
         The scheduler, None for ``--sched none``; and the number of epochs at whose end the run ends.
 
     Raises:
-        UsageError: if the arguments make no schedule.
+        UsageError: if the arguments make no schedule, or the run would stop behind its end.
     """
     with usage_errors(f'check --sched {args.sched} and its arguments', ValueError, AssertionError, ZeroDivisionError):
         scheduler, num_epochs = create_scheduler_v2(
             optimizer, **scheduler_kwargs(args, decreasing_metric=lower_is_better), updates_per_epoch=updates_per_epoch
         )
+    if args.stop_epoch is not None and args.stop_epoch > num_epochs:
+        raise UsageError(f'--stop-epoch {args.stop_epoch} is behind the {num_epochs} epochs of the schedule: lower it')
     if scheduler is None:
         return None, num_epochs
     if start_epoch > 0 and args.sched_on_updates:

@@ -25,7 +25,10 @@ from .schedule import add_schedule
 
 __all__ = ['parse_train_args', 'parse_validate_args', 'train_parser', 'validate_parser']
 
-EXIT_CODES = 'exit codes: 0 done, 2 bad input (one line says what to do; nothing was overwritten), 1 anything else'
+EXIT_CODES = (
+    'exit codes: 0 done, or told to end by SIGTERM; 2 bad input (one line says what to do; nothing was overwritten); '
+    '3 a loss or gradient is not finite; 130 told to end by SIGINT; 1 anything else'
+)
 
 
 def train_parser() -> argparse.ArgumentParser:

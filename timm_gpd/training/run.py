@@ -1,0 +1,115 @@
+"""A run: its epochs, and what is validated, saved and reported after each."""
+
+import argparse
+import logging
+from dataclasses import dataclass
+from typing import Any, Dict, Tuple
+
+import torch
+from timm.task import TrainingTask
+
+from .checkpoints import Checkpoints, Position
+from .evaluation import Evaluation
+from .images import report_bad_images
+from .interruption import Interruption
+from .loop import TrainingLoop
+from .non_finite import NonFiniteError
+from .processes import Processes
+from .progress import Progress
+from .resume import rewind
+from .run_folder import RunFolder
+from .schedule import mean_lr, set_learning_rates
+from .tracking import Tracker
+
+__all__ = ['Run']
+
+_logger = logging.getLogger('train')
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run consists of. All processes train it; the first one writes.
+
+    Attributes:
+        args: arguments of ``train.py``.
+        task: what is trained.
+        optimizer: over its trainable module.
+        lr_scheduler: timm scheduler, or None.
+        loop: trains an epoch.
+        evaluate: validates the models.
+        checkpoints: saves where the run stands.
+        folder: what is reported goes there.
+        tracker: and there.
+        progress: and to the terminal.
+        processes: those that train together.
+        interruption: tells whether the run shall end.
+        loaders: of training and validation, which count the images that cannot be read.
+        last_epoch: how many epochs are complete when the run ends.
+    """
+
+    args: argparse.Namespace
+    task: TrainingTask
+    optimizer: torch.optim.Optimizer
+    lr_scheduler: Any
+    loop: TrainingLoop
+    evaluate: Evaluation
+    checkpoints: Checkpoints
+    folder: RunFolder
+    tracker: Tracker
+    progress: Progress
+    processes: Processes
+    interruption: Interruption
+    loaders: Tuple[Any, ...]
+    last_epoch: int
+
+    def train(self, position: Position) -> None:
+        """Trains from a position to the last epoch.
+
+        Args:
+            position: where the run stands.
+
+        Raises:
+            NonFiniteError: if a loss or a gradient is not finite, and ``--on-nan`` knows no way on.
+            RunEnded: if it was told to end.
+        """
+        while position.epoch < self.last_epoch:
+            try:
+                metrics = self.loop.train_epoch(position)
+            except NonFiniteError as error:
+                if self.args.on_nan != 'rewind':
+                    raise
+                position = rewind(error, self.args, self.task, self.checkpoints, position)
+                set_learning_rates(self.optimizer, position.learning_rates)
+                continue
+            position = self._end_epoch(position, metrics)
+        if not self.folder.has_results():  # of a run that was complete, in another folder
+            self.folder.write_epoch(position.epoch - 1, {}, self.evaluate(), lr=mean_lr(self.optimizer))
+
+    def _end_epoch(self, position: Position, metrics: Dict[str, float]) -> Position:
+        """Validates, saves and reports. Returns the beginning of the next epoch."""
+        epoch, lr, metric = position.epoch, mean_lr(self.optimizer), None
+        if self.args.recovery_interval or self.interruption.check(wait=True):
+            self.checkpoints.save_recovery(position)  # a validation may take longer than a cluster waits
+        self.processes.share_statistics(self.task, self.args.dist_bn)
+        done = epoch + 1
+        if done % self.args.val_interval == 0 or done in (*self.args.save_epochs, self.last_epoch):
+            found = self.evaluate()
+            self.progress.validated(found)
+            self.tracker.log(self.folder.write_epoch(epoch, metrics, found, lr=lr))
+            metric = (found or metrics)[self.args.eval_metric]
+        if self.lr_scheduler is not None:
+            self.lr_scheduler.step(done, metric)
+        position = position.next_epoch()
+        self.checkpoints.save_epoch(epoch, position, metric)
+        if done in self.args.save_epochs:
+            self.checkpoints.save_milestone(epoch)
+        report_bad_images(self.processes, epoch, *self.loaders)
+        if done < self.last_epoch and self.interruption.check(wait=True):
+            self.interruption.end(self.checkpoints.path('last'))
+        return position
+
+    def finish(self) -> None:
+        """Logs the best epoch, and writes the last one's student."""
+        if self.checkpoints.best_metric is not None:
+            _logger.info(f'*** Best metric: {self.checkpoints.best_metric} (epoch {self.checkpoints.best_epoch})')
+        self.folder.finish(self.task)
