@@ -146,7 +146,10 @@ def validate_model(args: argparse.Namespace, compute: Compute, processes: Proces
     input_config, num_classes = resolve_input(args, model), count_classes(model)
     if args.test_pool:
         model, is_pooled = apply_test_time_pool(model, dataclasses.asdict(input_config))
-        input_config = dataclasses.replace(input_config, crop_pct=1.0) if is_pooled else input_config
+        if is_pooled:
+            input_config = dataclasses.replace(input_config, crop_pct=1.0)
+            with usage_errors('the size that it pools over does not fit: leave out --test-pool', RuntimeError):
+                model.eval()(torch.zeros(1, *input_config.input_size))
     valid_labels = read_valid_labels(args.valid_labels, num_classes)
     loader = create_eval_loader(
         args, source, input_config, len(valid_labels) if valid_labels else num_classes, compute.device

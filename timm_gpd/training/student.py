@@ -153,7 +153,10 @@ def resolve_input(args: argparse.Namespace, model: nn.Module) -> InputConfig:
     """
     with usage_errors('check --input-size, --mean and --std', AssertionError):
         validates = hasattr(args, 'use_train_size')
-        config = resolve_data_config(vars(args), model=model, use_test_size=validates and not args.use_train_size)
+        values = dict(vars(args))
+        if validates and not args.in_chans and not args.input_size:  # for --img-size, timm's are else 3
+            values['in_chans'] = (getattr(model, 'pretrained_cfg', None) or {}).get('input_size', (3,))[0]
+        config = resolve_data_config(values, model=model, use_test_size=validates and not args.use_train_size)
     for key in ('mean', 'std'):  # as timm's loader does where the config is of other channels than the model
         if len(config[key]) != config['input_size'][0]:
             config[key] = (sum(config[key]) / len(config[key]),) * config['input_size'][0]
