@@ -11,30 +11,30 @@ from timm.utils import random_seed, setup_default_logging
 from timm_gpd.command_line import run_program
 from timm_gpd.errors import usage_errors
 from timm_gpd.training.args import parse_train_args
+from timm_gpd.training.args.combinations import check_batch_norm
 from timm_gpd.training.checkpoints import Checkpoints, Position
-from timm_gpd.training.combinations import check_batch_norm
 from timm_gpd.training.compute import Compute, create_compute, fast_norm, import_device_modules
 from timm_gpd.training.cpu import tune_process_for
-from timm_gpd.training.data import check_loaders, create_eval_loader, create_train_loader, mean_batch_size
-from timm_gpd.training.datasets import resolve_data
+from timm_gpd.training.data.datasets import resolve_data
+from timm_gpd.training.data.loaders import check_loaders, create_eval_loader, create_train_loader, mean_batch_size
+from timm_gpd.training.data.replay import ReplayedLoader
 from timm_gpd.training.evaluation import Evaluation, evaluator_of
-from timm_gpd.training.image_log import ImageLog
 from timm_gpd.training.interruption import keep_workers, listen
-from timm_gpd.training.log_file import LogFile
 from timm_gpd.training.loop import LoopSettings, TrainingLoop
 from timm_gpd.training.memory import memory_errors
 from timm_gpd.training.optimizer import check_optimizer, create_optimizer
-from timm_gpd.training.overview import describe
 from timm_gpd.training.processes import Processes, start_processes
-from timm_gpd.training.progress import Progress
-from timm_gpd.training.replay import ReplayedLoader
+from timm_gpd.training.report.image_log import ImageLog
+from timm_gpd.training.report.log_file import LogFile
+from timm_gpd.training.report.overview import describe
+from timm_gpd.training.report.progress import Progress
+from timm_gpd.training.report.run_folder import RunFolder
+from timm_gpd.training.report.tracking import Tracker, check_tracking
 from timm_gpd.training.resume import find_checkpoint, resume_run
 from timm_gpd.training.run import Run
-from timm_gpd.training.run_folder import RunFolder
 from timm_gpd.training.schedule import create_schedule, set_learning_rates
 from timm_gpd.training.student import check_image_sizes, count_classes, create_student, resolve_input, set_input
 from timm_gpd.training.task import check_task, create_task
-from timm_gpd.training.tracking import Tracker, check_tracking
 
 _logger = logging.getLogger('train')
 

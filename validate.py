@@ -22,16 +22,16 @@ from timm.utils import decay_batch_step, natural_key, random_seed, setup_default
 from timm_gpd.command_line import run_program
 from timm_gpd.errors import UsageError, one_line, usage_errors
 from timm_gpd.training.args import Arguments, parse_validate_args
-from timm_gpd.training.checks import check_model_name
+from timm_gpd.training.args.checks import check_model_name
 from timm_gpd.training.compute import Compute, create_compute, fast_norm
 from timm_gpd.training.cpu import tune_process_for
-from timm_gpd.training.data import create_eval_loader
-from timm_gpd.training.datasets import resolve_data
+from timm_gpd.training.data.datasets import resolve_data
+from timm_gpd.training.data.images import report_bad_images
+from timm_gpd.training.data.loaders import create_eval_loader
 from timm_gpd.training.evaluation import evaluator_of, validate
-from timm_gpd.training.files import replaced_file
-from timm_gpd.training.images import report_bad_images
 from timm_gpd.training.memory import is_out_of_memory, memory_errors
 from timm_gpd.training.processes import Processes, start_processes
+from timm_gpd.training.report.files import replaced_file
 from timm_gpd.training.student import count_classes, resolve_input
 from timm_gpd.training.validated_model import load_validated_model
 from timm_gpd.training.validation_metrics import ExtendedEvaluator, read_real_labels, read_valid_labels

@@ -10,11 +10,11 @@ import torch
 
 from timm_gpd.errors import UsageError
 from timm_gpd.training.args import parse_train_args, parse_validate_args, train_parser, validate_parser
+from timm_gpd.training.args.checks import FLAGS, check_flags
+from timm_gpd.training.args.combinations import check_batch_norm
 from timm_gpd.training.args.refused import Refused
-from timm_gpd.training.checks import FLAGS, check_flags
-from timm_gpd.training.combinations import check_batch_norm
+from timm_gpd.training.args.value_kinds import Input, Names, Numbers, Output, Text
 from timm_gpd.training.optimizer import check_optimizer
-from timm_gpd.training.value_kinds import Input, Names, Numbers, Output, Text
 
 PARSERS = {'train': train_parser(), 'validate': validate_parser()}
 PARSE = {'train': parse_train_args, 'validate': parse_validate_args}

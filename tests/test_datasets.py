@@ -15,8 +15,8 @@ from timm.data.dataset import IterableImageDataset
 from programs import run
 from timm_gpd.errors import DataError, UsageError
 from timm_gpd.training.args import parse_train_args, parse_validate_args
-from timm_gpd.training.datasets import create_split, resolve_data
-from timm_gpd.training.images import CheckedImages, LabelRange, report_bad_images
+from timm_gpd.training.data.datasets import create_split, resolve_data
+from timm_gpd.training.data.images import CheckedImages, LabelRange, report_bad_images
 from timm_gpd.training.processes import Processes
 from timm_gpd.training.student import InputConfig
 

@@ -23,11 +23,11 @@ from timm_gpd.training.args.schedule import DECAY_FNS, SCHEDULES
 from timm_gpd.training.checkpoints import Position
 from timm_gpd.training.compute import create_compute, fast_norm, import_device_modules
 from timm_gpd.training.criterion import create_criterion
-from timm_gpd.training.data import create_train_loader, mean_batch_size
-from timm_gpd.training.datasets import resolve_data
+from timm_gpd.training.data.datasets import resolve_data
+from timm_gpd.training.data.loaders import create_train_loader, mean_batch_size
+from timm_gpd.training.data.posterize import posterize_to_black
 from timm_gpd.training.loop import LoopSettings, TrainingLoop
 from timm_gpd.training.optimizer import create_optimizer, resolve_lr
-from timm_gpd.training.posterize import posterize_to_black
 from timm_gpd.training.processes import Processes
 from timm_gpd.training.schedule import create_schedule
 from timm_gpd.training.student import check_image_sizes, create_student, resolve_input

@@ -14,7 +14,7 @@ from programs import ROOT, run
 from timm_gpd.errors import UsageError
 from timm_gpd.training.args import parse_train_args, parse_validate_args, train_parser, validate_parser
 from timm_gpd.training.args.refused import Refused
-from timm_gpd.training.data import check_loaders
+from timm_gpd.training.data.loaders import check_loaders
 from timm_gpd.training.task import check_task
 
 FIXTURES = Path(__file__).parent / 'fixtures'

@@ -10,7 +10,7 @@ from PIL import Image
 from timm.data import ImageDataset
 from timm.data.readers.reader import Reader
 
-import timm_gpd.training.datasets as datasets
+import timm_gpd.training.data.datasets as datasets
 from programs import run, summary
 
 METRICS = ('map', 'micro_f1', 'macro_f1', 'sample_f1')

@@ -16,11 +16,11 @@ from timm_gpd import DistillationTask, GapPreservingTask
 from timm_gpd.errors import RunEnded, UsageError
 from timm_gpd.training.checkpoints import Position
 from timm_gpd.training.compute import create_compute
-from timm_gpd.training.log_file import LogFile
 from timm_gpd.training.loop import LoopSettings, TrainingLoop
-from timm_gpd.training.overview import count_macs, describe, expected_cost, measure_models
 from timm_gpd.training.processes import Processes
-from timm_gpd.training.progress import Progress
+from timm_gpd.training.report.log_file import LogFile
+from timm_gpd.training.report.overview import count_macs, describe, expected_cost, measure_models
+from timm_gpd.training.report.progress import Progress
 from timm_gpd.training.student import InputConfig
 
 STEP = dict(loss=2.5, loss_mean=2.25, lr=0.1, images=64, seconds=0.5, data_seconds=0.125)

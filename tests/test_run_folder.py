@@ -16,12 +16,12 @@ from programs import ROOT, summary, train
 from timm_gpd.errors import RunEnded, UsageError
 from timm_gpd.training import plot
 from timm_gpd.training.args import parse_train_args
-from timm_gpd.training.files import replaced_file
-from timm_gpd.training.plot import GapPlot, draw_gap
-from timm_gpd.training.run_folder import RunFolder
+from timm_gpd.training.report.files import replaced_file
+from timm_gpd.training.report.plot import GapPlot, draw_gap
+from timm_gpd.training.report.run_folder import RunFolder
+from timm_gpd.training.report.summary import Summary, summary_row
+from timm_gpd.training.report.tracking import Tracker, check_tracking
 from timm_gpd.training.student import InputConfig
-from timm_gpd.training.summary import Summary, summary_row
-from timm_gpd.training.tracking import Tracker, check_tracking
 
 INPUT = InputConfig((3, 64, 64), (0.5,), (0.5,), 'bilinear', 1.0)
 

@@ -12,8 +12,8 @@ from steps import train_epoch
 from timm_gpd import GapPreservingTask
 from timm_gpd.training.args import parse_train_args, parse_validate_args
 from timm_gpd.training.compute import create_compute
-from timm_gpd.training.data import create_train_loader
-from timm_gpd.training.datasets import resolve_data
+from timm_gpd.training.data.datasets import resolve_data
+from timm_gpd.training.data.loaders import create_train_loader
 from timm_gpd.training.optimizer import resolve_lr
 from timm_gpd.training.schedule import create_schedule
 from timm_gpd.training.student import InputConfig, create_student, resolve_input

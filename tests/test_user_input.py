@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from programs import ROOT, run, train
-from timm_gpd.training.digits import write_digits
+from timm_gpd.training.data.digits import write_digits
 
 
 def files(folder):

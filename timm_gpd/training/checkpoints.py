@@ -20,8 +20,8 @@ from timm.utils import unwrap_model
 from timm.utils.checkpoint_saver import load_checkpoint_metadata
 
 from ..errors import UsageError, first_line
-from .files import replaced_file
 from .processes import Processes
+from .report.files import replaced_file
 
 __all__ = ['Checkpoints', 'Position', 'newest_checkpoint']
 

@@ -8,7 +8,7 @@ import torch.nn as nn
 from timm.loss import create_classification_loss, load_class_stats, resolve_class_weights
 
 from ..errors import UsageError, usage_errors
-from .data import uses_mixup
+from .data.loaders import uses_mixup
 
 __all__ = ['create_criterion']
 

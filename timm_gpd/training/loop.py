@@ -15,12 +15,12 @@ from timm.utils import AverageMeter, dispatch_clip_grad
 
 from .checkpoints import Checkpoints, Position
 from .compute import Compute
-from .image_log import ImageLog
+from .data.replay import ReplayedLoader
 from .interruption import Interruption
 from .non_finite import NonFiniteError, are_finite, name_non_finite
 from .processes import Processes
-from .progress import Progress
-from .replay import ReplayedLoader
+from .report.image_log import ImageLog
+from .report.progress import Progress
 from .schedule import mean_lr
 from .sync_batch_norm import SynchronizedBatchNorm
 

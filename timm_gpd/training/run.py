@@ -9,17 +9,17 @@ import torch
 from timm.task import TrainingTask
 
 from .checkpoints import Checkpoints, Position
+from .data.images import report_bad_images
 from .evaluation import Evaluation
-from .images import report_bad_images
 from .interruption import Interruption
 from .loop import TrainingLoop
 from .non_finite import NonFiniteError
 from .processes import Processes
-from .progress import Progress
+from .report.progress import Progress
+from .report.run_folder import RunFolder
+from .report.tracking import Tracker
 from .resume import rewind
-from .run_folder import RunFolder
 from .schedule import mean_lr, set_learning_rates
-from .tracking import Tracker
 
 __all__ = ['Run']
 

@@ -7,10 +7,10 @@ from ...command_line import Parser
 from ...errors import UsageError
 from ...models.variants import plain_name
 from ...version import __version__
-from ..checks import check_flags
-from ..combinations import check_train_combinations, check_validate_combinations
 from .arguments import Arguments
 from .augmentation import add_augmentation, add_image_sizes
+from .checks import check_flags
+from .combinations import check_train_combinations, check_validate_combinations
 from .config import read_config
 from .data import add_train_data, add_validate_data
 from .device import add_device, add_train_device

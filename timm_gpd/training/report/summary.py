@@ -4,7 +4,7 @@ import csv
 import os
 from typing import Dict, List, Mapping
 
-from ..errors import UsageError
+from ...errors import UsageError
 from .files import replaced_file
 
 __all__ = ['Summary', 'summary_row']

@@ -9,9 +9,9 @@ from timm.utils import unwrap_model
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..teacher.functional import call_with_parameters
-from .student import InputConfig
-from .task import get_validation_models
+from ...teacher.functional import call_with_parameters
+from ..student import InputConfig
+from ..task import get_validation_models
 
 __all__ = ['ModelSize', 'count_macs', 'describe', 'expected_cost', 'measure_models']
 

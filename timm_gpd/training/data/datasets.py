@@ -9,7 +9,8 @@ from typing import Any, Dict, Optional, Tuple
 from PIL import ImageMode
 from timm.data import ImageDataset, create_dataset
 
-from ..errors import UsageError, usage_errors
+from ...errors import UsageError, usage_errors
+from ..student import InputConfig
 from .class_folders import (
     EVAL_NAMES,
     TRAIN_NAMES,
@@ -20,7 +21,6 @@ from .class_folders import (
 )
 from .digits import write_digits
 from .images import CheckedImages, LabelRange, LabelSet
-from .student import InputConfig
 
 __all__ = ['READERS', 'TORCH_DATASETS', 'DataSource', 'create_split', 'resolve_data']
 

@@ -15,7 +15,7 @@ import torch
 from timm.data.loader import PrefetchLoader
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, RandomSampler
 
-from .processes import Processes
+from ..processes import Processes
 
 __all__ = ['ReplayedLoader', 'seed_for', 'seed_of']
 

@@ -6,8 +6,8 @@ from typing import Any, List, Mapping, Tuple
 
 import torch.nn as nn
 
-from ..errors import UsageError
-from ..private_torch import BatchNorm
+from ...errors import UsageError
+from ...private_torch import BatchNorm
 
 __all__ = [
     'METRICS',

@@ -13,15 +13,15 @@ import yaml
 from timm.models import safe_model_name
 from timm.task import TrainingTask
 
-from ..errors import UsageError
-from ..student_folder import PLOT, read_metrics, save_student
-from ..version import __version__
+from ...errors import UsageError
+from ...student_folder import PLOT, read_metrics, save_student
+from ...version import __version__
+from ..processes import Processes
+from ..student import InputConfig
+from ..task import get_student
 from .files import remove_partial_files, replaced_file
 from .plot import GapPlot
-from .processes import Processes
-from .student import InputConfig
 from .summary import Summary, summary_row
-from .task import get_student
 
 __all__ = ['RunFolder']
 

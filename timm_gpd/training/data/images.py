@@ -11,8 +11,8 @@ from PIL import Image
 from timm.data import ImageDataset
 from timm.data.target_transforms import MultiLabelTarget
 
-from ..errors import DataError, one_line
-from .processes import Processes
+from ...errors import DataError, one_line
+from ..processes import Processes
 
 __all__ = ['CheckedImages', 'LabelRange', 'LabelSet', 'report_bad_images']
 

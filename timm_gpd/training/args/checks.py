@@ -9,9 +9,9 @@ from timm.data.auto_augment import augment_and_mix_transform, auto_augment_trans
 from timm.models import is_model, list_models
 from timm.optim import list_optimizers
 
-from ..errors import UsageError
-from ..models.variants import plain_name
-from ..teacher.branches import BRANCH_KINDS
+from ...errors import UsageError
+from ...models.variants import plain_name
+from ...teacher.branches import BRANCH_KINDS
 from .value_kinds import Input, Names, Numbers, Output, Text
 
 __all__ = ['FLAGS', 'check_flags', 'check_model_name']

@@ -7,7 +7,7 @@ import tempfile
 
 import numpy as np
 
-from ..errors import UsageError
+from ...errors import UsageError
 
 __all__ = ['write_digits']
 

@@ -5,7 +5,7 @@ import traceback
 from contextlib import suppress
 from typing import Any, List, Optional, TextIO
 
-from ..errors import NamedError, RunEnded
+from ...errors import NamedError, RunEnded
 
 __all__ = ['LogFile']
 

@@ -6,7 +6,7 @@ import logging
 import os
 from typing import Any, Dict, List, Mapping, Optional
 
-from ..errors import UsageError, first_line
+from ...errors import UsageError, first_line
 
 __all__ = ['Tracker', 'check_tracking']
 
@@ -69,7 +69,7 @@ class Tracker:
         """Sends one epoch.
 
         Args:
-            row: from :func:`timm_gpd.training.summary.summary_row`.
+            row: from :func:`timm_gpd.training.report.summary.summary_row`.
         """
         for service in self.services:
             service.log(row)

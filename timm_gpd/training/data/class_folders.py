@@ -9,7 +9,7 @@ from timm.data import get_img_extensions
 from timm.data.readers.class_map import load_class_map
 from timm.utils import natural_key
 
-from ..errors import UsageError, usage_errors
+from ...errors import UsageError, usage_errors
 
 __all__ = ['EVAL_NAMES', 'TRAIN_NAMES', 'ClassFolders', 'find_split', 'number_classes', 'read_class_map', 'scan_split']
 

@@ -7,10 +7,10 @@ import torch
 import torch.distributed as dist
 from timm.data import AugMixDataset, FastCollateMixup, Mixup, create_loader
 
-from ..errors import UsageError, usage_errors
+from ...errors import UsageError, usage_errors
+from ..student import InputConfig
 from .datasets import DataSource, create_split
 from .posterize import posterize_to_black
-from .student import InputConfig
 
 __all__ = ['check_loaders', 'create_eval_loader', 'create_train_loader', 'mean_batch_size', 'uses_mixup']
 
