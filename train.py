@@ -19,7 +19,7 @@ from timm_gpd.training.data import check_loaders, create_eval_loader, create_tra
 from timm_gpd.training.datasets import resolve_data
 from timm_gpd.training.evaluation import Evaluation, evaluator_of
 from timm_gpd.training.image_log import ImageLog
-from timm_gpd.training.interruption import listen
+from timm_gpd.training.interruption import keep_workers, listen
 from timm_gpd.training.log_file import LogFile
 from timm_gpd.training.loop import LoopSettings, TrainingLoop
 from timm_gpd.training.memory import memory_errors
@@ -69,6 +69,7 @@ def train(args: argparse.Namespace, compute: Compute, processes: Processes, log:
     with processes.primary_first():
         loader_train, mixup_fn = create_train_loader(args, source, input_config, num_classes, compute.device)
         loader_eval = create_eval_loader(args, source, input_config, num_classes, compute.device)
+        keep_workers(loader_train), keep_workers(loader_eval)
         compute.place(student)
         task = create_task(args, student, compute.device)
 

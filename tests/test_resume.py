@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import errno
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -132,7 +133,13 @@ def at_update(number, action):
 def test_a_run_that_is_told_to_end_says_how_it_goes_on(tmp_path, left_alone, number, code):
     arguments = [*RANDOM, '--experiment', 'run']
     before = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)]
-    with at_update(6, lambda: os.kill(os.getpid(), number)):
+
+    def tell_all():  # also those that load images, as a terminal and torchrun do
+        for child in multiprocessing.active_children():
+            os.kill(child.pid, number)
+        os.kill(os.getpid(), number)
+
+    with at_update(6, tell_all):
         ended = train(tmp_path, *arguments, code=code)
     assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)] == before
     path = tmp_path / 'run' / 'recovery-1-1.pth.tar'

@@ -94,10 +94,12 @@ def test_validate_agrees_with_training(trained, tmp_path):
         '0',
         '--results-file',
         tmp_path / 'results.json',
+        '--results-format',
+        'json',
     ]
     run('validate.py', '--model', f'local-dir:{folder}/student', '--pretrained', *data)
     results = json.loads((tmp_path / 'results.json').read_text())
-    assert results['top1'] == pytest.approx(float(summary(folder)[-1]['eval_top1']), abs=1e-6)
+    assert results['top1'] == pytest.approx(float(summary(folder)[-1]['eval_top1']), abs=1e-4)
 
 
 def test_gpd_name_and_flag_mean_the_same(tmp_path):
@@ -234,6 +236,8 @@ def test_a_moving_average_is_what_is_validated_and_kept(tmp_path, config):
         '0',
         '--results-file',
         tmp_path / 'results.json',
+        '--results-format',
+        'json',
     ]
     run('validate.py', '--model', f'local-dir:{tmp_path}/run/student', '--pretrained', *data)
     results = json.loads((tmp_path / 'results.json').read_text())

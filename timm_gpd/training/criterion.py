@@ -69,7 +69,7 @@ def create_criterion(args: argparse.Namespace, num_classes: Optional[int] = None
     for name, values in per_class if num_classes else ():
         if isinstance(values, torch.Tensor) and len(values) != num_classes:
             raise UsageError(
-                f'the {name} of --loss {args.loss} are of {len(values)} classes and the model has {num_classes}: '
+                f'the {name} of the loss are of {len(values)} classes and the model has {num_classes}: '
                 'check --class-stats, --loss-pos-weight and --loss-class-weight'
             )
     return criterion

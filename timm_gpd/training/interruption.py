@@ -4,7 +4,7 @@ import contextlib
 import os
 import signal
 from types import FrameType
-from typing import Any, Dict, Iterator, NoReturn, Optional
+from typing import Any, Callable, Dict, Iterator, NoReturn, Optional
 
 import torch
 import torch.distributed as dist
@@ -12,7 +12,7 @@ import torch.distributed as dist
 from ..errors import RunEnded
 from .processes import Processes
 
-__all__ = ['Interruption', 'listen']
+__all__ = ['Interruption', 'keep_workers', 'listen']
 
 EXIT_CODES = {signal.SIGTERM: 0, signal.SIGINT: 130}  # a preempted job has done what it could
 
@@ -32,16 +32,12 @@ class Interruption:
         self.agreed = torch.tensor(0)
 
     def receive(self, number: int, frame: Optional[FrameType]) -> None:
-        """Handles a signal. The second one ends the process at once.
-
-        Processes that load images inherit this. Whoever signals the whole group signals them too, and the step that is
-        to be finished needs them: they go when the run does.
-        """
-        is_loader = os.getpid() != self.process
-        if self.received and not (is_loader and number == signal.SIGINT):
+        """Handles a signal. The second one ends the process at once."""
+        if os.getpid() != self.process:  # a child has this too until it has handlers of its own
+            return
+        if self.received:
             os._exit(128 + number)
-        if not (is_loader and number == signal.SIGINT):
-            self.received = number
+        self.received = number
 
     def check(self, wait: bool = False) -> bool:
         """Whether the run shall end. Called by all processes, at the same points of the run.
@@ -98,3 +94,29 @@ def listen(processes: Processes) -> Iterator[Interruption]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def keep_workers(loader: Any) -> None:
+    """Lets a loader's worker processes outlive the first signal, in place.
+
+    Who tells a run to end may tell all processes of its group, and the step that is to be finished needs its images.
+
+    Args:
+        loader: one of timm's ``create_loader``, or None. It has not been iterated.
+    """
+    inner = getattr(loader, 'loader', loader)  # of a prefetcher
+    if inner is not None:
+        inner.worker_init_fn = _KeptWorker(inner.worker_init_fn)
+
+
+class _KeptWorker:
+    """Initialises a worker process; afterwards, as torch sets a handler of SIGTERM before."""
+
+    def __init__(self, initialise: Optional[Callable[[int], None]]) -> None:
+        self.initialise = initialise
+
+    def __call__(self, worker_id: int) -> None:
+        if self.initialise is not None:
+            self.initialise(worker_id)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(signal.SIGTERM, signal.SIG_DFL))
