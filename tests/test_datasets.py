@@ -4,6 +4,7 @@ import io
 import logging
 import pickle
 import random
+import tarfile
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from programs import run
 from timm_gpd.errors import DataError, UsageError
 from timm_gpd.training.args import parse_train_args, parse_validate_args
 from timm_gpd.training.data.datasets import create_split, resolve_data
-from timm_gpd.training.data.images import CheckedImages, LabelRange, report_bad_images
+from timm_gpd.training.data.images import CheckedImages, LabelRange, LabelSet, report_bad_images
 from timm_gpd.training.processes import Processes
 from timm_gpd.training.student import InputConfig
 
@@ -186,6 +187,61 @@ def test_labels_of_a_stream_are_checked_as_they_come(workers, label):
     assert str(error.value) == (
         f'the train split has the label {label} and the model 10 classes, from 0 on: set --num-classes, or --class-map'
     )
+
+
+@pytest.mark.parametrize(
+    'labels, dense, message',
+    [
+        ([[0], [1, 10]], False, r'a target of the train split is wrong: .*\[0, 10\)'),
+        ([[0.5] * 10, [0.5] * 9], True, 'must have 10 entries, got 9'),
+        ([[0.0] * 10, [2.0] * 10], True, r'must be in \[0, 1\]'),
+        ([3, 4], False, 'must be a 1-D sequence'),
+    ],
+)
+def test_targets_of_several_labels_are_checked_as_they_come(labels, dense, message):
+    dataset = IterableImageDataset('', reader=Stream(labels))
+    dataset.target_transform = LabelSet(10, 'train', dense)
+    loader = create_loader(dataset, (3, 8, 8), 2, num_workers=1, device=torch.device('cpu'))
+    with pytest.raises(DataError, match=message) as error:
+        list(loader)
+    assert '\n' not in str(error.value)
+
+
+def test_several_labels_become_a_number_per_class():
+    encode = LabelSet(4, 'train', dense=False)
+    assert encode([0, 2]).tolist() == [1, 0, 1, 0] and encode([]).tolist() == [0, 0, 0, 0]
+    assert LabelSet(3, 'train', dense=True)([0.25, 0, 1]).tolist() == [0.25, 0, 1]
+
+
+def test_image_folders_of_torchvision(tmp_path):
+    root = write_folder(tmp_path, train='c10 c2', val='c10 c2')
+    flags = ['--dataset', 'torch/image_folder']
+    train, val = datasets_of(args_of(root, *flags))
+    assert train.class_to_idx == val.class_to_idx == {'c10': 0, 'c2': 1} and val[0][1] == 0
+    with pytest.raises(UsageError, match='the train split has 2 classes and the model 1'):
+        datasets_of(args_of(root, *flags), num_classes=1)
+    write_image(root / 'train' / 'c3' / '1.png')
+    with pytest.raises(UsageError, match='have different classes, which torch/image_folder numbers in each'):
+        resolve_data(args_of(root, *flags))
+
+
+def test_one_file_is_one_split(tmp_path):
+    root = write_folder(tmp_path, train='cat cow')
+    with tarfile.open(tmp_path / 'images.tar', 'w') as tar:
+        tar.add(root / 'train', 'images')
+    with pytest.raises(UsageError, match='is one file, which has no splits'):
+        resolve_data(args_of(tmp_path / 'images.tar'))
+    args = args_of(tmp_path / 'images.tar', parse=parse_validate_args)
+    dataset = create_split(args, resolve_data(args), INPUT, 2, 'validation', is_training=False)
+    assert [dataset[index][1] for index in range(4)] == [0, 0, 1, 1]
+    with pytest.raises(UsageError, match='has 2 classes and the model 1'):
+        create_split(args, resolve_data(args), INPUT, 1, 'validation', is_training=False)
+
+
+def test_images_have_the_channels_of_the_model(tmp_path):
+    root = write_folder(tmp_path, train='cat', val='cat')
+    with pytest.raises(UsageError, match='--input-img-mode CMYK has 4 channels, and the model 3'):
+        datasets_of(args_of(root, '--input-img-mode', 'CMYK'))
 
 
 def damage(path, kind):

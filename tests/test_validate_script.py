@@ -87,6 +87,7 @@ def test_without_a_checkpoint_weights_are_the_pretrained_ones(averaged, monkeypa
             '--model test_vit --num-classes 10 --checkpoint {run}/last.pth.tar',
             'Missing key(s) in state_dict: "cls_token"',
         ),
+        ('--model local-dir:{run}/student --test-pool --input-size 1 64 64', 'leave out --test-pool'),
         ('--model resnet19', '--model resnet19 is unknown: models of names like it are'),
         ('--model test_resnet --checkpoint {plain} --use-ema', 'holds no averaged weights'),
         ('--model test_resnet --checkpoint {plain} --use-teacher', 'holds no dynamic teacher'),
@@ -214,6 +215,13 @@ def test_some_classes_reassessed_labels_and_averages(pets, tmp_path):
         (flat / path.name).write_bytes(path.read_bytes())
     common[common.index(root)] = tmp_path / 'flat'
     assert validate(*common, '--real-labels', tmp_path / 'real.json')['top1'] == real['top1']
+
+
+def test_checkpoints_in_the_format_of_old_torch(pets):
+    root, model = pets
+    torch.save({'state_dict': model.state_dict()}, root / 'old.pth', _use_new_zipfile_serialization=False)
+    common = [*MODEL, '--data-dir', root, '--checkpoint']
+    assert validate(*common, root / 'old.pth')['loss'] == validate(*common, root / 'model.pth')['loss']
 
 
 def test_unreadable_images_are_said(tmp_path):

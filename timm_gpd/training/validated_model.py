@@ -3,13 +3,12 @@
 import argparse
 import logging
 import os
-import pickle
 from typing import Any, Dict
 
+import torch
 import torch.nn as nn
 from timm import create_model
 from timm.models import load_checkpoint
-from timm.utils.checkpoint_saver import load_checkpoint_metadata
 
 from ..errors import UsageError, one_line, usage_errors
 from ..teacher import expand
@@ -78,8 +77,9 @@ def _load(model: nn.Module, args: argparse.Namespace) -> nn.Module:
 
 def _read(path: str) -> Dict[str, Any]:
     try:
-        checkpoint = load_checkpoint_metadata(path)
-    except (pickle.UnpicklingError, EOFError, OSError, RuntimeError, ValueError) as error:
+        with torch.serialization.safe_globals([argparse.Namespace]):  # what timm saves beside tensors and numbers
+            checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+    except Exception as error:  # whatever an unpickler makes of bytes that are no checkpoint
         raise UsageError(f'{path} cannot be read as a checkpoint: {one_line(error, length=200)}') from error
     if not isinstance(checkpoint, dict):
         raise UsageError(f'{path} is no checkpoint, but holds a {type(checkpoint).__name__}')

@@ -159,9 +159,7 @@ def create_split(
     mode = args.input_img_mode or ('RGB' if channels == 3 else 'L')
     bands = ImageMode.getmode(mode).bands
     if args.input_img_mode and len(bands) != channels:
-        raise UsageError(
-            f'images of mode {mode} have other channels than the {channels} of the model: --input-img-mode'
-        )
+        raise UsageError(f'--input-img-mode {mode} has {len(bands)} channels, and the model {channels}')
     folder = source.split_folders.get(split)
     keys = dict(input_key=args.input_key, target_key=args.target_key, target_format=args.target_format)
     with usage_errors(
