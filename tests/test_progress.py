@@ -130,7 +130,7 @@ class Recorder(Progress):
 class Batches(list):
     """What the loop reads of a loader."""
 
-    def run_epoch(self, epoch, first):
+    def run_epoch(self, epoch, first, attempt):
         return list(enumerate(self))[first:]
 
 
