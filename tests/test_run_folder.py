@@ -14,8 +14,8 @@ from timm.utils import update_summary
 
 from programs import ROOT, summary, train
 from timm_gpd.errors import RunEnded, UsageError
-from timm_gpd.training.report import plot
 from timm_gpd.training.args import parse_train_args
+from timm_gpd.training.report import plot
 from timm_gpd.training.report.files import replaced_file
 from timm_gpd.training.report.plot import GapPlot, draw_gap
 from timm_gpd.training.report.run_folder import RunFolder

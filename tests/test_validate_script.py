@@ -13,6 +13,7 @@ from sklearn.metrics import f1_score, precision_score, recall_score
 
 from programs import ROOT, run, summary, train
 from test_datasets import damage, write_folder, write_image
+from timm_gpd.training.data import loaders
 from timm_gpd.training.validation_metrics import read_valid_labels
 
 
@@ -138,10 +139,8 @@ def test_retry_takes_smaller_batches(averaged, monkeypatch):
             raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB')
         return original(args, *rest)
 
-    from timm_gpd.training import data
-
-    original = data.create_eval_loader
-    monkeypatch.setattr(data, 'create_eval_loader', create_eval_loader)
+    original = loaders.create_eval_loader
+    monkeypatch.setattr(loaders, 'create_eval_loader', create_eval_loader)
     model = ['--model', f'local-dir:{averaged}/student']
     assert digits(averaged, *model, '--retry')['top1'] > 0
     assert tried == [256, 192, 128, 96]
