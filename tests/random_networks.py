@@ -37,6 +37,7 @@ from timm_gpd.expansion.verify import (
     read_back_error,
     relative_error,
 )
+from timm_gpd.teacher.rehearsal import rehearse
 
 Block = Tuple[str, int]  # its kind, and a seed for what else is random in it
 Description = Dict[str, Any]
@@ -170,6 +171,7 @@ def judge(description: Description) -> Verdict:
             return Verdict('refused by the numeric check', first_line(error))
         if not evaluation.is_exact:
             return Verdict('refused by the numeric check', 'the planned teacher differs from the student')
+        rehearse(DynamicTeacher(student, plan), student)
         return _judge_teacher(student, plan)
     except Exception as error:
         where = traceback.extract_tb(error.__traceback__)[-1]

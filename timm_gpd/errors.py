@@ -1,5 +1,6 @@
 """Errors of the package. Each is one line that says what is wrong and what to do."""
 
+import math
 import re
 import traceback
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ __all__ = [
     'UnsupportedModelError',
     'UsageError',
     'WeightsError',
+    'check_number',
     'first_line',
     'is_bug',
     'one_line',
@@ -74,6 +76,16 @@ class DataError(UsageError):
 
     def __init__(self, message: str) -> None:
         super().__init__(message.strip().rpartition(f'{type(self).__name__}: ')[2])
+
+
+def check_number(name: str, value: object) -> None:
+    """Refuses what is no finite number.
+
+    Raises:
+        InputError: says what it is of.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise InputError(f'{name} must be a finite number, but is {value!r}')
 
 
 @contextmanager

@@ -118,7 +118,7 @@ def accepted_input_shape(model: nn.Module, device: str = 'meta') -> Optional[Tup
     shapes = (
         (number, height, width)
         for height, width in sizes
-        for number in ((channels,) if has_record(model) else CHANNELS)
+        for number in ((channels,) if has_record(model) else dict.fromkeys((channels, *CHANNELS)))
     )
     return next((shape for shape in shapes if error_with(copy, shape, device) is None), None)
 

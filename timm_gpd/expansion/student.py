@@ -4,7 +4,7 @@ from typing import Any, Sequence, Set, Union
 
 import torch.nn as nn
 
-from ..errors import NoClassifierError
+from ..errors import InputError, NoClassifierError
 from .copies import blank_copy
 from .images import accepted_input_shape, blank_images
 
@@ -12,14 +12,20 @@ __all__ = ['classifier_names', 'count_classes', 'unwrap_student']
 
 
 def unwrap_student(model: nn.Module) -> nn.Module:
-    """The model inside what ``torch.compile``, ``DataParallel`` and ``DistributedDataParallel`` put around it."""
+    """The model inside what ``torch.compile``, ``DataParallel`` and ``DistributedDataParallel`` put around it.
+
+    Raises:
+        InputError: if it is no model.
+    """
     while True:
         if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             model = model.module
         elif isinstance(getattr(model, '_orig_mod', None), nn.Module):
             model = model._orig_mod
-        else:
+        elif isinstance(model, nn.Module):
             return model
+        else:
+            raise InputError(f'the student must be a model, an nn.Module, but is {model!r}')
 
 
 def classifier_names(model: nn.Module, classifier: Union[str, Sequence[str], None] = None) -> Set[str]:

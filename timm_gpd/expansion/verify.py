@@ -313,7 +313,15 @@ def _largest_error(actual: Any, expected: Any) -> float:
 
 
 def outputs_of(output: Any) -> List[torch.Tensor]:
-    """The tensors that a model returned: some return more than one of logits in training mode."""
+    """The tensors that a model returned: some return more than one of logits in training mode.
+
+    Raises:
+        UnsupportedModelError: if it returned anything else.
+    """
     if isinstance(output, torch.Tensor):
         return [output]
+    if not isinstance(output, (tuple, list)):
+        raise UnsupportedModelError(
+            f'the student returns a {type(output).__name__}: its forward must return logits, shape (B, num_classes)'
+        )
     return [tensor for item in output for tensor in outputs_of(item)]

@@ -182,6 +182,10 @@ def _usage(student: nn.Module) -> List[str]:
         if type(student).__module__.startswith(__package__.partition('.')[0] + '.')
         else []
     )
+    config: Any = getattr(student, 'pretrained_cfg', {})
+    flags = f'--num-classes {config.get("num_classes", 1000)}'
+    channels = (config.get('input_size') or (3,))[0]
+    flags += f' --in-chans {channels}' if channels != 3 else ''
     return [
         '## Usage',
         '',
@@ -200,7 +204,7 @@ def _usage(student: nn.Module) -> List[str]:
         '',
         '```bash',
         f'python train.py --gpd --model {_LOCAL_NAME} --pretrained --data-dir path/to/images',
-        f'python train.py --gpd --model resnet18 --kd-model-name {_LOCAL_NAME} --data-dir path/to/images',
+        f'python train.py --gpd --model resnet18 {flags} --kd-model-name {_LOCAL_NAME} --data-dir path/to/images',
         '```',
     ]
 

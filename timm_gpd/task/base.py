@@ -50,7 +50,11 @@ class BaseTask(TrainingTask):
 
     def get_state_modules(self, ema: bool = False) -> Dict[str, nn.Module]:
         """What a checkpoint's ``task_state`` holds, by name."""
-        return {'distillers': self.get_learners(ema).step_loss.distillers} if self.static_teacher is not None else {}
+        step_loss = self.get_learners(ema).step_loss
+        modules = {'distillers': step_loss.distillers} if self.static_teacher is not None else {}
+        if isinstance(step_loss.criterion, nn.Module) and any(True for _ in step_loss.criterion.parameters()):
+            modules['criterion'] = step_loss.criterion
+        return modules
 
     def get_task_state(self, module: Optional[nn.Module] = None, ema: bool = False) -> Dict[str, Any]:
         """Tensors of the modules, and the settings."""

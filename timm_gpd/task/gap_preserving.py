@@ -1,13 +1,13 @@
 """Gap Preserving Distillation as one more of timm's training tasks."""
 
 import logging
-from typing import Any, Dict, Mapping, Optional, Sequence, Union
+from typing import Any, Callable, Dict, Mapping, Optional, Sequence, Union
 
 import torch
 import torch.nn as nn
 
 from ..distillers import distill_settings
-from ..errors import InputError
+from ..errors import InputError, check_number
 from ..expansion.student import unwrap_student
 from ..losses import GPD_LOSSES
 from ..teacher import DynamicTeacher, StudentView, expand
@@ -40,7 +40,8 @@ class GapPreservingTask(BaseTask):
             starts.
         static_teacher: timm model name (created with pretrained weights), timm DistillationTeacher, module, or None. A
             module is used as it is, not copied: it is moved to ``device`` and frozen.
-        criterion: task loss of logits and targets (default: cross-entropy).
+        criterion: task loss of logits and targets, a module or a function (default: cross-entropy). Parameters that a
+            module has are trained and saved.
         ratio: expansion ratio r.
         num_branches: branches per convolution.
         noise: function-preserving noise, see :func:`timm_gpd.expand`.
@@ -69,7 +70,7 @@ class GapPreservingTask(BaseTask):
         self,
         student: nn.Module,
         static_teacher: Union[str, nn.Module, None] = None,
-        criterion: Optional[nn.Module] = None,
+        criterion: Optional[Callable[..., torch.Tensor]] = None,
         ratio: int = 2,
         num_branches: int = 1,
         noise: float = 0.0,
@@ -91,6 +92,9 @@ class GapPreservingTask(BaseTask):
         student = unwrap_student(student)
         if gpd_loss not in GPD_LOSSES:
             raise InputError(f'gpd_loss must be one of {", ".join(GPD_LOSSES)}, but is {gpd_loss!r}')
+        check_number('gpd_weight', gpd_weight)
+        if static_teacher is not None and static_teacher is student:
+            raise InputError('the static teacher is the student itself: give another model, which is frozen')
         self.gpd_loss = GPD_LOSSES[gpd_loss]
         self.gpd_weight = gpd_weight
         self.task_loss_weight, self.distill_loss_weight = loss_weights(task_loss_weight, distill_loss_weight)

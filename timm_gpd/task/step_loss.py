@@ -1,11 +1,12 @@
 """What a learner is trained on at every step, and how its terms are weighted."""
 
-from typing import Dict, Iterator, Mapping, Optional, Tuple
+from typing import Callable, Dict, Iterator, Mapping, Optional, Tuple
 
 import torch
 import torch.nn as nn
 
 from ..distillers import Distillers, ModelOutput
+from ..errors import InputError, check_number
 
 __all__ = ['StepLoss', 'loss_weights']
 
@@ -14,7 +15,7 @@ class StepLoss(nn.Module):
     """A learner's share of the loss: ``a * L_task``, and with a static teacher ``+ b * L_KD``.
 
     Args:
-        criterion: task loss of logits and targets.
+        criterion: task loss of logits and targets, a module or a function.
         task_weight: weight a.
         distill_weight: weight b.
         distillers: losses from the static teacher, by learner; none where there is no static teacher.
@@ -22,12 +23,14 @@ class StepLoss(nn.Module):
 
     def __init__(
         self,
-        criterion: nn.Module,
+        criterion: Callable[..., torch.Tensor],
         task_weight: float = 1.0,
         distill_weight: float = 1.0,
         distillers: Optional[Mapping[str, Distillers]] = None,
     ) -> None:
         super().__init__()
+        if not callable(criterion):
+            raise InputError(f'criterion must be a loss of logits and targets, but is {criterion!r}')
         self.distillers = nn.ModuleDict(distillers or {})
         self.criterion = criterion
         self.task_weight, self.distill_weight = task_weight, distill_weight
@@ -62,13 +65,21 @@ class StepLoss(nn.Module):
 
     def parameters_of(self, learner: str) -> Iterator[nn.Parameter]:
         """What the loss of one learner computes with: parameters of the criterion and of its distillers."""
-        yield from self.criterion.parameters()
+        if isinstance(self.criterion, nn.Module):
+            yield from self.criterion.parameters()
         if learner in self.distillers:
             yield from self.distillers[learner].parameters()
 
 
 def loss_weights(task_loss_weight: Optional[float], distill_loss_weight: Optional[float]) -> Tuple[float, float]:
-    """Weights a of the task loss and b of the distillation loss, from what was given, as timm's tasks do."""
+    """Weights a of the task loss and b of the distillation loss, from what was given, as timm's tasks do.
+
+    Raises:
+        InputError: if one of them is no number.
+    """
+    for name, weight in (('task_loss_weight', task_loss_weight), ('distill_loss_weight', distill_loss_weight)):
+        if weight is not None:
+            check_number(name, weight)
     if distill_loss_weight is None:
         distill_loss_weight = 1.0 if task_loss_weight is None else 1.0 - task_loss_weight
     return 1.0 if task_loss_weight is None else task_loss_weight, distill_loss_weight

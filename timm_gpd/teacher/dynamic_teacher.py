@@ -6,7 +6,7 @@ from typing import Any, Callable, Dict, Iterable, List, Mapping, NamedTuple, Opt
 import torch
 import torch.nn as nn
 
-from ..errors import InputError
+from ..errors import InputError, check_number
 from ..expansion.copies import (
     copy_detached,
     copy_model,
@@ -307,7 +307,8 @@ def _forget_computed_tensors(dynamic_teacher: DynamicTeacher) -> None:
 def check_storage(scale: str, noise: float) -> None:
     if scale not in SCALES:
         raise InputError(f'scale must be one of {", ".join(SCALES)}, but is {scale!r}')
-    if not noise >= 0:
+    check_number('noise', noise)
+    if noise < 0:
         raise InputError(f'noise must be a number of at least 0, but is {noise!r}')
 
 

@@ -4,6 +4,7 @@ from typing import Optional, Sequence, Union
 
 import torch.nn as nn
 
+from ..errors import InputError
 from ..expansion import plan_expansion, verify_plan
 from ..expansion.student import unwrap_student
 from .branches import branch_kinds
@@ -53,6 +54,8 @@ def expand(
     kinds = branch_kinds(num_branches, branches)
     check_storage(scale, noise)
     student = unwrap_student(student)
+    if isinstance(student, DynamicTeacher):
+        raise InputError('this is a dynamic teacher already: give the plain student, as extract_student() returns it')
     plan = plan_expansion(student, ratio, classifier)
     verify_plan(student, plan)
     dynamic_teacher = DynamicTeacher(student, plan, noise=noise, scale=scale, branches=kinds)

@@ -237,10 +237,15 @@ def _multiply(tensors: Sequence[torch.Tensor], by: Sequence[float]) -> List[torc
     return result
 
 
+def _last_first(axes: Axes) -> Axes:
+    """Axes in the order in which they can be split: one that is split moves those behind it."""
+    return tuple(sorted(reversed(axes), key=lambda item: -item[0]))
+
+
 def _first_replica_views(tensor: torch.Tensor, axes: Axes) -> List[torch.Tensor]:
     """Views of a teacher tensor that together hold the student's entries, one for each combination of segments."""
     views = [tensor]
-    for axis, axis_map in reversed(axes):  # the last first: an axis that is split moves those behind it
+    for axis, axis_map in _last_first(axes):
         sizes = [segment.teacher_size for segment in axis_map]
         views = [
             part.unflatten(axis, (-1, segment.ratio, segment.block)).select(axis + 1, 0)
@@ -253,7 +258,7 @@ def _first_replica_views(tensor: torch.Tensor, axes: Axes) -> List[torch.Tensor]
 def _student_views(tensor: torch.Tensor, axes: Axes) -> List[torch.Tensor]:
     """Views of a student tensor, of the shapes and in the order of :func:`_first_replica_views`."""
     views = [tensor]
-    for axis, axis_map in reversed(axes):
+    for axis, axis_map in _last_first(axes):
         sizes = [segment.size for segment in axis_map]
         views = [
             part.unflatten(axis, (-1, segment.block))

@@ -21,6 +21,8 @@ class StudentView(nn.Module):
         super().__init__()
         object.__setattr__(self, 'dynamic_teacher', dynamic_teacher)  # a reference, not a submodule
         self.training = dynamic_teacher.student.training
+        # As a part of a task its state comes with the dynamic teacher's.
+        self.register_load_state_dict_pre_hook(_take_out)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Student's logits, shape (B, num_classes)."""
@@ -37,3 +39,8 @@ class StudentView(nn.Module):
     def load_state_dict(self, state_dict: Dict[str, torch.Tensor], strict: bool = True, assign: bool = False):
         """Expands a plain student's ``state_dict`` into the dynamic teacher."""
         return self.dynamic_teacher.load_student(state_dict, strict=strict)
+
+
+def _take_out(module: nn.Module, state_dict: Dict[str, torch.Tensor], prefix: str, *rest: Any) -> None:
+    for name in [name for name in state_dict if name.startswith(prefix)]:
+        del state_dict[name]

@@ -56,7 +56,7 @@ def create_student(args: argparse.Namespace) -> nn.Module:
     Raises:
         UsageError: if timm cannot create it, or it has no classifier.
     """
-    in_chans = args.in_chans or (args.input_size[0] if args.input_size else 3)
+    in_chans = args.in_chans or (args.input_size[0] if args.input_size else None)  # None: the model's
     overlay = dict(args.pretrained_cfg_overlay)
     if args.pretrained_path:
         overlay.update(file=args.pretrained_path, num_classes=-1)  # -1: adapt the classifier, whatever its classes
