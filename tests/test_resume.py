@@ -135,9 +135,8 @@ def test_a_run_that_is_told_to_end_says_how_it_goes_on(tmp_path, left_alone, num
     before = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)]
 
     def tell_all():  # also those that load images, as a terminal and torchrun do
-        for child in multiprocessing.active_children():
-            os.kill(child.pid, number)
-        os.kill(os.getpid(), number)
+        children = [str(child.pid) for child in multiprocessing.active_children()]
+        subprocess.run(['kill', f'-{number.name}', *children, str(os.getpid())], check=True)
 
     with at_update(6, tell_all):
         ended = train(tmp_path, *arguments, code=code)

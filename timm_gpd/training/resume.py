@@ -68,6 +68,10 @@ def resume_run(
             f'{"with" if args.gpd else "without"}: resume it as it was, or start from its student with '
             '--initial-checkpoint'
         )
+    if 'state_dict_ema' in checkpoint and not task.has_ema():
+        raise UsageError(f'{path} holds a moving average, which this run would lose: resume it with --model-ema')
+    if task.has_ema() and 'state_dict_ema' not in checkpoint:
+        _logger.warning(f'{path} holds no moving average: it begins with the weights')
     try:
         resume_task_checkpoint(task, path, **state)
         if task.has_ema():
@@ -125,8 +129,9 @@ def _has_dynamic_teacher(checkpoint: Dict[str, Any]) -> bool:
 def _read(path: str) -> Dict[str, Any]:
     try:
         checkpoint = load_checkpoint_metadata(path)
-    except (pickle.UnpicklingError, EOFError, OSError, RuntimeError) as error:
-        raise UsageError(f'{path} cannot be read as a checkpoint: {first_line(error)}')
+    except (pickle.UnpicklingError, EOFError, OSError, LookupError, ValueError, RuntimeError) as error:
+        reason = 'torch has not written it' if 'mmap can only be used' in str(error) else first_line(error)
+        raise UsageError(f'{path} cannot be read as a checkpoint: {reason}')
     if not isinstance(checkpoint, dict) or 'optimizer' not in checkpoint or 'epoch' not in checkpoint:
         raise UsageError(f'{path} is no checkpoint of a run: to start from its weights, use --initial-checkpoint')
     return checkpoint

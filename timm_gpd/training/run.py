@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import math
 from dataclasses import dataclass
 from typing import Any, Dict, Tuple
 
@@ -82,8 +83,10 @@ class Run:
                 set_learning_rates(self.optimizer, position.learning_rates)
                 continue
             position = self._end_epoch(position, metrics)
-        if not self.folder.has_results():  # of a run that was complete, in another folder
-            self.folder.write_epoch(position.epoch - 1, {}, self.evaluate(), lr=mean_lr(self.optimizer))
+        if not self.processes.share(self.folder.has_results()):  # of a run that was complete, in another folder
+            found, lr = self.evaluate(), mean_lr(self.optimizer)
+            self.folder.write_epoch(position.epoch - 1, {}, found, lr=lr)
+            self.checkpoints.save_epoch(position.epoch - 1, position, found.get(self.args.eval_metric))
 
     def _end_epoch(self, position: Position, metrics: Dict[str, float]) -> Position:
         """Validates, saves and reports. Returns the beginning of the next epoch."""
@@ -97,6 +100,9 @@ class Run:
             self.progress.validated(found)
             self.tracker.log(self.folder.write_epoch(epoch, metrics, found, lr=lr))
             metric = (found or metrics)[self.args.eval_metric]
+            if not math.isfinite(metric):
+                _logger.warning(f'epoch {epoch}: {self.args.eval_metric} is {metric}, which no checkpoint is ranked by')
+                metric = None
         if self.lr_scheduler is not None:
             self.lr_scheduler.step(done, metric)
         position = position.next_epoch()

@@ -39,6 +39,9 @@ def create_schedule(
         )
     if args.stop_epoch is not None and args.stop_epoch > num_epochs:
         raise UsageError(f'--stop-epoch {args.stop_epoch} is behind the {num_epochs} epochs of the schedule: lower it')
+    late = [epoch for epoch in args.save_epochs if epoch > num_epochs]
+    if late:
+        raise UsageError(f'--save-epochs {late[0]} is behind the {num_epochs} epochs of the schedule: lower it')
     if scheduler is None:
         return None, num_epochs
     if start_epoch > 0 and args.sched_on_updates:

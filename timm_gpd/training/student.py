@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import logging
+import pickle
 from typing import Any, Callable, Dict, Tuple, cast
 
 import torch
@@ -68,7 +69,9 @@ def create_student(args: argparse.Namespace) -> nn.Module:
         TypeError,
         OSError,
         AssertionError,
-        KeyError,
+        LookupError,
+        EOFError,
+        pickle.UnpicklingError,
     ):
         student = create_model(
             args.model,
@@ -154,8 +157,12 @@ def resolve_input(args: argparse.Namespace, model: nn.Module) -> InputConfig:
     with usage_errors('check --input-size, --mean and --std', AssertionError):
         validates = hasattr(args, 'use_train_size')
         values = dict(vars(args))
-        if validates and not args.in_chans and not args.input_size:  # for --img-size, timm's are else 3
+        if not args.in_chans and not args.input_size:  # for --img-size, timm's are else 3
             values['in_chans'] = (getattr(model, 'pretrained_cfg', None) or {}).get('input_size', (3,))[0]
+        channels = args.input_size[0] if args.input_size else values['in_chans'] or 3
+        for flag in ('mean', 'std'):
+            if len(values[flag] or ()) not in (0, 1, channels):
+                raise UsageError(f'--{flag} has {len(values[flag])} values, and images have {channels} channels')
         config = resolve_data_config(values, model=model, use_test_size=validates and not args.use_train_size)
     for key in ('mean', 'std'):  # as timm's loader does where the config is of other channels than the model
         if len(config[key]) != config['input_size'][0]:

@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import os
 from typing import Any, List, Mapping, Tuple
 
 import torch.nn as nn
@@ -64,6 +65,10 @@ def check_train_combinations(values: Mapping[str, Any], parser: argparse.Argumen
     _check_schedule(values)
     if values['resume'] == 'auto' and not values['experiment']:
         raise UsageError('--resume auto needs --experiment, the name of the run')
+    if os.path.basename(values['experiment']) != values['experiment']:
+        raise UsageError(f'--experiment {values["experiment"]} is no name of a folder in --output: leave out the path')
+    if values['gpd'] and values['gpd_ratio'] == values['gpd_branches'] == 1:
+        _logger.warning('with --gpd-ratio 1 and --gpd-branches 1 the dynamic teacher is the student again')
     metrics = _metrics(values)
     if values['eval_metric'] not in metrics:
         raise UsageError(f'--eval-metric {values["eval_metric"]} is unknown: this run has {", ".join(metrics)}')

@@ -64,6 +64,15 @@ def validate_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _parse(parser: argparse.ArgumentParser, argv: Optional[List[str]]) -> argparse.Namespace:
+    try:
+        return parser.parse_args(argv)
+    except ValueError as error:  # of timm's action for such arguments
+        if isinstance(error, UsageError):
+            raise
+        raise UsageError('the arguments of --model-kwargs, --opt-kwargs and their like are NAME=VALUE (see --help)')
+
+
 def parse_train_args(argv: Optional[List[str]] = None) -> Arguments:
     """Arguments of ``train.py``: defaults, then the values of ``--config``, then the command line.
 
@@ -83,7 +92,7 @@ def parse_train_args(argv: Optional[List[str]] = None) -> Arguments:
     config = named.parse_known_args(argv)[0].config
     if config:
         parser.set_defaults(**read_config(config, parser))
-    values = vars(parser.parse_args(argv))
+    values = vars(_parse(parser, argv))
     check_flags(values, parser)
     multilabel = values['task'] == 'multilabel'
     if values['smoothing'] is None:
@@ -126,7 +135,7 @@ def parse_validate_args(argv: Optional[List[str]] = None) -> Arguments:
         UsageError: if something cannot be understood or is out of range.
     """
     parser = validate_parser()
-    values = vars(parser.parse_args(argv))
+    values = vars(_parse(parser, argv))
     check_flags({**values, 'model': None}, parser)  # it may be many models
     check_validate_combinations(values)
     return Arguments(**{**values, 'data_dir': values['data_dir'] or values['data']})
