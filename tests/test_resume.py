@@ -136,7 +136,8 @@ def test_a_run_that_is_told_to_end_says_how_it_goes_on(tmp_path, left_alone, num
 
     def tell_all():  # also those that load images, as a terminal and torchrun do
         children = [str(child.pid) for child in multiprocessing.active_children()]
-        subprocess.run(['kill', f'-{number.name}', *children, str(os.getpid())], check=True)
+        subprocess.run(['kill', f'-{number.name}', *children], check=True)
+        os.kill(os.getpid(), number)
 
     with at_update(6, tell_all):
         ended = train(tmp_path, *arguments, code=code)

@@ -239,7 +239,7 @@ def _multiply(tensors: Sequence[torch.Tensor], by: Sequence[float]) -> List[torc
 
 def _last_first(axes: Axes) -> Axes:
     """Axes in the order in which they can be split: one that is split moves those behind it."""
-    return tuple(sorted(reversed(axes), key=lambda item: -item[0]))
+    return tuple(sorted(axes[::-1], key=lambda item: -item[0]))
 
 
 def _first_replica_views(tensor: torch.Tensor, axes: Axes) -> List[torch.Tensor]:
