@@ -239,7 +239,8 @@ def _multiply(tensors: Sequence[torch.Tensor], by: Sequence[float]) -> List[torc
 
 def _last_first(axes: Axes) -> Axes:
     """Axes in the order in which they can be split: one that is split moves those behind it."""
-    return tuple(sorted(axes[::-1], key=lambda item: -item[0]))
+    order = sorted(range(len(axes)), key=lambda i: (axes[i][0], i), reverse=True)
+    return tuple(axes[i] for i in order)
 
 
 def _first_replica_views(tensor: torch.Tensor, axes: Axes) -> List[torch.Tensor]:
