@@ -49,7 +49,7 @@ def test_a_bug_is_not_presented_as_bad_input(arguments, broken, tmp_path, monkey
         (('--gpd-noise', '-1', '--gpd'), 'noise must be at least 0'),
         (('--kd-model-name', 'no_such_model'), 'no_such_model'),
         (('--kd-model-name', 'local-dir:no/such/folder'), 'no/such/folder'),
-        (('--mean', '0.5', '0.5'), 'check --input-size, --mean and --std'),
+        (('--mean', '0.5', '0.5'), '--mean has 2 values, and images have 3 channels'),
     ],
 )
 def test_bad_input_is_one_line(flags, message, tmp_path):

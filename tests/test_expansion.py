@@ -15,7 +15,7 @@ from exactness import expansion_errors
 from timm_gpd import Rule, UnsupportedModelError, expand, plan_expansion, register_rule
 from timm_gpd.axes import AxisMap
 from timm_gpd.errors import NoClassifierError
-from timm_gpd.expansion import planner, verify
+from timm_gpd.expansion import images, planner
 from timm_gpd.expansion.images import accepted_input_shape
 from timm_gpd.expansion.verify import relative_error, verify_plan
 
@@ -194,7 +194,7 @@ def test_the_plan_says_what_images_the_student_accepts(name, kwargs, shape, monk
         searched.append(model)
         return accepted_input_shape(model)
 
-    for module in (planner, verify):
+    for module in (planner, images):
         monkeypatch.setattr(module, 'accepted_input_shape', search)
     student = timm.create_model(name, num_classes=4, **kwargs)
     plan = plan_expansion(student)
@@ -297,10 +297,21 @@ def test_channels_of_images_are_found_where_a_student_does_not_say_them(channels
     assert relative_error(teacher(x), student(x)) < 1e-5
 
 
+class SevenChannels(nn.Module):
+    """A convolution that is no nn.Conv2d, of which channels could be read."""
+
+    def __init__(self):
+        super().__init__()
+        self.kernel = nn.Parameter(torch.randn(8, 7, 3, 3))
+
+    def forward(self, x):
+        return F.conv2d(x, self.kernel)
+
+
 def test_a_student_that_runs_on_no_images_says_what_to_set():
     student = ReversingNet()
     del student.in_chans
-    student.conv, student.reverse = nn.Conv2d(7, 8, 3), nn.Identity()
+    student.conv, student.reverse = SevenChannels(), nn.Identity()
     for make in (plan_expansion, expand):
         with pytest.raises(UnsupportedModelError, match='runs on no images that were tried.*in_chans') as raised:
             make(student)

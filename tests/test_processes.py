@@ -25,7 +25,7 @@ COMMON = [
     '--hflip',
     '0.5',
     '--workers',
-    '0',
+    '1',
 ]
 COMMON += ['--model-ema', '--model-ema-decay', '0.5', '--checkpoint-hist', STEPS, '--gpd-branches', '2']
 RUNS = {

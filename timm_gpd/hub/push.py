@@ -14,7 +14,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from ..errors import UsageError, usage_errors
 from ..student_folder import CARD, PLOT, STUDENT_FILES, card_of_repo, read_metrics, save_student
-from ..training.args import Arguments
+from ..training.args import Arguments, train_parser
 from ..training.student import create_student, resolve_input, set_input
 from ..version import __version__
 from .client import create_api, hub_errors
@@ -111,16 +111,16 @@ def _save_student_of_checkpoint(path: str, folder: str) -> None:
     if not isinstance(checkpoint, dict) or not {'args', 'epoch', 'state_dict'} <= checkpoint.keys():
         raise UsageError(f'{path} is no checkpoint of train.py: it lacks args, epoch or state_dict')
     # Its own weights follow: what the run started from is neither needed nor always there.
+    # Flags that are newer than the checkpoint have their defaults.
     args = Arguments(
-        **{**vars(checkpoint['args']), 'pretrained': False, 'pretrained_path': None, 'initial_checkpoint': ''}
+        **{
+            **vars(train_parser().parse_args([])),
+            **vars(checkpoint['args']),
+            **dict(pretrained=False, pretrained_path=None, initial_checkpoint=''),
+        }
     )
-    try:
-        student = create_student(args)
-        set_input(student, resolve_input(args, student))
-    except AttributeError as error:
-        if error.obj is not args:
-            raise
-        raise UsageError(f'{path} is no checkpoint of train.py: its arguments lack {error.name}') from error
+    student = create_student(args)
+    set_input(student, resolve_input(args, student))
     with usage_errors('give a checkpoint of train.py', RuntimeError):
         student.load_state_dict(checkpoint.get('state_dict_ema') or checkpoint['state_dict'])
     run = os.path.dirname(os.path.abspath(path))
