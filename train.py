@@ -86,7 +86,9 @@ def train(args: argparse.Namespace, compute: Compute, processes: Processes, log:
             use_warmup=args.model_ema_warmup,
             device='cpu' if args.model_ema_force_cpu else None,
         )
-    position = resume_run(args, checkpoint, task, checkpoints) if checkpoint else Position(args.start_epoch or 0)
+    position = resume_run(args, checkpoint, task, checkpoints) if checkpoint else Position()
+    if args.start_epoch is not None:
+        position = Position(args.start_epoch, rewinds=position.rewinds)
     updates_per_epoch = -(-len(loader_train) // args.grad_accum_steps)
     lr_scheduler, num_epochs = create_schedule(args, optimizer, updates_per_epoch, position.epoch, lower_is_better)
     set_learning_rates(optimizer, position.learning_rates)
@@ -98,7 +100,7 @@ def train(args: argparse.Namespace, compute: Compute, processes: Processes, log:
         position.epoch * updates_per_epoch + position.batch // args.grad_accum_steps,
         processes.is_primary,
     )
-    overview = describe(task, input_config)
+    overview = describe(task, input_config) if processes.is_primary else []
     if args.torchcompile:
         with usage_errors('check --torchcompile and --torchcompile-mode', RuntimeError):
             task.compile(backend=args.torchcompile, mode=args.torchcompile_mode)

@@ -244,6 +244,9 @@ def test_a_run_is_resumed_as_what_it_was(tmp_path, first, then):
 def test_no_checkpoint_to_resume_automatically_is_a_beginning(tmp_path):
     train(tmp_path, *PLAIN, '--experiment', 'run', '--epochs', '1', '--resume', 'auto', config='digits')
     assert len(summary(tmp_path / 'run')) == 1
+    (tmp_path / 'run' / 'recovery-0-2.pth.tar').write_bytes(b'nothing')  # of a file system that lost it
+    again = train(tmp_path, *PLAIN, '--experiment', 'run', '--epochs', '1', '--resume', 'auto', config='digits')
+    assert 'recovery-0-2.pth.tar cannot be read as a checkpoint' in again.stderr and len(summary(tmp_path / 'run')) == 1
     (tmp_path / 'run' / 'last.pth.tar').write_bytes(b'nothing')
     failed = run('train.py', '--dataset', 'digits', *PLAIN, '--resume', 'auto', '--device', 'cpu', code=2)
     assert '--resume auto needs --experiment' in failed.stderr
@@ -291,7 +294,8 @@ def test_nan_is_found_before_the_update(tmp_path, config, task_class):
 
 
 def test_a_run_goes_back_and_on_with_other_random_numbers(tmp_path):
-    arguments = [*PLAIN, '-b', '50', '--epochs', '2', '--on-nan', 'rewind']
+    # --start-epoch is where the command begins, not where a run goes back to.
+    arguments = [*PLAIN, '-b', '50', '--epochs', '2', '--on-nan', 'rewind', '--start-epoch', '0']
     with nan_at(3, GapPreservingTask):
         result = train(tmp_path, *arguments, '--experiment', 'run')
     assert 'the run goes back to' in result.stderr

@@ -1,6 +1,7 @@
 """Errors of the package. Each is one line that says what is wrong and what to do."""
 
 import math
+import pickle
 import re
 import traceback
 from contextlib import contextmanager
@@ -8,6 +9,7 @@ from typing import Iterator, Type
 
 __all__ = [
     'DataError',
+    'LIBRARY_ERRORS',
     'InputError',
     'NamedError',
     'NoClassifierError',
@@ -86,6 +88,19 @@ def check_number(name: str, value: object) -> None:
     """
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         raise InputError(f'{name} must be a finite number, but is {value!r}')
+
+
+# What torch and timm raise of names, arguments and files that they are handed.
+LIBRARY_ERRORS = (
+    RuntimeError,
+    ValueError,
+    TypeError,
+    OSError,
+    AssertionError,
+    LookupError,
+    EOFError,
+    pickle.UnpicklingError,
+)
 
 
 @contextmanager

@@ -1,12 +1,9 @@
 """Publishes a student."""
 
-import argparse
 import os
-import pickle
 import tempfile
 from typing import Any, Dict, Optional, Union
 
-import torch
 import yaml
 from huggingface_hub import CommitOperationAdd
 from huggingface_hub.errors import HFValidationError
@@ -15,6 +12,7 @@ from huggingface_hub.utils import validate_repo_id
 from ..errors import UsageError, usage_errors
 from ..student_folder import CARD, PLOT, STUDENT_FILES, card_of_repo, read_metrics, save_student
 from ..training.args import Arguments, train_parser
+from ..training.checkpoints import read_checkpoint
 from ..training.student import create_student, resolve_input, set_input
 from ..version import __version__
 from .client import create_api, hub_errors
@@ -105,10 +103,11 @@ def _student_folder(source: str, scratch: str) -> str:
 
 def _save_student_of_checkpoint(path: str, folder: str) -> None:
     """Writes the student of a training checkpoint: the averaged one where there is one, which is the one validated."""
-    with usage_errors('give a checkpoint of train.py', pickle.UnpicklingError, RuntimeError, EOFError, OSError):
-        with torch.serialization.safe_globals([argparse.Namespace]):  # what timm saves beside tensors and numbers
-            checkpoint = torch.load(path, map_location='cpu', weights_only=True)
-    if not isinstance(checkpoint, dict) or not {'args', 'epoch', 'state_dict'} <= checkpoint.keys():
+    try:
+        checkpoint = read_checkpoint(path)
+    except UsageError as error:
+        raise UsageError(f'{error} (give a checkpoint of train.py)') from error
+    if not {'args', 'epoch', 'state_dict'} <= checkpoint.keys():
         raise UsageError(f'{path} is no checkpoint of train.py: it lacks args, epoch or state_dict')
     # Its own weights follow: what the run started from is neither needed nor always there.
     # Flags that are newer than the checkpoint have their defaults.

@@ -1,7 +1,6 @@
 """The static teacher: any pretrained model, frozen, behind timm's own wrapper."""
 
 import os
-import pickle
 from typing import Optional, Union
 
 import torch
@@ -11,7 +10,7 @@ from timm.task import DistillationTeacher
 from timm.utils import unwrap_model
 
 from ..distillers import DistillSettings, ModelOutput, tap_teacher
-from ..errors import InputError, is_bug, one_line
+from ..errors import LIBRARY_ERRORS, InputError, is_bug, one_line
 from ..expansion.images import input_shape
 from ..expansion.student import count_classes
 
@@ -139,15 +138,14 @@ def _create(
         raise InputError(f"the static teacher's checkpoint {path} does not exist")
     try:
         weights = load_state_dict(path)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+    except LIBRARY_ERRORS as error:
         reason = (str(error) or type(error).__name__).splitlines()[0].partition('. ')[0]
         raise InputError(f'{path} cannot be read as a checkpoint: {reason}')
     try:
         return create()
-    except (KeyError, RuntimeError) as error:  # a KeyError from timm before 1.0.31, of other names
-        problem = (str(error).strip().splitlines() or [''])[
-            -1
-        ].strip()  # the classifier's bias, where only that does not fit
+    except RuntimeError as error:
+        # The last line is about the classifier's bias, where only that does not fit.
+        problem = (str(error).strip().splitlines() or [''])[-1].strip()
         for key, tensor in weights.items():
             if problem.startswith(f'size mismatch for {key}:') and problem.endswith(f'[{num_classes}]).'):
                 _check_classes(len(tensor), student)

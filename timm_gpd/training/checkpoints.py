@@ -8,8 +8,8 @@ import argparse
 import glob
 import logging
 import os
-import pickle
 import shutil
+import zipfile
 from dataclasses import dataclass, field
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence
 
@@ -17,13 +17,12 @@ import torch
 import torch.nn as nn
 from timm.task import TrainingTask
 from timm.utils import unwrap_model
-from timm.utils.checkpoint_saver import load_checkpoint_metadata
 
-from ..errors import UsageError, first_line
+from ..errors import UsageError, first_line, one_line
 from .processes import Processes
 from .report.files import replaced_file
 
-__all__ = ['Checkpoints', 'Position', 'newest_checkpoint']
+__all__ = ['Checkpoints', 'Position', 'newest_checkpoint', 'read_checkpoint']
 
 EXTENSION = '.pth.tar'
 
@@ -263,18 +262,40 @@ class Checkpoints:
         for path in glob.glob(self.path('checkpoint-*')):
             name = os.path.basename(path).removesuffix(EXTENSION)
             if name not in known:
-                known[name] = load_checkpoint_metadata(path).get('metric')
+                known[name] = read_checkpoint(path).get('metric')
         kept = [Kept(name, metric) for name, metric in known.items() if os.path.exists(self.path(name))]
         self.history = sorted(kept, key=self._rank_of)
         self.best_metric, self.best_epoch = saver.get('best_metric'), saver.get('best_epoch')
         if os.path.exists(self.path('model_best')):
-            best = load_checkpoint_metadata(self.path('model_best'))
+            best = read_checkpoint(self.path('model_best'))
             metric = best.get('metric')
             if metric is not None and (self.best_metric is None or self.sign * metric > self.sign * self.best_metric):
                 self.best_metric, self.best_epoch = metric, best['epoch']
         epoch, metric = saver.get('pending', (None, None))
         if is_last and epoch is not None:  # the run may have ended before it was ranked
             self._rank(epoch, metric)
+
+
+def read_checkpoint(path: str) -> Dict[str, Any]:
+    """Reads a training checkpoint, of this package or timm's.
+
+    Args:
+        path: the file.
+
+    Returns:
+        What it holds. Tensors stay in the file until they are used, but in files of torch before 1.6.
+
+    Raises:
+        UsageError: if it is no such file.
+    """
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):  # what timm saves beside tensors and numbers
+            checkpoint = torch.load(path, map_location='cpu', weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # whatever an unpickler makes of bytes that are no checkpoint
+        raise UsageError(f'{path} cannot be read as a checkpoint: {one_line(error, length=200)}') from error
+    if not isinstance(checkpoint, dict):
+        raise UsageError(f'{path} is no checkpoint, but holds a {type(checkpoint).__name__}')
+    return checkpoint
 
 
 def newest_checkpoint(folder: str) -> Optional[str]:
@@ -291,9 +312,9 @@ def newest_checkpoint(folder: str) -> Optional[str]:
         if not os.path.exists(path):
             continue
         try:
-            checkpoint = load_checkpoint_metadata(path)
-        except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
-            _logger.warning(f'{path} is passed over: it cannot be read ({first_line(error)})')
+            checkpoint = read_checkpoint(path)
+        except UsageError as error:
+            _logger.warning(f'{error}: it is passed over')
             continue
         run = checkpoint.get('run', {'epoch': checkpoint['epoch'] + 1, 'batch': 0})
         found.append((run['epoch'], run['batch'], path))

@@ -3,14 +3,12 @@
 import argparse
 import logging
 import os
-import pickle
 from typing import Any, Dict
 
 from timm.task import TrainingTask, load_task_ema_checkpoint, resume_task_checkpoint
-from timm.utils.checkpoint_saver import load_checkpoint_metadata
 
-from ..errors import UsageError, first_line, is_bug, one_line
-from .checkpoints import Checkpoints, Position, newest_checkpoint
+from ..errors import UsageError, is_bug, one_line
+from .checkpoints import Checkpoints, Position, newest_checkpoint, read_checkpoint
 from .non_finite import NonFiniteError
 
 __all__ = ['find_checkpoint', 'resume_run', 'rewind']
@@ -61,7 +59,9 @@ def resume_run(
         UsageError: if the file is no checkpoint, or is one of another architecture or other GPD settings.
     """
     state = {} if args.no_resume_opt else dict(optimizer=checkpoints.optimizer, loss_scaler=checkpoints.loss_scaler)
-    checkpoint = _read(path)
+    checkpoint = read_checkpoint(path)
+    if 'optimizer' not in checkpoint or 'epoch' not in checkpoint:
+        raise UsageError(f'{path} is no checkpoint of a run: to start from its weights, use --initial-checkpoint')
     if _has_dynamic_teacher(checkpoint) != args.gpd:
         raise UsageError(
             f'{path} is of a run {"with" if _has_dynamic_teacher(checkpoint) else "without"} --gpd, and this one is '
@@ -85,8 +85,7 @@ def resume_run(
         )
     if os.path.realpath(os.path.dirname(path)) == os.path.realpath(checkpoints.folder):
         checkpoints.restore_history(checkpoint, is_last=os.path.basename(path).startswith('last'))
-    position = checkpoints.restore_position(checkpoint)
-    return position if args.start_epoch is None else Position(args.start_epoch, rewinds=position.rewinds)
+    return checkpoints.restore_position(checkpoint)
 
 
 def rewind(
@@ -124,14 +123,3 @@ def rewind(
 
 def _has_dynamic_teacher(checkpoint: Dict[str, Any]) -> bool:
     return 'dynamic_teacher' in (checkpoint.get('task_state') or {})
-
-
-def _read(path: str) -> Dict[str, Any]:
-    try:
-        checkpoint = load_checkpoint_metadata(path)
-    except (pickle.UnpicklingError, EOFError, OSError, LookupError, ValueError, RuntimeError) as error:
-        reason = 'torch has not written it' if 'mmap can only be used' in str(error) else first_line(error)
-        raise UsageError(f'{path} cannot be read as a checkpoint: {reason}')
-    if not isinstance(checkpoint, dict) or 'optimizer' not in checkpoint or 'epoch' not in checkpoint:
-        raise UsageError(f'{path} is no checkpoint of a run: to start from its weights, use --initial-checkpoint')
-    return checkpoint

@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import logging
-import pickle
 from typing import Any, Callable, Dict, Tuple, cast
 
 import torch
@@ -12,7 +11,7 @@ from timm import create_model
 from timm.data import resolve_data_config
 from timm.layers import convert_splitbn_model
 
-from ..errors import UsageError, usage_errors
+from ..errors import LIBRARY_ERRORS, UsageError, usage_errors
 
 __all__ = ['InputConfig', 'check_image_sizes', 'count_classes', 'create_student', 'resolve_input', 'set_input']
 
@@ -62,17 +61,8 @@ def create_student(args: argparse.Namespace) -> nn.Module:
     if args.pretrained_path:
         overlay.update(file=args.pretrained_path, num_classes=-1)  # -1: adapt the classifier, whatever its classes
     files = [path for path in (args.pretrained_path, args.initial_checkpoint) if path]
-    with usage_errors(
-        f'check --model, --model-kwargs and {" and ".join(files) or "--pretrained"}',
-        RuntimeError,
-        ValueError,
-        TypeError,
-        OSError,
-        AssertionError,
-        LookupError,
-        EOFError,
-        pickle.UnpicklingError,
-    ):
+    what = ' and '.join(files) or '--pretrained'
+    with usage_errors(f'check --model, --model-kwargs and {what}', *LIBRARY_ERRORS):
         student = create_model(
             args.model,
             pretrained=args.pretrained or bool(args.pretrained_path),

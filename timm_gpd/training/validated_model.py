@@ -5,13 +5,13 @@ import logging
 import os
 from typing import Any, Dict
 
-import torch
 import torch.nn as nn
 from timm import create_model
 from timm.models import load_checkpoint
 
-from ..errors import UsageError, one_line, usage_errors
+from ..errors import LIBRARY_ERRORS, UsageError, one_line, usage_errors
 from ..teacher import expand
+from .checkpoints import read_checkpoint
 from .student import count_classes
 
 __all__ = ['load_validated_model']
@@ -20,7 +20,6 @@ _logger = logging.getLogger('validate')
 
 _NOT_TORCH = ('.safetensors', '.npz', '.npy')
 _ADVICE = 'check --model, --model-kwargs, --num-classes and --checkpoint'
-_KINDS = (RuntimeError, ValueError, TypeError, OSError, AssertionError, KeyError, NotImplementedError)
 
 
 def load_validated_model(args: argparse.Namespace) -> nn.Module:
@@ -41,7 +40,7 @@ def load_validated_model(args: argparse.Namespace) -> nn.Module:
         _logger.info(f'No --checkpoint: these are the pretrained weights of {args.model}')
     in_chans = args.in_chans or (args.input_size[0] if args.input_size else None)
     options = dict(num_classes=args.num_classes, in_chans=in_chans, global_pool=args.gp)
-    with usage_errors(_ADVICE, *_KINDS):
+    with usage_errors(_ADVICE, *LIBRARY_ERRORS):
         model = create_model(
             args.model, pretrained=args.pretrained or not args.checkpoint, **{**options, **args.model_kwargs}
         )
@@ -52,7 +51,7 @@ def load_validated_model(args: argparse.Namespace) -> nn.Module:
 
 def _load(model: nn.Module, args: argparse.Namespace) -> nn.Module:
     path = args.checkpoint
-    checkpoint = {} if path.endswith(_NOT_TORCH) else _read(path)
+    checkpoint = {} if path.endswith(_NOT_TORCH) else read_checkpoint(path)
     averaged = next((key for key in ('state_dict_ema', 'model_ema') if checkpoint.get(key) is not None), None)
     if args.use_ema and averaged is None:
         raise UsageError(f'{path} holds no averaged weights: leave out --use-ema')
@@ -67,23 +66,12 @@ def _load(model: nn.Module, args: argparse.Namespace) -> nn.Module:
             model = teacher.extract_teacher()
         else:
             load_checkpoint(model, path, use_ema=args.use_ema)
-    except _KINDS as error:
+    except LIBRARY_ERRORS as error:
         origin = _describe_origin(checkpoint)
         raise UsageError(f'{path}{origin} does not fit --model {args.model}: {one_line(error)} ({_ADVICE})') from error
     which = ('averaged ' if args.use_ema else '') + ('dynamic teacher' if args.use_teacher else 'model')
     _logger.info(f'Loaded the {which} of {path}')
     return model
-
-
-def _read(path: str) -> Dict[str, Any]:
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # what timm saves beside tensors and numbers
-            checkpoint = torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as error:  # whatever an unpickler makes of bytes that are no checkpoint
-        raise UsageError(f'{path} cannot be read as a checkpoint: {one_line(error, length=200)}') from error
-    if not isinstance(checkpoint, dict):
-        raise UsageError(f'{path} is no checkpoint, but holds a {type(checkpoint).__name__}')
-    return checkpoint
 
 
 def _describe_origin(checkpoint: Dict[str, Any]) -> str:

@@ -9,7 +9,7 @@ from typing import Any, Dict, Optional, Tuple
 from PIL import ImageMode
 from timm.data import ImageDataset, create_dataset
 
-from ...errors import UsageError, usage_errors
+from ...errors import LIBRARY_ERRORS, UsageError, usage_errors
 from ..student import InputConfig
 from .class_folders import (
     EVAL_NAMES,
@@ -162,16 +162,7 @@ def create_split(
         raise UsageError(f'--input-img-mode {mode} has {len(bands)} channels, and the model {channels}')
     folder = source.split_folders.get(split)
     keys = dict(input_key=args.input_key, target_key=args.target_key, target_format=args.target_format)
-    with usage_errors(
-        'check --data-dir, --dataset and the names of the splits',
-        RuntimeError,
-        ValueError,
-        OSError,
-        AssertionError,
-        ImportError,
-        LookupError,
-        TypeError,
-    ):
+    with usage_errors('check --data-dir, --dataset and the names of the splits', *LIBRARY_ERRORS, ImportError):
         dataset = create_dataset(
             source.dataset,
             root=folder or source.folder,
