@@ -2,7 +2,6 @@
 """Validates a timm model, a published student or a training checkpoint. ``validate.py --help`` lists the arguments."""
 
 import argparse
-import csv
 import dataclasses
 import glob
 import json
@@ -31,7 +30,7 @@ from timm_gpd.training.data.loaders import create_eval_loader
 from timm_gpd.training.evaluation import evaluator_of, validate
 from timm_gpd.training.memory import is_out_of_memory, memory_errors
 from timm_gpd.training.processes import Processes, start_processes
-from timm_gpd.training.report.files import replaced_file
+from timm_gpd.training.report.files import replaced_file, write_csv
 from timm_gpd.training.student import count_classes, resolve_input
 from timm_gpd.training.validated_model import load_validated_model
 from timm_gpd.training.validation_metrics import ExtendedEvaluator, read_real_labels, read_valid_labels
@@ -46,8 +45,6 @@ def main() -> None:
     args = parse_validate_args()
     models = find_models(args)
     with start_processes(args.device) as processes:
-        if not processes.is_primary:
-            logging.root.setLevel(logging.WARNING)
         if processes.is_distributed and (args.retry or args.num_gpu > 1):
             raise UsageError('--retry and --num-gpu are for one process: leave them out, or torchrun')
         compute = create_compute(str(processes.device), args.amp, args.amp_dtype, args.channels_last, args.model_dtype)
@@ -204,9 +201,7 @@ def write_results(path: str, results: Any, kind: str) -> None:
                 json.dump(results, file, indent=4)
             else:
                 rows = results if isinstance(results, list) else [results]
-                writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-                writer.writeheader()
-                writer.writerows(rows)
+                write_csv(file, rows, list(rows[0]))
     except OSError as error:
         raise UsageError(f'{path} cannot be written: {error.strerror}; check --results-file')
 

@@ -4,8 +4,8 @@
 
 Every run is `train.py` on the digits with all that draws random numbers; each process is killed with SIGKILL, with its
 workers, after a random time, and the same command is started again with `--resume auto`. At the end every tensor and
-number of `last.pth.tar`, `summary.csv` and the list of files must be those of the run that was left alone, bit for bit.
-Among two processes, torchrun and both are killed. It took about 15 minutes for 20 kills on two cores.
+number of every checkpoint, `summary.csv` and the list of files must be, bit for bit, those of the run that was left
+alone. Among two processes, torchrun and both are killed. It took about 15 minutes for 20 kills on two cores.
 
 Exit codes: 0 if all runs ended alike, 1 if one did not.
 """
@@ -20,12 +20,15 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Tuple
+from typing import Any, Dict, List
 
 import timm
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / 'tests'))
+from programs import differences  # noqa: E402  which tests compare runs with
+
 RUN = [
     *('--epochs', '6', '--digits-train-size', '320', '-b', '16', '--warmup-epochs', '1', '--recovery-interval', '3'),
     *('--mixup', '0.5', '--smoothing', '0.1', '--reprob', '0.3', '--hflip', '0.5', '--drop-path', '0.1'),
@@ -52,34 +55,6 @@ def start(arguments: List[str], log: Path) -> subprocess.Popen:
     environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'}
     with log.open('a') as file:
         return subprocess.Popen(arguments, env=environment, stdout=file, stderr=file, start_new_session=True)
-
-
-def values(state: Any, path: str = '') -> Iterator[Tuple[str, Any]]:
-    """All that a checkpoint holds, by where it stands."""
-    if isinstance(state, (dict, list, tuple)):
-        for key, value in state.items() if isinstance(state, dict) else enumerate(state):
-            yield from values(value, f'{path}/{key}')
-    elif not isinstance(state, argparse.Namespace):
-        yield path, state
-
-
-def differences(run: Path, expected: Path) -> List[str]:
-    """Names of what differs between two runs' folders."""
-    found, wanted = (
-        dict(values(torch.load(folder / 'last.pth.tar', weights_only=False))) for folder in (run, expected)
-    )
-    names = [
-        name
-        for name in found.keys() | wanted.keys()
-        if not (
-            torch.equal(found[name], wanted[name])
-            if isinstance(found.get(name), torch.Tensor) and isinstance(wanted.get(name), torch.Tensor)
-            else found.get(name) == wanted.get(name)
-        )
-    ]
-    if (run / 'summary.csv').read_text() != (expected / 'summary.csv').read_text():
-        names.append('summary.csv')
-    return names + sorted(set(os.listdir(run)) ^ set(os.listdir(expected)))
 
 
 def kill_and_resume(kind: str, folder: Path, kills: int, generator: random.Random, seconds: float) -> Dict[str, Any]:
@@ -149,7 +124,7 @@ def report(results: List[Dict[str, Any]], options: argparse.Namespace) -> str:
             '',
             f'What `python benchmarks/kill.py --kills {options.kills} --seed {options.seed}` found with timm '
             f'{timm.__version__} and torch {torch.__version__}: {kills} kills in {len(results)} runs, of which {same} '
-            'ended bit for bit as the run that was left alone: every tensor and number of `last.pth.tar` (student, '
+            'ended bit for bit as the run that was left alone: every tensor and number of every checkpoint (student, '
             'dynamic teacher, averages, optimizer, best metric), `summary.csv` and the list of files.',
             '',
             'The runs are of 6 epochs of 20 updates on the digits, with a checkpoint every third update. A process is '

@@ -21,6 +21,11 @@ os.environ['HF_HUB_OFFLINE'] = '1'
 TINY_RESNET = dict(channels=(8, 16, 32, 64), stem_width=4, num_classes=10, in_chans=1)
 
 
+def small_resnet(**kwargs):
+    """A ResNet for images of three channels that runs in milliseconds."""
+    return timm.create_model('test_resnet', **{**dict(channels=(8, 8, 16, 16), stem_width=4, num_classes=10), **kwargs})
+
+
 def pytest_configure(config):
     """pytest-randomly shuffles the tests; their random numbers do not depend on its seed."""
     if hasattr(config.option, 'randomly_reset_seed'):

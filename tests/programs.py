@@ -1,5 +1,6 @@
 """The scripts, run as a user runs them."""
 
+import argparse
 import contextlib
 import csv
 import io
@@ -7,6 +8,8 @@ import os
 import runpy
 import sys
 from types import SimpleNamespace
+
+import torch
 
 from process import kept_settings
 
@@ -47,3 +50,31 @@ def train(tmp_path, *arguments, config='digits_gpd', **kwargs):
         *arguments,
         **kwargs,
     )
+
+
+def checkpoint_values(state, path=''):
+    """All that a checkpoint holds but the command, by where it stands."""
+    if isinstance(state, (dict, list, tuple)):
+        for key, value in state.items() if isinstance(state, dict) else enumerate(state):
+            yield from checkpoint_values(value, f'{path}/{key}')
+    elif not isinstance(state, argparse.Namespace):
+        yield path, state
+
+
+def differences(actual, expected):
+    """What differs between the folders of two runs: files, and numbers and tensors of every checkpoint, bit for bit."""
+    names = sorted(set(os.listdir(actual)) ^ set(os.listdir(expected)))
+    if (actual / 'summary.csv').read_text() != (expected / 'summary.csv').read_text():
+        names.append('summary.csv')
+    for file in sorted(expected.glob('*.pth.tar')):
+        if not (actual / file.name).exists():
+            continue  # which is one of the files
+        found, wanted = (
+            dict(checkpoint_values(torch.load(folder / file.name, weights_only=False))) for folder in (actual, expected)
+        )
+        for key in sorted(found.keys() | wanted.keys()):
+            first, second = found.get(key), wanted.get(key)
+            both_tensors = isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor)
+            if not (torch.equal(first, second) if both_tensors else first == second):
+                names.append(f'{key} of {file.name}')
+    return names

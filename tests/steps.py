@@ -2,6 +2,7 @@
 
 import torch
 
+from timm_gpd.teacher.shared_tensors import SharedTensors
 from timm_gpd.training.checkpoints import Position
 from timm_gpd.training.loop import LoopSettings, TrainingLoop
 from timm_gpd.training.processes import Processes
@@ -41,3 +42,16 @@ def train_epoch(task, batches, optimizer, compute, epoch=0, **settings):
     """One epoch of a training loop on batches of images and targets; the means of its losses."""
     loop = TrainingLoop(task, Batches(batches), optimizer, compute, Processes(compute.device), LoopSettings(**settings))
     return loop.train_epoch(Position(epoch))
+
+
+def change_what_the_student_gets(monkeypatch, change):
+    """A fault of dynamic teachers: the student inside runs on tensors that a function has changed."""
+    of_student = SharedTensors.of_student
+    monkeypatch.setattr(
+        SharedTensors,
+        '__call__',
+        lambda self, stored: (
+            self.of_teacher(stored),
+            {name: change(tensor) for name, tensor in of_student(self, stored).items()},
+        ),
+    )

@@ -3,17 +3,14 @@
 import copy
 
 import pytest
-import timm
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from conftest import small_resnet
 from timm_gpd import GapPreservingTask, UnsupportedModelError, expand
 from timm_gpd.errors import InputError
-
-
-def small_resnet(**kwargs):
-    return timm.create_model('test_resnet', channels=(8, 8, 16, 16), stem_width=4, **{'num_classes': 5, **kwargs})
+from timm_gpd.teacher.rehearsal import gradient_pairs, gradients_of
 
 
 class Transposed(nn.Module):
@@ -45,18 +42,17 @@ def test_a_transposed_parameter_trains(how, ratio):
     torch.manual_seed(0)
     student = Transposed(how).double()
     x, target = torch.randn(4, 3, 8, 8, dtype=torch.float64), torch.arange(4)
-    task = GapPreservingTask(copy.deepcopy(student), ratio=ratio, classifier='fc', gpd_weight=0.0, verbose=False)
-    task.double()(x, target)['loss'].backward()
-    F.cross_entropy(student(x), target).backward()
+    task = GapPreservingTask(student, ratio=ratio, classifier='fc', verbose=False)
     trained = task.get_dynamic_teacher()
-    for name, parameter in student.named_parameters():
-        if parameter.grad is None:
-            continue
-        found, tensor_map = trained.wide.get_parameter(name).grad, trained.plan.tensors.get(name)
-        assert found.isfinite().all() and found.any(), name
-        # Replica 0 has the student's gradient and the teacher's, which is 1 / divisor of the student's.
-        found = found if tensor_map is None else tensor_map.first_replica(found)
-        assert found.shape == parameter.shape
+    gradients = gradients_of(student(x), {name: own for name, own in student.named_parameters()})
+    pairs = list(gradient_pairs(trained, trained.joint(x).student, gradients))
+    assert len(pairs) == len(gradients)
+    for name, inside, gradient in pairs:
+        torch.testing.assert_close(inside, gradient, rtol=1e-10, atol=1e-14, msg=name)
+    task.double()(x, target)['loss'].backward()
+    used = [name for name, gradient in gradients.items() if gradient is not None]
+    assert all(trained.wide.get_parameter(name).grad.isfinite().all() for name in used)
+    assert all(trained.wide.get_parameter(name).grad.any() for name in used)
     optimizer = torch.optim.SGD(task.parameters(), lr=0.1)
     optimizer.step()
     with torch.no_grad():

@@ -12,6 +12,7 @@ import torch
 import torch.nn as nn
 from timm.task import ClassificationTask
 
+from steps import Batches
 from timm_gpd import DistillationTask, GapPreservingTask
 from timm_gpd.errors import RunEnded, UsageError
 from timm_gpd.training.checkpoints import Position
@@ -125,13 +126,6 @@ class Recorder(Progress):
 
     def step(self, *arguments):
         self.steps.append(arguments)
-
-
-class Batches(list):
-    """What the loop reads of a loader."""
-
-    def run_epoch(self, epoch, first, attempt):
-        return list(enumerate(self))[first:]
 
 
 @pytest.mark.parametrize('world_size', [1, 2])

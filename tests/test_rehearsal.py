@@ -1,40 +1,20 @@
 """`expand` runs what it hands out, and refuses it where the student inside is not the student."""
 
 import pytest
-import timm
 import torch
 
+from conftest import small_resnet
+from steps import change_what_the_student_gets
 from timm_gpd import UnsupportedModelError, expand
 from timm_gpd.teacher import DynamicTeacher
-from timm_gpd.teacher.shared_tensors import SharedTensors
-
-
-def small_resnet(**kwargs):
-    return timm.create_model('test_resnet', channels=(8, 8, 16, 16), stem_width=4, num_classes=10, **kwargs)
 
 
 def distort_output(monkeypatch):
-    of_student = SharedTensors.of_student
-    monkeypatch.setattr(
-        SharedTensors,
-        '__call__',
-        lambda self, stored: (
-            self.of_teacher(stored),
-            {name: tensor * 1.5 for name, tensor in of_student(self, stored).items()},
-        ),
-    )
+    change_what_the_student_gets(monkeypatch, lambda tensor: tensor * 1.5)
 
 
 def lose_gradients(monkeypatch):
-    of_student = SharedTensors.of_student
-    monkeypatch.setattr(
-        SharedTensors,
-        '__call__',
-        lambda self, stored: (
-            self.of_teacher(stored),
-            {name: tensor.detach() + 0 * tensor for name, tensor in of_student(self, stored).items()},
-        ),
-    )
+    change_what_the_student_gets(monkeypatch, lambda tensor: tensor.detach() + 0 * tensor)
 
 
 def lose_statistics(monkeypatch):

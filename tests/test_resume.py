@@ -1,6 +1,5 @@
 """A run that is killed, told to end or out of room, and goes on: it ends where the run that was left alone does."""
 
-import argparse
 import contextlib
 import errno
 import multiprocessing
@@ -13,7 +12,7 @@ import pytest
 import torch
 from timm.task import ClassificationTask
 
-from programs import QUICK, ROOT, run, summary, train
+from programs import QUICK, ROOT, checkpoint_values, differences, run, summary, train
 from timm_gpd import GapPreservingTask
 from timm_gpd.training.loop import TrainingLoop
 
@@ -31,30 +30,8 @@ def left_alone(tmp_path_factory):
     return folder / 'run'
 
 
-def values(state, path=''):
-    """All that a checkpoint holds, by where it stands."""
-    if isinstance(state, (dict, list, tuple)):
-        for key, value in state.items() if isinstance(state, dict) else enumerate(state):
-            yield from values(value, f'{path}/{key}')
-    elif not isinstance(state, argparse.Namespace):  # the command, of which --resume is a part
-        yield path, state
-
-
 def load(folder, name='last'):
     return torch.load(folder / f'{name}.pth.tar', weights_only=False)
-
-
-def assert_same_run(actual, expected):
-    """Every file, number and tensor of two runs' folders."""
-    assert sorted(os.listdir(actual)) == sorted(os.listdir(expected))
-    assert (actual / 'summary.csv').read_text() == (expected / 'summary.csv').read_text()
-    for file in expected.glob('*.pth.tar'):
-        name = file.name.removesuffix('.pth.tar')
-        found, wanted = (dict(values(load(folder, name))) for folder in (actual, expected))
-        assert found.keys() == wanted.keys()
-        for key, value in wanted.items():
-            same = torch.equal(found[key], value) if isinstance(value, torch.Tensor) else found[key] == value
-            assert same, f'{key} of {name}'
 
 
 KILLED = """
@@ -110,7 +87,7 @@ def test_a_killed_run_ends_as_the_one_that_was_left_alone(tmp_path, left_alone, 
         )
         assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()[-2000:]
     train(tmp_path, *arguments)
-    assert_same_run(tmp_path / 'run', left_alone)
+    assert not differences(tmp_path / 'run', left_alone)
 
 
 @contextlib.contextmanager
@@ -150,7 +127,7 @@ def test_a_run_that_is_told_to_end_says_how_it_goes_on(tmp_path, left_alone, num
     refused = train(tmp_path, *arguments, '--resume', path, '-b', '10', code=2)
     assert 'the middle of an epoch with batch_size 20, and this run has 10' in refused.stderr
     train(tmp_path, *arguments, '--resume', path)
-    assert_same_run(tmp_path / 'run', left_alone)
+    assert not differences(tmp_path / 'run', left_alone)
 
 
 def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, left_alone, monkeypatch):
@@ -173,7 +150,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, left_alone, monkeypa
         name for name in os.listdir(tmp_path / 'run') if name.startswith('.')
     ]
     train(tmp_path, *arguments)
-    assert_same_run(tmp_path / 'run', left_alone)
+    assert not differences(tmp_path / 'run', left_alone)
 
 
 # -- what was is not lost -------------------------------------------------------------------------------------------
@@ -288,9 +265,8 @@ def test_nan_is_found_before_the_update(tmp_path, config, task_class):
     assert row['train_loss'] != free['train_loss'] and float(row['train_loss']) < 100
     steps = {state.get('step') for state in load(tmp_path / 'skip')['optimizer']['state'].values()}
     assert steps == {None}  # SGD counts none; its momentum is finite
-    assert all(
-        value.isfinite().all() for _, value in values(load(tmp_path / 'skip')) if isinstance(value, torch.Tensor)
-    )
+    tensors = [value for _, value in checkpoint_values(load(tmp_path / 'skip')) if isinstance(value, torch.Tensor)]
+    assert tensors and all(tensor.isfinite().all() for tensor in tensors)
 
 
 def test_a_run_goes_back_and_on_with_other_random_numbers(tmp_path):

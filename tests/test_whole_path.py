@@ -9,13 +9,14 @@ import timm
 import torch
 import torch.nn as nn
 
+from conftest import small_resnet
+from steps import change_what_the_student_gets
 from timm_gpd import GapPreservingTask, expand
 from timm_gpd.axes import TensorMap
 from timm_gpd.coverage.whole_path import CHECKS, PathError, WholePath
 from timm_gpd.expansion.copies import copy_model, plain_copy
 from timm_gpd.expansion.images import input_shape
 from timm_gpd.teacher import DynamicTeacher
-from timm_gpd.teacher.shared_tensors import SharedTensors
 
 
 class Net(nn.Module):
@@ -279,21 +280,6 @@ def test_noise_for_a_layer_that_sums_over_tokens_and_channels():
 # -- the check itself -----------------------------------------------------------------------------------------------
 
 
-def small_resnet():
-    return timm.create_model('test_resnet', channels=(8, 8, 16, 16), stem_width=4, num_classes=10)
-
-
-def slice_another_replica(monkeypatch):
-    monkeypatch.setattr(
-        SharedTensors,
-        '__call__',
-        lambda self, stored: (
-            self.of_teacher(stored),
-            {name: tensor * 1.5 for name, tensor in self.of_student(stored).items()},
-        ),
-    )
-
-
 def forget_statistics(monkeypatch):
     extract = DynamicTeacher.extract_student
     monkeypatch.setattr(
@@ -318,7 +304,7 @@ def save_another_state(monkeypatch):
 
 
 FAULTS = {
-    'gradient': slice_another_replica,
+    'gradient': lambda monkeypatch: change_what_the_student_gets(monkeypatch, lambda tensor: tensor * 1.5),
     'extraction': forget_statistics,
     'state': save_another_state,
     'steps': lambda monkeypatch: monkeypatch.setattr(torch.optim.SGD, 'step', lambda self: None),

@@ -12,7 +12,7 @@ import torch
 from .errors import NamedError, RunEnded, UsageError
 from .version import __version__
 
-__all__ = ['Parser', 'run_program']
+__all__ = ['Parser', 'flag_of', 'run_program']
 
 
 class Parser(argparse.ArgumentParser):
@@ -20,6 +20,11 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f'{message} (see --help)')
+
+
+def flag_of(name: str) -> str:
+    """How an argument is spelt on the command line."""
+    return '--' + name.replace('_', '-')
 
 
 def run_program(name: str, main: Callable[[], None]) -> int:

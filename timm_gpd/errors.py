@@ -5,7 +5,7 @@ import pickle
 import re
 import traceback
 from contextlib import contextmanager
-from typing import Iterator, Type
+from typing import Iterator, Sequence, Type
 
 __all__ = [
     'DataError',
@@ -18,6 +18,7 @@ __all__ = [
     'UsageError',
     'WeightsError',
     'check_number',
+    'first_of',
     'first_line',
     'is_bug',
     'one_line',
@@ -147,13 +148,13 @@ def one_line(error: BaseException, names: int = 3, length: int = 600) -> str:
     """
     text = ' '.join(str(error).split()) or type(error).__name__
     text = re.sub(r'^Error\(s\) in loading state_dict for \w+: ', '', text)
-    text = re.sub(r'"[^"\s]+"(?:, "[^"\s]+")+', lambda found: _shorten(found[0], ', ', names), text)
-    text = re.sub(r'size mismatch for .*', lambda found: _shorten(found[0], ' size mismatch for ', 2), text)
+    text = re.sub(r'"[^"\s]+"(?:, "[^"\s]+")+', lambda found: first_of(found[0].split(', '), names), text)
+    each = ' size mismatch for '
+    text = re.sub(r'size mismatch for .*', lambda found: first_of(found[0].split(each), 2, each), text)
     return text if len(text) <= length else f'{text[: length * 2 // 3]} ... {text[-length // 3 :]}'
 
 
-def _shorten(text: str, separator: str, count: int) -> str:
-    """The first parts of a list, and how many there are more."""
-    parts = text.split(separator)
-    more = len(parts) - count
-    return text if more <= 0 else f'{separator.join(parts[:count])} and {more} more'
+def first_of(names: Sequence[str], count: int = 5, separator: str = ', ') -> str:
+    """The first of some names, and how many there are more."""
+    more = f' and {len(names) - count} more' if len(names) > count else ''
+    return separator.join(names[:count]) + more

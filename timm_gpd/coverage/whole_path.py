@@ -3,16 +3,16 @@
 import copy
 import io
 import pickle
-from typing import Callable, Dict, List, Tuple
+from typing import Callable, Dict, List, Optional, Tuple
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
 from ..expansion.verify import InFloat64, agreement, disable_randomness_, reference_model
 from ..plan import ExpansionPlan
 from ..task import GapPreservingTask
 from ..teacher import DynamicTeacher
+from ..teacher.rehearsal import gradient_pairs, gradients_of
 
 __all__ = ['CHECKS', 'PathError', 'WholePath']
 
@@ -66,13 +66,11 @@ class WholePath:
         plain = copy.deepcopy(self.reference).train()
         twin = copy.deepcopy(self.teacher).train()
         with InFloat64():
-            expected = _gradients(plain(self.x), plain)
-            actual = _gradients(twin.joint(self.x).student, twin.wide)
+            expected = gradients_of(plain(self.x), dict(plain.named_parameters()))
+            pairs = list(gradient_pairs(twin, twin.joint(self.x).student, expected))
         _expect(any(gradient is not None for gradient in expected.values()), 'the plain student has no gradient')
-        for name, gradient in expected.items():
-            of_stored, tensor_map = actual[name], self.plan.tensors.get(name)
-            if of_stored is not None and tensor_map is not None:
-                of_stored = tensor_map.first_replica(of_stored)
+        _expect([name for name, _, _ in pairs] == list(expected), 'tensors have other names')
+        for name, of_stored, gradient in pairs:
             _expect(
                 _is_zero(of_stored) if gradient is None else of_stored is not None and torch.equal(of_stored, gradient),
                 f"the gradient of {name} is not the plain student's",
@@ -186,13 +184,7 @@ def _reference(student: nn.Module, plan: ExpansionPlan) -> Tuple[nn.Module, torc
         return reference_model(student, plan)
 
 
-def _gradients(logits: torch.Tensor, model: nn.Module) -> Dict[str, torch.Tensor]:
-    """Gradients of a loss by parameter name, None where there is none."""
-    F.cross_entropy(logits, torch.arange(len(logits))).backward()
-    return {name: parameter.grad for name, parameter in model.named_parameters()}
-
-
-def _is_zero(gradient: torch.Tensor) -> bool:
+def _is_zero(gradient: Optional[torch.Tensor]) -> bool:
     return gradient is None or not gradient.any()
 
 

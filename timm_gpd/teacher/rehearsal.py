@@ -1,6 +1,6 @@
 """The last check before a dynamic teacher is handed out: the student inside it is the student that it was made from."""
 
-from typing import Dict, Iterator, List, Optional, Tuple
+from typing import Dict, Iterator, List, Mapping, Optional, Tuple
 
 import torch
 import torch.nn as nn
@@ -11,7 +11,7 @@ from ..expansion.images import run_on_small_images
 from ..expansion.verify import outputs_of
 from .dynamic_teacher import DynamicTeacher
 
-__all__ = ['rehearse']
+__all__ = ['gradient_pairs', 'gradients_of', 'rehearse']
 
 ROUNDING = 4  # square roots of an epsilon, relative to a tensor's largest entry: other kernels, merged branches
 Pair = Tuple[str, Optional[torch.Tensor], Optional[torch.Tensor]]
@@ -53,32 +53,47 @@ def _pairs(dynamic_teacher: DynamicTeacher, plain: nn.Module) -> Iterator[Pair]:
     output_inside = dynamic_teacher.joint(x).student
     for logits_inside, logits in zip(outputs_of(output_inside), outputs_of(output)):
         yield 'the output', logits_inside, logits
-    yield from _gradient_pairs(dynamic_teacher, plain, output_inside, output)
+    own = {name: tensor for name, tensor in plain.named_parameters() if tensor.requires_grad}
+    try:
+        gradients = gradients_of(output, own)
+    except RuntimeError:
+        gradients = {}
+    for name, inside, gradient in gradient_pairs(dynamic_teacher, output_inside, gradients):
+        yield f'the gradient of {name}', inside, gradient
     state = plain.state_dict()
     for name, tensor in dynamic_teacher.extract_student().state_dict().items():
         yield name, tensor, state.get(name)
 
 
-def _gradient_pairs(
-    dynamic_teacher: DynamicTeacher, plain: nn.Module, output_inside: object, output: object
+def gradient_pairs(
+    dynamic_teacher: DynamicTeacher,
+    output: object,
+    gradients: Mapping[str, Optional[torch.Tensor]],
 ) -> Iterator[Pair]:
-    stored = dict(dynamic_teacher.wide.named_parameters())  # without the kernels that have branches
-    own = {name: tensor for name, tensor in plain.named_parameters() if tensor.requires_grad and name in stored}
-    try:
-        gradients = _gradients(output, own)
-    except RuntimeError:
-        return
-    gradients_inside = _gradients(output_inside, {name: stored[name] for name in own})
-    for name, gradient in gradients.items():
-        inside, tensor_map = gradients_inside[name], dynamic_teacher.plan.tensors.get(name)
-        if inside is not None and tensor_map is not None:
-            inside = tensor_map.first_replica(inside)
+    """What the student's loss gives the tensors that are stored, beside what it gives the student alone.
+
+    Args:
+        dynamic_teacher: the dynamic teacher.
+        output: what the student inside it made of some images.
+        gradients: from :func:`gradients_of` what the student alone made of them, by name.
+
+    Yields:
+        Name, gradient of replica 0 in the student's convention, and the student's own; None where there is none.
+        Kernels that have branches are left out.
+    """
+    stored = dict(dynamic_teacher.wide.named_parameters())
+    inside = gradients_of(output, {name: stored[name] for name in gradients if name in stored})
+    for name, gradient in inside.items():
+        tensor_map = dynamic_teacher.plan.tensors.get(name)
+        if gradient is not None and tensor_map is not None:
+            gradient = tensor_map.first_replica(gradient)
             if dynamic_teacher.scale == 'teacher':
-                inside = inside / tensor_map.divisor
-        yield f'the gradient of {name}', inside, gradient
+                gradient = gradient / tensor_map.divisor
+        yield name, gradient, gradients[name]
 
 
-def _gradients(output: object, tensors: Dict[str, torch.Tensor]) -> Dict[str, Optional[torch.Tensor]]:
+def gradients_of(output: object, tensors: Mapping[str, torch.Tensor]) -> Dict[str, Optional[torch.Tensor]]:
+    """Gradients of a loss of what a model returned, by name; None where a tensor has none, nothing if no tensor has."""
     loss = sum(tensor.float().square().mean() for tensor in outputs_of(output))
     if not tensors or not isinstance(loss, torch.Tensor) or not loss.requires_grad:
         return {}

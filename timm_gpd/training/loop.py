@@ -11,7 +11,7 @@ from typing import Any, Dict, Optional, Tuple
 import torch
 from timm.data import Mixup
 from timm.task import TrainingTask
-from timm.utils import AverageMeter, dispatch_clip_grad
+from timm.utils import dispatch_clip_grad
 
 from .checkpoints import Checkpoints, Position
 from .compute import Compute
@@ -124,7 +124,7 @@ class TrainingLoop:
             self._turn_mixup_off()
         self.task.train()
         self.optimizer.zero_grad()
-        losses, times = AverageMeter(), _Times()
+        times = _Times()
         means, update_terms = _Means.at(position), _Means()
         for index, (images, target) in self.loader.run_epoch(epoch, position.batch, position.rewinds):
             update = index // accumulation
@@ -156,14 +156,14 @@ class TrainingLoop:
                 torch.accelerator.synchronize(self.compute.device)
             if self.image_log is not None:
                 self.image_log.save(update, index, images)
-            losses.update((update_terms.sums['loss'] / update_terms.images).item(), update_terms.images)
+            loss, loss_mean = update_terms.mean('loss'), means.mean('loss')
             if self.progress is not None:
                 images_of_all = update_terms.images * self.processes.world_size
                 self.progress.step(
-                    epoch, update, losses.val, losses.avg, mean_lr(self.optimizer), images_of_all, *times.updated()
+                    epoch, update, loss, loss_mean, mean_lr(self.optimizer), images_of_all, *times.updated()
                 )
             if self.lr_scheduler is not None:
-                self.lr_scheduler.step_update(num_updates=num_updates, metric=losses.avg)
+                self.lr_scheduler.step_update(num_updates=num_updates, metric=loss_mean)
             update_terms = _Means()
             position.batch = index + 1
             self._save_if_wanted(position, means, update)
@@ -258,6 +258,10 @@ class _Means:
         dtype = torch.float32 if value.device.type == 'mps' else torch.float64
         before = self.sums.get(name)
         self.sums[name] = value.to(dtype) if before is None else before.to(value.device, dtype) + value.to(dtype)
+
+    def mean(self, name: str) -> float:
+        """The mean of one of them so far, in this process; NaN before any image. The device is waited for."""
+        return (self.sums[name] / self.images).item() if self.images else float('nan')
 
     def are_finite(self) -> bool:
         return bool(torch.stack(list(self.sums.values())).isfinite().all())

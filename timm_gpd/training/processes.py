@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import logging
 from dataclasses import dataclass
 from typing import Any, Iterator, List, Optional
 
@@ -88,6 +89,14 @@ class Processes:
         dist.gather_object(value, values, dst=0, group=self.control)
         return values or []
 
+    def gather_everywhere(self, value: Any) -> List[Any]:
+        """A value of every process, in the order of ranks; in all of them."""
+        if not self.is_distributed:
+            return [value]
+        values: List[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self.control)
+        return values
+
     def share(self, value: Any) -> Any:
         """The first process's value, in all."""
         if not self.is_distributed:
@@ -134,6 +143,8 @@ class Processes:
 def start_processes(device: str, backend: Optional[str] = None, url: Optional[str] = None) -> Iterator[Processes]:
     """Joins the processes that torchrun or SLURM has started with this one, by their environment variables.
 
+    All but the first one log warnings only.
+
     Args:
         device: name of a torch device; among several processes each takes the GPU of its local rank.
         backend: of ``torch.distributed`` (default: ``nccl`` on GPUs, ``gloo`` on CPUs).
@@ -147,16 +158,18 @@ def start_processes(device: str, backend: Optional[str] = None, url: Optional[st
     """
     try:
         found = init_distributed_device_so(device=device, dist_backend=backend, dist_url=url)
-        torch.empty(0, device=found['device'])
+        own = torch.device(found['device'])
     except (RuntimeError, AssertionError, ValueError) as error:
         raise UsageError(f'device {device} cannot be used: {first_line(error)} (try --device cpu)')
     processes = Processes(
-        device=torch.device(found['device']),
+        device=own,
         rank=found['global_rank'],
         local_rank=found['local_rank'],
         world_size=found['world_size'],
         control=dist.new_group(backend='gloo', timeout=CONTROL_TIMEOUT) if found['distributed'] else None,
     )
+    if not processes.is_primary:
+        logging.root.setLevel(logging.WARNING)
     yield processes
     # A process that fails leaves without a word to the others, for which they may keep it waiting: its end is theirs.
     if processes.is_distributed:

@@ -9,6 +9,7 @@ import torch.nn as nn
 from timm import create_model
 from timm.models import load_checkpoint
 
+from ..command_line import flag_of
 from ..errors import LIBRARY_ERRORS, UsageError, one_line, usage_errors
 from ..teacher import expand
 from .checkpoints import read_checkpoint
@@ -78,7 +79,7 @@ def _describe_origin(checkpoint: Dict[str, Any]) -> str:
     """What a training checkpoint is of, for errors."""
     known = vars(checkpoint['args']) if isinstance(checkpoint.get('args'), argparse.Namespace) else {}
     flags = [
-        f'--{name.replace("_", "-")} {known[name]}'
+        f'{flag_of(name)} {known[name]}'
         for name in ('model', 'num_classes', 'in_chans', 'img_size')
         if known.get(name) is not None
     ]

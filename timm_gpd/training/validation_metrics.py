@@ -77,9 +77,8 @@ class ExtendedEvaluator(ClassificationEvaluator):
             from sklearn.metrics import precision_recall_fscore_support
         except ImportError:
             raise UsageError('--metrics-avg needs scikit-learn: pip install "timm-gpd[demo]"')
-        pairs = self.processes.share(
-            self.processes.gather((torch.cat(self.predicted).tolist(), torch.cat(self.targets).tolist()))
-        )
+        own = torch.cat(self.predicted).tolist(), torch.cat(self.targets).tolist()
+        pairs = self.processes.gather_everywhere(own)
         predicted, targets = ([label for pair in pairs for label in pair[part]] for part in (0, 1))
         values = precision_recall_fscore_support(targets, predicted, average=average, zero_division=0)
         return {f'{average}_{name}': 100 * value for name, value in zip(('precision', 'recall', 'f1_score'), values)}

@@ -7,6 +7,7 @@ from typing import Any, List, Mapping, Tuple
 
 import torch.nn as nn
 
+from ...command_line import flag_of
 from ...errors import UsageError
 from ...private_torch import BatchNorm
 
@@ -75,7 +76,7 @@ def check_train_combinations(values: Mapping[str, Any], parser: argparse.Argumen
     for switch, names in _ONLY_WITH.items():
         idle = [name for name in names if not values[switch] and values[name] != parser.get_default(name)]
         if idle:
-            _logger.warning(f'{", ".join(_flag(name) for name in idle)} does nothing without {_flag(switch)}')
+            _logger.warning(f'{", ".join(flag_of(name) for name in idle)} does nothing without {flag_of(switch)}')
 
 
 def check_validate_combinations(values: Mapping[str, Any]) -> None:
@@ -90,12 +91,12 @@ def check_validate_combinations(values: Mapping[str, Any]) -> None:
     _check_images(values)
     for name in ('use_ema', 'use_teacher'):
         if values[name] and not values['checkpoint']:
-            raise UsageError(f'{_flag(name)} chooses among the models of a checkpoint: give --checkpoint')
+            raise UsageError(f'{flag_of(name)} chooses among the models of a checkpoint: give --checkpoint')
     if values['real_labels'] and values['valid_labels']:
         raise UsageError('--real-labels are of all 1000 classes, and --valid-labels leaves some: give one of them')
     for name in ('real_labels', 'valid_labels', 'metrics_avg'):
         if values[name] and values['task'] == 'multilabel':
-            raise UsageError(f'{_flag(name)} is for images of one class: leave out --task multilabel')
+            raise UsageError(f'{flag_of(name)} is for images of one class: leave out --task multilabel')
 
 
 def check_batch_norm(batch_size: int, model: nn.Module) -> None:
@@ -174,7 +175,3 @@ def _metrics(values: Mapping[str, Any]) -> Tuple[str, ...]:
     if values['kd_model_name']:
         found.append(f'static_{lead}')
     return tuple(found)
-
-
-def _flag(name: str) -> str:
-    return '--' + name.replace('_', '-')

@@ -3,13 +3,13 @@
 import logging
 import os
 from dataclasses import dataclass
-from typing import Dict, FrozenSet, List, Mapping, Sequence, Tuple, Union
+from typing import Dict, List, Mapping, Sequence, Tuple
 
 from timm.data import get_img_extensions
 from timm.data.readers.class_map import load_class_map
 from timm.utils import natural_key
 
-from ...errors import UsageError, usage_errors
+from ...errors import UsageError, first_of, usage_errors
 
 __all__ = ['EVAL_NAMES', 'TRAIN_NAMES', 'ClassFolders', 'find_split', 'number_classes', 'read_class_map', 'scan_split']
 
@@ -60,7 +60,7 @@ def find_split(root: str, split: str, alone: bool) -> str:
     if alone and synonyms and not {*TRAIN_NAMES, *EVAL_NAMES, 'test'} & set(folders):
         _logger.info(f'{root} has no folder of the split {split}: its own folders are taken for the classes')
         return root
-    found = _some(folders) if folders else 'no folder'
+    found = first_of(folders) if folders else 'no folder'
     raise UsageError(f'{root} has no folder of the split {split!r}: it has {found} (check the names of the splits)')
 
 
@@ -82,7 +82,9 @@ def scan_split(folder: str, extensions: Sequence[str] = ()) -> ClassFolders:
             empty.append(os.path.relpath(path, folder))
     for name, several in paths.items():
         if len(several) > 1:
-            _logger.warning(f"{folder}: {_some(several)} are one class, {name!r}: classes go by a folder's last name")
+            _logger.warning(
+                f"{folder}: {first_of(several)} are one class, {name!r}: classes go by a folder's last name"
+            )
     return ClassFolders(folder, tuple(sorted(paths, key=natural_key)), tuple(sorted(empty)))
 
 
@@ -108,7 +110,8 @@ def number_classes(splits: Mapping[str, ClassFolders], class_map: Mapping[str, i
         empty = [path for path in split.empty if not class_map or os.path.basename(path) in class_map]
         if empty:
             raise UsageError(
-                f'{split.folder} has folders without images that timm reads: {_some(empty)}: remove them or fill them'
+                f'{split.folder} has folders without images that timm reads: {first_of(empty)}: '
+                'remove them or fill them'
             )
         if not split.classes:
             raise UsageError(
@@ -120,11 +123,11 @@ def number_classes(splits: Mapping[str, ClassFolders], class_map: Mapping[str, i
                 f'{split.folder} has images outside of class folders: put them into a folder of their class'
             )
         if unknown:
-            raise UsageError(f'{split.folder} has classes that {owner} lacks: {_some(unknown)}')
+            raise UsageError(f'{split.folder} has classes that {owner} lacks: {first_of(unknown)}')
         missing = [name for name in indices if name not in split.classes]
         if missing:
             _logger.warning(
-                f'{split.folder} has no images of {len(missing)} of {len(indices)} classes: {_some(missing)}'
+                f'{split.folder} has no images of {len(missing)} of {len(indices)} classes: {first_of(missing)}'
             )
     return indices
 
@@ -146,12 +149,7 @@ def read_class_map(path: str, root: str) -> Dict[str, int]:
         raise UsageError(f'the class map {path} has an empty line')
     wrong = [name for name, index in class_map.items() if not isinstance(index, int) or index < 0]
     if wrong or not class_map:
-        raise UsageError(f'the class map {path} has no index for {_some(wrong)}' if wrong else f'{path} has no classes')
+        raise UsageError(
+            f'the class map {path} has no index for {first_of(wrong)}' if wrong else f'{path} has no classes'
+        )
     return class_map
-
-
-def _some(names: Union[Sequence[str], FrozenSet[str]], count: int = 5) -> str:
-    """The first names of many."""
-    listed = [str(name) for name in names]
-    more = f' and {len(listed) - count} more' if len(listed) > count else ''
-    return ', '.join(listed[:count]) + more

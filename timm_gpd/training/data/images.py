@@ -194,5 +194,5 @@ def report_bad_images(processes: Processes, epoch: Optional[int], *loaders: Any)
         while not isinstance(dataset, CheckedImages) and hasattr(dataset, 'dataset'):
             dataset = dataset.dataset  # of what augments one image in several ways
         if isinstance(dataset, CheckedImages):
-            parts = processes.share(processes.gather(dataset.take_bad()))
+            parts = processes.gather_everywhere(dataset.take_bad())
             dataset.report(sorted({index for part in parts for index in part}), epoch)

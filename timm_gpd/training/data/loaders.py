@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from timm.data import AugMixDataset, FastCollateMixup, Mixup, create_loader
 
+from ...command_line import flag_of
 from ...errors import UsageError, usage_errors
 from ..student import InputConfig
 from .datasets import DataSource, create_split
@@ -43,8 +44,7 @@ def check_loaders(args: argparse.Namespace, world_size: int = 1) -> None:
     for name in ('train_batch_sizes', 'train_size_probs'):
         values = getattr(args, name)
         if values is not None and len(values) != len(sizes or []):
-            flag = f'--{name.replace("_", "-")}'
-            raise UsageError(f'{flag} has {len(values)} values and --train-img-sizes {len(sizes or [])}')
+            raise UsageError(f'{flag_of(name)} has {len(values)} values and --train-img-sizes {len(sizes or [])}')
     if args.train_batches_per_epoch is not None and not sizes:
         raise UsageError('--train-batches-per-epoch needs --train-img-sizes')
 

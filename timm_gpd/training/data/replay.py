@@ -82,12 +82,11 @@ class _Draws:
     def __iter__(self) -> Iterator[List[_Draw]]:
         position = self.processes.rank
         for number, batch in enumerate(self.batch_sampler):
-            draws = []
-            for index in batch:
-                draws.append(_Draw(index, seed_of(self.seed, _IMAGE, self.epoch, position)))
-                position += self.processes.world_size
+            positions = range(position, position + len(batch) * self.processes.world_size, self.processes.world_size)
             if number >= self.start:
-                yield draws
+                seeds = (seed_of(self.seed, _IMAGE, self.epoch, place) for place in positions)
+                yield [_Draw(index, seed) for index, seed in zip(batch, seeds)]
+            position = positions.stop
 
 
 class _SeededBatches:

@@ -1,12 +1,13 @@
 """Files that are replaced as a whole."""
 
+import csv
 import glob
 import os
 import tempfile
 from contextlib import contextmanager, suppress
-from typing import Iterator
+from typing import Any, Iterator, Mapping, Sequence, TextIO
 
-__all__ = ['remove_partial_files', 'replaced_file']
+__all__ = ['remove_partial_files', 'replaced_file', 'write_csv']
 
 PARTIAL = '.partial'
 
@@ -42,3 +43,10 @@ def replaced_file(path: str) -> Iterator[str]:
     finally:
         with suppress(FileNotFoundError):
             os.remove(partial)
+
+
+def write_csv(file: TextIO, rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:
+    """Writes rows, values by column, under a row of the columns' names."""
+    writer = csv.DictWriter(file, fieldnames=columns)
+    writer.writeheader()
+    writer.writerows(rows)

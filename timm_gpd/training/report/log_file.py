@@ -19,8 +19,7 @@ class LogFile(logging.Handler):
     the run is its last line, or the traceback there.
 
     Args:
-        is_primary: whether this is the process that reports. In all others nothing is written, and only warnings are
-            logged.
+        is_primary: whether this is the process that reports. In all others nothing is written.
     """
 
     def __init__(self, is_primary: bool = True) -> None:
@@ -32,8 +31,6 @@ class LogFile(logging.Handler):
         self.has_failed = False
 
     def __enter__(self) -> 'LogFile':
-        if not self.is_primary:
-            logging.root.setLevel(logging.WARNING)
         logging.root.addHandler(self)
         return self
 

@@ -64,9 +64,9 @@ class RunFolder:
             self._prepare(args.resume)
 
     def _prepare(self, resume: str) -> None:
-        continued = resume == 'auto' or os.path.dirname(os.path.abspath(resume)) == os.path.abspath(self.path)
+        own = os.path.dirname(os.path.abspath(resume)) == os.path.abspath(self.path) if resume else False
         if os.path.exists(self.file('args.yaml')):
-            if not (resume and continued):
+            if not (own or resume == 'auto'):
                 raise UsageError(
                     f'{self.path} holds another run: choose another --experiment, or --resume its last.pth.tar'
                 )
@@ -116,8 +116,8 @@ class RunFolder:
             self.summary.truncate(epoch)
 
     def has_results(self) -> bool:
-        """Whether any epoch has been written, or is not this process's to write."""
-        return not self.is_primary or bool(self.summary.rows())
+        """Whether any epoch has been written. The first process knows."""
+        return bool(self.summary.rows())
 
     def write_epoch(
         self,

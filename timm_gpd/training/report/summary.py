@@ -5,7 +5,7 @@ import os
 from typing import Dict, List, Mapping
 
 from ...errors import UsageError
-from .files import replaced_file
+from .files import replaced_file, write_csv
 
 __all__ = ['Summary', 'summary_row']
 
@@ -86,6 +86,4 @@ class Summary:
 
     def _replace(self, rows: List[Mapping[str, object]], columns: List[str]) -> None:
         with replaced_file(self.path) as partial, open(partial, 'w', newline='') as file:
-            writer = csv.DictWriter(file, fieldnames=columns)
-            writer.writeheader()
-            writer.writerows(rows)
+            write_csv(file, rows, columns)

@@ -6,6 +6,7 @@ import logging
 import os
 from typing import Any, Dict, List, Mapping, Optional
 
+from ...command_line import flag_of
 from ...errors import UsageError, first_line
 
 __all__ = ['Tracker', 'check_tracking']
@@ -31,7 +32,7 @@ def check_tracking(args: argparse.Namespace) -> None:
             try:
                 importlib.import_module(module)
             except ImportError as error:
-                raise UsageError(f'--{flag.replace("_", "-")} needs {package}: pip install {package} ({error})')
+                raise UsageError(f'{flag_of(flag)} needs {package}: pip install {package} ({error})')
 
 
 class Tracker:
