@@ -10,6 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 DISTRIBUTIONS = {'PIL': 'pillow', 'sklearn': 'scikit-learn', 'yaml': 'pyyaml'}  # where the name differs
+FOLDERS = ['', 'tests', 'benchmarks']  # whose modules import one another by name alone
 NOT_IMPORTED = {'pytest-xdist', 'pytest-randomly', 'ruff', 'mypy'}  # run, not imported
 
 SETUP = configparser.ConfigParser()
@@ -39,7 +40,8 @@ def imported(path, everywhere=True):
             continue
         for name in names:
             package = name.split('.')[0]
-            own = package == 'timm_gpd' or (path.parent / f'{package}.py').exists()
+            # `benchmarks/kill.py` compares runs with what tests compare them with
+            own = package == 'timm_gpd' or any((ROOT / folder / f'{package}.py').exists() for folder in FOLDERS)
             if package not in sys.stdlib_module_names and not own:
                 yield DISTRIBUTIONS.get(package, package)
 
