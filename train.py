@@ -32,7 +32,7 @@ from timm_gpd.training.report.run_folder import RunFolder
 from timm_gpd.training.report.tracking import Tracker, check_tracking
 from timm_gpd.training.resume import find_checkpoint, resume_run
 from timm_gpd.training.run import Run
-from timm_gpd.training.schedule import create_schedule, set_learning_rates
+from timm_gpd.training.schedule import create_schedule, restore_schedule
 from timm_gpd.training.student import check_image_sizes, count_classes, create_student, resolve_input, set_input
 from timm_gpd.training.task import check_task, create_task
 
@@ -91,7 +91,7 @@ def train(args: argparse.Namespace, compute: Compute, processes: Processes, log:
         position = Position(args.start_epoch, rewinds=position.rewinds)
     updates_per_epoch = -(-len(loader_train) // args.grad_accum_steps)
     lr_scheduler, num_epochs = create_schedule(args, optimizer, updates_per_epoch, position.epoch, lower_is_better)
-    set_learning_rates(optimizer, position.learning_rates)
+    restore_schedule(lr_scheduler, optimizer, position.learning_rates, position.schedule)
     last_epoch = args.stop_epoch or num_epochs
     progress = Progress(
         last_epoch,

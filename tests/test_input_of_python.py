@@ -44,7 +44,7 @@ def test_a_transposed_parameter_trains(how, ratio):
     x, target = torch.randn(4, 3, 8, 8, dtype=torch.float64), torch.arange(4)
     task = GapPreservingTask(student, ratio=ratio, classifier='fc', verbose=False)
     trained = task.get_dynamic_teacher()
-    gradients = gradients_of(student(x), {name: own for name, own in student.named_parameters()})
+    gradients = gradients_of(student(x), dict(student.named_parameters()))
     pairs = list(gradient_pairs(trained, trained.joint(x).student, gradients))
     assert len(pairs) == len(gradients)
     for name, inside, gradient in pairs:

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -189,6 +190,19 @@ def test_a_run_stops_early_and_goes_on_as_if_it_had_not(tmp_path):
     assert [row for row in stopped if row['epoch'] != '1'] == whole
     failed = train(tmp_path, *arguments, '--experiment', 'late', '--stop-epoch', '5', config='digits', code=2)
     assert '--stop-epoch 5 is behind the 4 epochs of the schedule' in failed.stderr
+
+
+def test_a_schedule_that_watches_a_metric_remembers_it(tmp_path):
+    """Of timm's scheduler for plateaus, checkpoints hold what it has seen, and the rate below its noise."""
+    config = Path(ROOT, 'configs', 'digits.yaml').read_text().replace('sched_on_updates: true', '')
+    (tmp_path / 'digits.yaml').write_text(config)
+    arguments = [*PLAIN, '--epochs', '6', '--lr', '1e-9', '--sched', 'plateau', '--patience-epochs', '1']
+    arguments += ['--cooldown-epochs', '1', '--lr-noise', '0.4', '--config', tmp_path / 'digits.yaml']
+    train(tmp_path, *arguments, '--experiment', 'whole')
+    for stop in (1, 3, 4, 6):
+        train(tmp_path, *arguments, '--experiment', 'run', '--resume', 'auto', '--stop-epoch', stop)
+    assert len({row['lr'] for row in summary(tmp_path / 'whole')}) > 3
+    assert not differences(tmp_path / 'run', tmp_path / 'whole')
 
 
 def test_a_finished_run_stays_finished(tmp_path):

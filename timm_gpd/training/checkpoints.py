@@ -39,6 +39,7 @@ class Position:
         sums: of each loss over the images of the epoch so far, in this process.
         images: how many those are.
         rewinds: how often the run has gone back to a checkpoint; its random numbers are others each time.
+        schedule: what the schedule has seen, see ``schedule_state``.
         learning_rates: of the optimizer's parameter groups, where they come from a checkpoint.
     """
 
@@ -47,11 +48,12 @@ class Position:
     sums: Dict[str, float] = field(default_factory=dict)
     images: int = 0
     rewinds: int = 0
+    schedule: Dict[str, Any] = field(default_factory=dict)
     learning_rates: Sequence[float] = ()
 
-    def next_epoch(self) -> 'Position':
-        """The beginning of the next epoch."""
-        return Position(self.epoch + 1, rewinds=self.rewinds)
+    def next_epoch(self, schedule: Dict[str, Any]) -> 'Position':
+        """The beginning of the next epoch, and what the schedule has seen by then."""
+        return Position(self.epoch + 1, rewinds=self.rewinds, schedule=schedule)
 
 
 class Kept(NamedTuple):
@@ -155,6 +157,7 @@ class Checkpoints:
                 'batch': position.batch,
                 'rewinds': position.rewinds,
                 'world_size': self.processes.world_size,
+                'schedule': position.schedule,
                 'learning_rates': [group['lr'] for group in self.optimizer.param_groups],
                 'parts': parts,
             },
@@ -225,7 +228,13 @@ class Checkpoints:
         if 'run' not in checkpoint:  # of timm's script, or of this one before it knew positions
             return Position(epoch=checkpoint['epoch'] + 1)
         run = checkpoint['run']
-        position = Position(run['epoch'], run['batch'], rewinds=run['rewinds'], learning_rates=run['learning_rates'])
+        position = Position(
+            run['epoch'],
+            run['batch'],
+            rewinds=run['rewinds'],
+            schedule=run.get('schedule', {}),  # not in checkpoints of before it was kept
+            learning_rates=run['learning_rates'],
+        )
         if run['world_size'] == self.processes.world_size:
             part = run['parts'][self.processes.rank]
             position.sums, position.images = part['sums'], part['images']

@@ -143,15 +143,15 @@ class TrainingLoop:
                 is_finite = self._backward(loss, is_update, update_terms)
             if not is_update:
                 continue
+            num_updates = epoch * self.updates_per_epoch + update + 1
             if is_finite:
                 means.add_all(update_terms)
+                self.task.update_ema(step=num_updates)
             elif self.settings.on_nan == 'skip':
                 _logger.warning(f'{self._name_non_finite(update_terms, epoch, update)}: the update is skipped')
             else:
                 raise NonFiniteError(self._name_non_finite(update_terms, epoch, update))
             self.optimizer.zero_grad()
-            num_updates = epoch * self.updates_per_epoch + update + 1
-            self.task.update_ema(step=num_updates)
             if self.settings.synchronize_step and self.compute.device.type != 'cpu':
                 torch.accelerator.synchronize(self.compute.device)
             if self.image_log is not None:

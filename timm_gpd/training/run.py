@@ -20,7 +20,7 @@ from .report.progress import Progress
 from .report.run_folder import RunFolder
 from .report.tracking import Tracker
 from .resume import rewind
-from .schedule import mean_lr, set_learning_rates
+from .schedule import mean_lr, restore_schedule, schedule_state
 
 __all__ = ['Run']
 
@@ -80,7 +80,7 @@ class Run:
                 if self.args.on_nan != 'rewind':
                     raise
                 position = rewind(error, self.args, self.task, self.checkpoints, position)
-                set_learning_rates(self.optimizer, position.learning_rates)
+                restore_schedule(self.lr_scheduler, self.optimizer, position.learning_rates, position.schedule)
                 continue
             position = self._end_epoch(position, metrics)
         if not self.processes.share(self.folder.has_results()):  # of a run that was complete, in another folder
@@ -105,7 +105,7 @@ class Run:
                 metric = None
         if self.lr_scheduler is not None:
             self.lr_scheduler.step(done, metric)
-        position = position.next_epoch()
+        position = position.next_epoch(schedule_state(self.lr_scheduler))
         self.checkpoints.save_epoch(epoch, position, metric)
         if done in self.args.save_epochs:
             self.checkpoints.save_milestone(epoch)

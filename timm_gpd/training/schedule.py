@@ -1,14 +1,17 @@
 """The schedule of a run's learning rate."""
 
 import argparse
-from typing import Any, Sequence, Tuple
+from typing import Any, Dict, Sequence, Tuple
 
 import torch
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from ..errors import UsageError, usage_errors
 
-__all__ = ['create_schedule', 'mean_lr', 'set_learning_rates']
+__all__ = ['create_schedule', 'mean_lr', 'restore_schedule', 'schedule_state']
+
+COUNTERS = ('best', 'num_bad_epochs', 'cooldown_counter', 'last_epoch')  # of ReduceLROnPlateau
 
 
 def create_schedule(
@@ -57,7 +60,36 @@ def mean_lr(optimizer: torch.optim.Optimizer) -> float:
     return sum(rates) / len(rates)
 
 
-def set_learning_rates(optimizer: torch.optim.Optimizer, rates: Sequence[float]) -> None:
-    """Sets the learning rates of an optimizer's parameter groups, in place; as many as there are."""
+def schedule_state(scheduler: Any) -> Dict[str, Any]:
+    """What a schedule has seen that the epoch does not tell: of ``plateau``, of which timm saves only a part.
+
+    Args:
+        scheduler: timm's, or None.
+
+    Returns:
+        Numbers by name; none of the schedules that follow from the epoch or update alone.
+    """
+    watched = getattr(scheduler, 'lr_scheduler', None)
+    if not isinstance(watched, ReduceLROnPlateau):
+        return {}
+    return {**{name: getattr(watched, name) for name in COUNTERS}, 'restore_lr': scheduler.restore_lr}
+
+
+def restore_schedule(
+    scheduler: Any, optimizer: torch.optim.Optimizer, rates: Sequence[float], state: Dict[str, Any]
+) -> None:
+    """Takes a schedule and the learning rates to where a checkpoint was.
+
+    Args:
+        scheduler: of :func:`create_schedule`, changed in place.
+        optimizer: whose learning rates it sets, changed in place.
+        rates: of its parameter groups; none where they are not known.
+        state: what :func:`schedule_state` told.
+    """
     for group, rate in zip(optimizer.param_groups, rates):
         group['lr'] = rate
+    watched = getattr(scheduler, 'lr_scheduler', None)
+    if state and isinstance(watched, ReduceLROnPlateau):
+        scheduler.restore_lr = state['restore_lr']
+        for name in COUNTERS:
+            setattr(watched, name, state[name])
