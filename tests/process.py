@@ -1,11 +1,13 @@
 """What everything in a process shares, and how a test leaves it as it was.
 
-Three things are left out. glibc's allocator, which `train.py` tunes, cannot be asked for its settings. pytest itself
-restores the filters of warnings. Random numbers are seeded before every test.
+Four things are left out. glibc's allocator, which `train.py` tunes, cannot be asked for its settings. From timm's
+registry of models nothing can be removed. pytest itself restores the filters of warnings. Random numbers are seeded
+before every test.
 """
 
 import logging
 import os
+import signal
 import sys
 from contextlib import contextmanager
 from typing import Any, Callable, Dict, Iterator, NamedTuple
@@ -14,8 +16,7 @@ import torch
 import torch._dynamo.config
 import torch._inductor.config
 import torch.distributed as dist
-
-from timm_gpd.private_torch import can_trace_backward, keeps_compiled_layouts, set_keep_compiled_layouts
+from timm.layers import is_fast_norm, set_fast_norm
 
 
 class Setting(NamedTuple):
@@ -27,8 +28,13 @@ def _denormals_are_zero() -> bool:
     return (torch.full((1,), 1e-20) * 1e-20).count_nonzero().item() == 0
 
 
-def _write_trace_backward(value: bool) -> None:
-    torch._dynamo.config.trace_autograd_ops = value
+def _handlers() -> Dict[int, Any]:
+    return {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+
+def _write_handlers(handlers: Dict[int, Any]) -> None:
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 def _environment() -> Dict[str, str]:
@@ -49,6 +55,18 @@ def _write_environment(environment: Dict[str, str]) -> None:
 def _write_distributed(initialized: bool) -> None:
     if dist.is_initialized() and not initialized:
         dist.destroy_process_group()
+
+
+def _config(config: Any) -> Setting:
+    """Settings of a part of ``torch.compile``; those that differ are written, as writing others may warn."""
+
+    def write(before):
+        now = config.get_config_copy()
+        for name in before:
+            if now[name] != before[name]:
+                setattr(config, name, before[name])
+
+    return Setting(config.get_config_copy, write)
 
 
 def _logger(name: str) -> Setting:
@@ -72,8 +90,10 @@ def _logger(name: str) -> Setting:
 
 SETTINGS = {
     'denormal numbers are 0': Setting(_denormals_are_zero, torch.set_flush_denormal),
-    'Inductor keeps layouts': Setting(keeps_compiled_layouts, set_keep_compiled_layouts),
-    'Dynamo traces backward passes': Setting(can_trace_backward, _write_trace_backward),
+    'Inductor': _config(torch._inductor.config),
+    'Dynamo': _config(torch._dynamo.config),
+    'norms are fast': Setting(is_fast_norm, set_fast_norm),
+    'signals': Setting(_handlers, _write_handlers),
     'default dtype': Setting(torch.get_default_dtype, torch.set_default_dtype),
     'number of threads': Setting(torch.get_num_threads, torch.set_num_threads),
     'gradients are recorded': Setting(torch.is_grad_enabled, torch.set_grad_enabled),

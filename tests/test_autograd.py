@@ -9,7 +9,7 @@ import torch.nn as nn
 from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
 from torch.func import functional_call, grad, hessian, jvp, vmap
 
-from timm_gpd import expand
+from timm_gpd import GapPreservingTask, expand
 from timm_gpd.axes import AxisMap, TensorMap
 from timm_gpd.teacher.branches import BRANCH_KINDS, BranchedKernel, cosine_prior
 from timm_gpd.teacher.merge import merge_branches, merge_plainly
@@ -117,6 +117,24 @@ def test_forward_mode(teacher):
     x = IMAGES.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(joint_loss(teacher, x), x)
     torch.testing.assert_close(derivative, (gradient * tangent).sum(), rtol=1e-10, atol=1e-12)
+
+
+def test_a_tasks_loss_in_transforms_and_forward_mode(teacher):
+    """There the teacher's backward pass does not run early: a detached loss would lose its part of the derivative."""
+    task = GapPreservingTask(TanhNet(), noise=0.1, verbose=False).double()
+    target, tangent = torch.arange(3), torch.randn_like(IMAGES)
+
+    def loss(x):
+        return task(x, target)['loss']
+
+    x = IMAGES.clone().requires_grad_()
+    loss(x).backward()
+    torch.testing.assert_close(grad(loss)(IMAGES), x.grad, rtol=1e-10, atol=1e-12)
+    along = (x.grad * tangent).sum()
+    torch.testing.assert_close(jvp(loss, (IMAGES,), (tangent,))[1], along, rtol=1e-10, atol=1e-12)
+    with forward_ad.dual_level():
+        derivative = forward_ad.unpack_dual(loss(forward_ad.make_dual(IMAGES, tangent))).tangent
+    torch.testing.assert_close(derivative, along, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize('groups', [1, 2])

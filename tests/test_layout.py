@@ -202,6 +202,33 @@ def test_private_names_of_torch_and_timm_stand_in_one_module_each():
     assert not strays, '\n'.join(strays)
 
 
+# Of Python: documented, or argparse's. Of nn.Module: dictionaries that its subclasses may use.
+KNOWN = {'_asdict', '_exit', '_actions', '_ArgumentGroup', '_parameters', '_modules', '_buffers'}
+
+
+def test_private_attributes_of_others_stand_there_too():
+    """Those that nothing in the package defines, also where ``getattr`` names them."""
+    used, defined = {}, set()
+    for module, tree in TREES.items():
+        if module.startswith(f'{PACKAGE}.private_'):
+            continue
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                defined.add(node.name)
+            elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                defined.add(node.id)
+            elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+                defined.add(node.attr)
+            elif isinstance(node, ast.Attribute):
+                used.setdefault(node.attr, []).append(f'{module}, line {node.lineno}')
+            elif isinstance(node, ast.Call) and dotted(node.func) in ('getattr', 'hasattr', 'setattr'):
+                if len(node.args) > 1 and isinstance(node.args[1], ast.Constant):
+                    used.setdefault(node.args[1].value, []).append(f'{module}, line {node.lineno}')
+    assert '_parameters' in used and '_RULES' in defined
+    strays = {name: places for name, places in used.items() if is_private(name) and name not in defined | KNOWN}
+    assert not strays
+
+
 ALONE = """
 import importlib, sys, types
 import timm, torch._dynamo.config, torch._inductor.config

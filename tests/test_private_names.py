@@ -253,3 +253,25 @@ def test_operators_are_seen_and_leaves_are_found():
         assert private_torch.TO_COPY.default in seen
     with relies_on(private_torch, 'torch.utils._pytree.tree_leaves'):
         assert private_torch.tree_leaves([1, {'a': (2, 3)}]) == [1, 2, 3]
+
+
+def test_views_are_told_from_copies():
+    tensor = torch.zeros(2, 3)
+    with relies_on(private_torch, 'torch.Tensor._is_view'):
+        assert private_torch.is_view(tensor.t()) and private_torch.is_view(tensor[0])
+        assert not private_torch.is_view(tensor) and not private_torch.is_view(tensor + 1)
+        meta = torch.zeros(2, 3, device='meta')
+        assert private_torch.is_view(meta.view(6)) and not private_torch.is_view(meta.clone())
+
+
+def test_wrappers_and_hooks_of_modules_are_seen():
+    layer = nn.Linear(2, 2)
+    with relies_on(private_torch, 'torch._dynamo.eval_frame.OptimizedModule._orig_mod'):
+        assert private_torch.uncompiled(torch.compile(layer)) is layer and private_torch.uncompiled(layer) is layer
+    with relies_on(private_torch, 'torch.nn.Module._is_replica'):
+        assert not private_torch.is_replica(layer)
+        assert private_torch.is_replica(layer._replicate_for_data_parallel())
+    with relies_on(private_torch, 'torch.nn.Module._forward_pre_hooks'):
+        assert private_torch.pre_hooks_of(layer) == []
+        layer.register_forward_pre_hook(print)
+        assert private_torch.pre_hooks_of(layer) == [print]

@@ -15,7 +15,7 @@ from PIL import Image
 from programs import run, summary, train
 from timm_gpd.private_torch import compiles_writing_operators, keeps_compiled_layouts
 from timm_gpd.teacher import merge, shared_tensors
-from timm_gpd.training.args import parse_train_args
+from timm_gpd.training.args import parse_train_args, train_parser
 
 
 def weights(folder, key='state_dict'):
@@ -322,7 +322,10 @@ def test_a_resumed_run_is_the_run_that_went_on(tmp_path, config):
 
 
 def test_the_command_is_noted_as_it_was_given(tmp_path):
-    """What the run makes of it, classes, data folder and learning rate, stands in neither args.yaml nor checkpoint."""
+    """What the run makes of it, classes, data folder and learning rate, stands in neither args.yaml nor checkpoint.
+
+    A checkpoint says what other arguments mean, as one of timm's does: here the loss.
+    """
     command = [
         '--dataset',
         'digits',
@@ -337,6 +340,7 @@ def test_the_command_is_noted_as_it_was_given(tmp_path):
         '1',
         '32',
         '32',
+        '--bce-loss',
         '--device',
         'cpu',
         '-j',
@@ -353,12 +357,18 @@ def test_the_command_is_noted_as_it_was_given(tmp_path):
         'run',
     ]
     run('train.py', *command)
-    given = vars(parse_train_args([str(argument) for argument in command]))
-    assert given['num_classes'] is None and given['lr'] is None and given['dataset'] == 'digits'
+    command = [str(argument) for argument in command]
+    given = vars(train_parser().parse_args(command))
+    assert (
+        given['loss'] is None and given['num_classes'] is None and given['lr'] is None and given['dataset'] == 'digits'
+    )
     noted = yaml.safe_load((tmp_path / 'run' / 'args.yaml').read_text())
     assert noted.pop('versions').keys() == {'timm', 'timm_gpd', 'torch'} and noted == given
     checkpoint = torch.load(tmp_path / 'run' / 'last.pth.tar', weights_only=False)
-    assert type(checkpoint['args']) is argparse.Namespace and vars(checkpoint['args']) == given
+    assert type(checkpoint['args']) is argparse.Namespace and vars(checkpoint['args']) == vars(
+        parse_train_args(command)
+    )
+    assert checkpoint['args'].loss == 'bce'
     assert checkpoint['state_dict']['fc.bias'].shape == (1000,)  # the architecture's own number of classes
     assert checkpoint['optimizer']['param_groups'][0]['initial_lr'] == pytest.approx(0.1 * 50 / 256)
 

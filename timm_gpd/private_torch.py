@@ -26,13 +26,17 @@ __all__ = [
     'forget_flat_weights',
     'has_active_transforms',
     'has_forward_mode',
+    'is_replica',
+    'is_view',
     'keeps_compiled_layouts',
     'list_flat_weights',
     'multiply_each',
+    'pre_hooks_of',
     'set_keep_compiled_layouts',
     'trace_backward',
     'tree_leaves',
     'tree_map_only',
+    'uncompiled',
 ]
 
 # What all batch norms, and all instance norms, are instances of, whatever their number of dimensions.
@@ -99,3 +103,24 @@ def list_flat_weights(module: nn.RNNBase) -> None:
 def forget_flat_weights(module: nn.RNNBase) -> None:
     """Empties the list of weights that a recurrent layer runs on."""
     module._flat_weights = [None] * len(module._flat_weights)
+
+
+def is_view(tensor: torch.Tensor) -> bool:
+    """Whether autograd takes a tensor for a view of another one."""
+    return tensor._is_view()
+
+
+def is_replica(module: nn.Module) -> bool:
+    """Whether a module is one of those that ``nn.DataParallel`` makes for a forward pass on several devices."""
+    return getattr(module, '_is_replica', False)
+
+
+def uncompiled(module: nn.Module) -> nn.Module:
+    """The module inside what ``torch.compile(module)`` returns; any other module itself."""
+    original = getattr(module, '_orig_mod', None)
+    return original if isinstance(original, nn.Module) else module
+
+
+def pre_hooks_of(module: nn.Module) -> List[object]:
+    """What a module calls before its forward pass."""
+    return list(module._forward_pre_hooks.values())

@@ -6,6 +6,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from ..errors import UnsupportedModelError
+from ..private_torch import pre_hooks_of
 
 __all__ = ['refuse_parametrizations']
 
@@ -26,7 +27,7 @@ def refuse_parametrizations(student: nn.Module) -> None:
         if parametrize.is_parametrized(module):
             key, *_ = module.parametrizations
             found = f'torch.nn.utils.parametrize.remove_parametrizations(module, {key!r})'
-        for hook in module._forward_pre_hooks.values():
+        for hook in pre_hooks_of(module):
             if type(hook) in REMOVERS:
                 key, found = hook.name, f'torch.nn.utils.{REMOVERS[type(hook)]}(module, {hook.name!r})'
         if found:

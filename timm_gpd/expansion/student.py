@@ -5,6 +5,7 @@ from typing import Any, Sequence, Set, Union
 import torch.nn as nn
 
 from ..errors import InputError, NoClassifierError
+from ..private_torch import uncompiled
 from .copies import blank_copy
 from .images import accepted_input_shape, blank_images
 
@@ -20,10 +21,11 @@ def unwrap_student(model: nn.Module) -> nn.Module:
     while True:
         if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             model = model.module
-        elif isinstance(getattr(model, '_orig_mod', None), nn.Module):
-            model = model._orig_mod
         elif isinstance(model, nn.Module):
-            return model
+            inner = uncompiled(model)
+            if inner is model:
+                return model
+            model = inner
         else:
             raise InputError(f'the student must be a model, an nn.Module, but is {model!r}')
 

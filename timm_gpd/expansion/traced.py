@@ -9,7 +9,7 @@ from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tu
 
 import torch
 
-from ..private_torch import tree_map_only
+from ..private_torch import is_view, tree_map_only
 
 __all__ = [
     'Axes',
@@ -115,7 +115,7 @@ def _note_channels(inputs: List[torch.Tensor], output: torch.Tensor) -> None:
         if flattened == output.shape:
             block = math.prod(tensor.shape[tensor.dim() + channels.axis + 1 :])
             setattr(output, _CHANNELS, _Channels(-1, channels.block * block))
-        elif output.dim() == tensor.dim() and (not output._is_view() or output.stride() == tensor.stride()):
+        elif output.dim() == tensor.dim() and (not is_view(output) or output.stride() == tensor.stride()):
             setattr(output, _CHANNELS, channels)  # views in other strides may have axes in another order
 
 
@@ -177,7 +177,7 @@ def _axes_of_view(
         )
     except Exception:  # it needs values
         return None
-    if not isinstance(output, torch.Tensor) or not (output is stand_in or output._is_view()):
+    if not isinstance(output, torch.Tensor) or not (output is stand_in or is_view(output)):
         return None
     places = {
         (size, stride): axis for axis, (size, stride) in enumerate(zip(stand_in.shape, stand_in.stride())) if size > 1

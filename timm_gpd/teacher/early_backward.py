@@ -9,7 +9,7 @@ from typing import Any, Dict, Iterable, List, Mapping
 
 import torch
 
-from ..private_torch import can_trace_backward, has_active_transforms, multiply_each
+from ..private_torch import can_trace_backward, has_active_transforms, has_forward_mode, multiply_each
 
 __all__ = ['EarlyBackward', 'refuse_gradients']
 
@@ -25,8 +25,8 @@ class EarlyBackward:
         loss = second_loss() + result['loss'] + early.join()
 
     Where it is not possible :meth:`run` does nothing, and gradients come with the backward pass of the sum, as usual:
-    in float16 autocast, as the scale of the gradients is not known before; within ``torch.func`` transforms; where no
-    gradients are asked for; and compiled without :func:`timm_gpd.private_torch.trace_backward`.
+    in float16 autocast, as the scale of the gradients is not known before; within ``torch.func`` transforms and in
+    forward mode, of which a detached loss would lose its part; where no gradients are asked for; and compiled without :func:`timm_gpd.private_torch.trace_backward`.
 
     Args:
         tensors: all that the loss may depend on and that wants its gradient; a tensor may come twice.
@@ -79,12 +79,20 @@ class EarlyBackward:
 
 
 def refuse_gradients(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor to read: a backward pass that reaches it raises a RuntimeError, where a detached one is passed over."""
-    return _Refusing.apply(tensor.detach().requires_grad_()) if torch.is_grad_enabled() else tensor.detach()
+    """A tensor to read: a backward pass that reaches it raises a RuntimeError, where a detached one is passed over.
+
+    Within ``torch.func`` transforms it is detached, as these let no tensor ask for a gradient.
+    """
+    if not torch.is_grad_enabled() or (not torch.compiler.is_compiling() and has_active_transforms()):
+        return tensor.detach()
+    return _Refusing.apply(tensor.detach().requires_grad_())
 
 
 def _is_possible(device: torch.device) -> bool:
-    if not (can_trace_backward() if torch.compiler.is_compiling() else not has_active_transforms()):
+    if torch.compiler.is_compiling():
+        if not can_trace_backward():
+            return False
+    elif has_active_transforms() or has_forward_mode():
         return False
     return not (torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type) == torch.float16)
 

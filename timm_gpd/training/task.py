@@ -13,7 +13,6 @@ from timm.utils import unwrap_model
 from ..distillers import distill_settings
 from ..errors import UsageError, usage_errors
 from ..task import DistillationTask, GapPreservingTask
-from ..task.base import BaseTask
 from ..task.static_teacher import resolve_static_teacher
 from .criterion import create_criterion
 from .student import count_classes
@@ -81,7 +80,7 @@ def create_task(args: argparse.Namespace, student: nn.Module, device: torch.devi
         temperature=args.kd_temperature,
     )
     with usage_errors('check --kd-model-name, --kd-model-path and --kd-distill-type' if args.kd_model_name else ''):
-        teacher: Optional[DistillationTeacher] = (
+        static_teacher: Optional[DistillationTeacher] = (
             resolve_static_teacher(args.kd_model_name, student, device, dtype, args.kd_model_path)
             if args.kd_model_name
             else None
@@ -89,7 +88,7 @@ def create_task(args: argparse.Namespace, student: nn.Module, device: torch.devi
         if args.gpd:
             return GapPreservingTask(
                 student,
-                static_teacher=teacher,
+                static_teacher=static_teacher,
                 ratio=args.gpd_ratio,
                 num_branches=args.gpd_branches,
                 noise=args.gpd_noise,
@@ -99,8 +98,8 @@ def create_task(args: argparse.Namespace, student: nn.Module, device: torch.devi
                 **distillation,
                 **common,
             )
-        if teacher is not None:
-            return DistillationTask(student, teacher, **distillation, **common)
+        if static_teacher is not None:
+            return DistillationTask(student, static_teacher, **distillation, **common)
     if args.task == 'multilabel':
         return MultiLabelClassificationTask(student, threshold=args.multilabel_threshold, **common)
     return ClassificationTask(student, **common)
@@ -116,7 +115,8 @@ def get_student(task: TrainingTask, ema: bool = False) -> nn.Module:
         task: one of this package's tasks or of timm's.
         ema: the averaged student.
     """
-    student = task.get_student(ema=ema) if isinstance(task, BaseTask) else unwrap_model(task.get_eval_model(ema=ema))
+    ask: Any = getattr(task, 'get_student', None)
+    student = ask(ema=ema) if ask is not None else unwrap_model(task.get_eval_model(ema=ema))
     if not any(isinstance(module, SplitBatchNorm2d) for module in student.modules()):
         return student
     student = deepcopy(student).eval()
@@ -136,4 +136,5 @@ def get_validation_models(task: TrainingTask, ema: bool = False) -> Dict[str, nn
     Returns:
         Plain models by the prefix of their metrics: ``''`` the student, ``'teacher_'`` the dynamic teacher.
     """
-    return task.get_validation_models(ema=ema) if isinstance(task, BaseTask) else {'': get_student(task, ema)}
+    ask: Any = getattr(task, 'get_validation_models', None)
+    return ask(ema=ema) if ask is not None else {'': get_student(task, ema)}

@@ -82,6 +82,7 @@ def parse_train_args(argv: Optional[List[str]] = None) -> Arguments:
     Returns:
         A value for every argument. ``model`` is the plain architecture, and ``data_dir`` the folder wherever it stood;
         ``loss``, ``loss_pos_weight``, ``smoothing`` and ``eval_metric`` say what others of the arguments make of them.
+        ``given`` holds all as they were given.
 
     Raises:
         UsageError: if something cannot be understood or is out of range.
@@ -93,6 +94,7 @@ def parse_train_args(argv: Optional[List[str]] = None) -> Arguments:
     if config:
         parser.set_defaults(**read_config(config, parser))
     values = vars(_parse(parser, argv))
+    given = dict(values)
     check_flags(values, parser)
     multilabel = values['task'] == 'multilabel'
     if values['smoothing'] is None:
@@ -104,7 +106,7 @@ def parse_train_args(argv: Optional[List[str]] = None) -> Arguments:
     _resolve_loss(values)
     check_train_combinations(values, parser)
     return Arguments(
-        **{**values, 'model': plain_name(values['model']), 'data_dir': values['data_dir'] or values['data']}
+        given, **{**values, 'model': plain_name(values['model']), 'data_dir': values['data_dir'] or values['data']}
     )
 
 

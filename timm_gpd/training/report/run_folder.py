@@ -1,6 +1,5 @@
 """The folder of a run: all that it takes to read and to repeat it."""
 
-import argparse
 import logging
 import os
 import tempfile
@@ -16,6 +15,7 @@ from timm.task import TrainingTask
 from ...errors import UsageError
 from ...student_folder import PLOT, read_metrics, save_student
 from ...version import __version__
+from ..args.arguments import Arguments
 from ..processes import Processes
 from ..student import InputConfig
 from ..task import get_student
@@ -47,16 +47,14 @@ class RunFolder:
         summary: its ``summary.csv``.
     """
 
-    def __init__(
-        self, args: argparse.Namespace, input_config: InputConfig, processes: Optional[Processes] = None
-    ) -> None:
+    def __init__(self, args: Arguments, input_config: InputConfig, processes: Optional[Processes] = None) -> None:
         name = args.experiment or '-'.join(
             [datetime.now().strftime('%Y%m%d-%H%M%S'), safe_model_name(args.model), str(input_config.input_size[-1])]
         )
         self.is_primary = processes is None or processes.is_primary
         name = name if processes is None else processes.share(name)
         self.path = os.path.join(args.output or os.path.join('output', 'train'), name)
-        self.args = dict(vars(args))
+        self.args, self.given = dict(vars(args)), args.given
         self.results: List[Dict[str, Any]] = []
         self.summary = Summary(self.file('summary.csv'))
         self.plot = GapPlot(self.file(PLOT), args.model)
@@ -104,7 +102,7 @@ class RunFolder:
         remove_partial_files(self.path)
         versions = dict(timm_gpd=__version__, timm=timm.__version__, torch=str(torch.__version__))
         with replaced_file(self.file('args.yaml')) as partial, open(partial, 'w') as file:
-            yaml.safe_dump({**self.args, 'versions': versions}, file, default_flow_style=False)
+            yaml.safe_dump({**self.given, 'versions': versions}, file, default_flow_style=False)
 
     def truncate(self, epoch: int) -> None:
         """Forgets what ``summary.csv`` says of an epoch and of all later ones, which will be run again.
