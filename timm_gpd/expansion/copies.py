@@ -1,6 +1,7 @@
 """Copies of a model whose tensors are exchanged on the way: no tensor is copied only to be thrown away."""
 
 import copy
+from collections import OrderedDict
 from typing import Any, Callable, Dict, Optional, Sequence, Tuple
 
 import torch
@@ -38,7 +39,13 @@ def copy_model(model: nn.Module, substitute: Callable[[str, torch.Tensor], torch
         memo[id(parameter)] = nn.Parameter(substitute(name, parameter), requires_grad=parameter.requires_grad)
     for name, buffer in model.named_buffers():
         memo[id(buffer)] = substitute(name, buffer)
+    for module in model.modules():  # most have ten lists of hooks that are empty: half of the time goes into them
+        memo.update((id(value), OrderedDict()) for value in vars(module).values() if _is_empty(value))
     return forget_computed_tensors_(copy_detached(model, memo))
+
+
+def _is_empty(value: Any) -> bool:
+    return type(value) is OrderedDict and not value
 
 
 def copy_detached(value: Any, memo: Optional[Dict[int, Any]] = None) -> Any:

@@ -9,7 +9,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..errors import UnsupportedModelError
 from ..plan import ExpansionPlan
-from ..private_torch import BatchNorm, tree_map_only
+from ..private_torch import BatchNorm
 from .copies import first_input, plain_copy, wide_copy
 from .images import run_on_small_images
 
@@ -58,10 +58,12 @@ class InFloat64(TorchFunctionMode):
 
     def __torch_function__(self, func: Callable, types: Any, args: Tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         func = torch.Tensor.double if func is torch.Tensor.float else func
-        args, kwargs = tree_map_only(
-            torch.dtype, lambda dtype: torch.float64 if dtype == torch.float32 else dtype, (args, kwargs or {})
-        )
-        return func(*args, **kwargs)
+        return func(*map(_in_float64, args), **{name: _in_float64(value) for name, value in (kwargs or {}).items()})
+
+
+def _in_float64(argument: Any) -> Any:
+    """float64 instead of float32; a dtype is an argument itself, not a part of one."""
+    return torch.float64 if argument is torch.float32 else argument
 
 
 @torch.no_grad()
