@@ -317,7 +317,14 @@ def at_loss(
 
 
 def target_classes(target: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-    """One class per image, shape (B,): the target's indices, or the largest of its probabilities.
+    """One class per image: the target's indices, or the largest of its probabilities.
+
+    Args:
+        target: class indices, shape (B,), or class probabilities, shape (B, num_classes).
+        logits: shape (B, num_classes); only the shape counts.
+
+    Returns:
+        Class indices, shape (B,).
 
     Raises:
         ValueError: if the target's shape is neither (B,) nor that of the logits, (B, num_classes).

@@ -57,7 +57,11 @@ FEWER: Dict[str, Dict[str, Any]] = {
 
 
 def timm_modules() -> List[str]:
-    """Names of timm's model modules, in order."""
+    """Which modules of timm define models.
+
+    Returns:
+        Their names, in order.
+    """
     return sorted(module for module in timm.list_modules() if module not in OWN_MODULES)
 
 

@@ -86,12 +86,18 @@ class Distillers(nn.ModuleDict):
         self.weights = {name: arguments.get('weight', DISTILLERS[name].weight) for name, arguments in settings.items()}
 
     def forward(self, learner: ModelOutput, teacher: ModelOutput, target: torch.Tensor) -> Dict[str, torch.Tensor]:
-        """Weighted loss terms by name, whose sum is L_KD.
+        """The losses of a batch.
 
         Args:
             learner: its output for a batch of B images, from the tap of :func:`tap_learner`.
             teacher: the teacher's for the same images, from the tap of :func:`tap_teacher`.
             target: class indices, shape (B,), or class probabilities, shape (B, num_classes).
+
+        Returns:
+            Weighted scalar losses by name, whose sum is L_KD.
+
+        Raises:
+            ValueError: if a loss cannot use such a target or a single image, see :mod:`timm_gpd.losses`.
         """
         return {name: self.weights[name] * distiller(learner, teacher, target) for name, distiller in self.items()}
 
@@ -108,6 +114,9 @@ def distill_settings(
         loss_args: hyperparameters by name (``beta``), or by loss and name (``dkd.beta``) where several losses have
             one of that name. Every loss has a ``weight``.
         temperature: temperature of ``kd`` where ``loss_args`` gives none.
+
+    Returns:
+        Hyperparameters by loss and name: those that were given, checked.
 
     Raises:
         ValueError: if there is no such loss or hyperparameter, it is not clear whose it is, or its value is not one.
@@ -134,12 +143,34 @@ def distill_settings(
 
 
 def tap_learner(model: nn.Module, settings: DistillSettings) -> Tap:
-    """A model that learns, tapped for what the losses need of it."""
+    """A model that learns, tapped for what the losses need of it.
+
+    Args:
+        model: timm model; it is used as it is, not copied.
+        settings: losses, from :func:`distill_settings`.
+
+    Returns:
+        The tap; its :meth:`Tap.verify` checks that it gives the model's own logits.
+
+    Raises:
+        ValueError: if the model does not offer what the losses need of a learner.
+    """
     return Tap(model, _needs('learner_needs', settings))
 
 
 def tap_teacher(model: nn.Module, settings: DistillSettings) -> Tap:
-    """A static teacher, tapped for what the losses need of it."""
+    """A static teacher, tapped for what the losses need of it.
+
+    Args:
+        model: timm model; it is used as it is, not copied.
+        settings: losses, from :func:`distill_settings`.
+
+    Returns:
+        The tap; its :meth:`Tap.verify` checks that it gives the model's own logits.
+
+    Raises:
+        ValueError: if the model does not offer what the losses need of a teacher.
+    """
     return Tap(model, _needs('teacher_needs', settings))
 
 

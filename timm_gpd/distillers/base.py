@@ -38,7 +38,19 @@ class Distiller(nn.Module):
         self.hyperparameters = {**self.defaults, **hyperparameters}
 
     def forward(self, learner: ModelOutput, teacher: ModelOutput, target: torch.Tensor) -> torch.Tensor:
-        """Scalar loss of a batch; ``target`` holds class indices or probabilities."""
+        """The loss of a batch of B images, without the weight.
+
+        Args:
+            learner: output of the model that learns.
+            teacher: output of the static teacher on the same images. Gradients do not flow into it.
+            target: class indices, shape (B,), or class probabilities, shape (B, num_classes).
+
+        Returns:
+            A scalar.
+
+        Raises:
+            NotImplementedError: if a subclass does not define it.
+        """
         raise NotImplementedError
 
     def extra_repr(self) -> str:

@@ -30,7 +30,11 @@ class ModelOutput(NamedTuple):
     embedding: Optional[torch.Tensor] = None
 
     def detach(self) -> 'ModelOutput':
-        """The same output without its history."""
+        """Cuts the output off from the graph that it was computed in.
+
+        Returns:
+            The same tensors without their history.
+        """
         return ModelOutput(
             self.logits.detach(),
             tuple(stage.detach() for stage in self.stages),
@@ -72,7 +76,17 @@ class Tap(nn.Module):
                 self._fail('no classifier to take an embedding from', needs['embedding'])
 
     def forward(self, x: torch.Tensor) -> ModelOutput:
-        """Output for images of shape (B, in_chans, H, W)."""
+        """Runs the model.
+
+        Args:
+            x: images, shape (B, in_chans, H, W).
+
+        Returns:
+            Logits, and what was asked for.
+
+        Raises:
+            ValueError: if an embedding was asked for and the classifier does not receive one vector per image.
+        """
         if not self.needs:
             return ModelOutput(self.model(x))
         stages: List[torch.Tensor] = []
@@ -148,7 +162,10 @@ def example_output(
     Args:
         module: the tap, or the module that ``run`` runs.
         example_input: images, shape (B, in_chans, H, W).
-        run: how to run it, if it is not called directly; what it returns is returned.
+        run: how to run it, if it is not called directly.
+
+    Returns:
+        What the module or ``run`` returns, without history.
     """
     with _evaluation(module):
         return (run or module)(example_input)

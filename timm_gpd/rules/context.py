@@ -31,6 +31,10 @@ class Planner(Protocol):
 class RuleContext:
     """One module of the student, as the code of its rule sees it, and what the code may say about it.
 
+    Args:
+        planner: carries out what the code says.
+        name: the module's full name in the student, '' for the student itself.
+
     Attributes:
         module: the module, in a copy of the student whose tensors have shapes and no values. It is for reading;
             attributes that the rule multiplies or divides have their new values.

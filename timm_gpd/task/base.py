@@ -33,23 +33,51 @@ class BaseTask(TrainingTask):
         return self.static_teacher
 
     def get_learners(self, ema: bool = False) -> Learners:
-        """What is trained, without wrappers; or its moving average."""
+        """What is trained, without wrappers.
+
+        Args:
+            ema: take the moving average.
+
+        Returns:
+            Model and losses, no copy; None for the moving average where there is none.
+        """
         return unwrap_model(self.get_trainable_module(ema=ema))
 
     def get_student(self, ema: bool = False) -> nn.Module:
-        """The student as a plain timm model; or the averaged one."""
+        """The student as a plain timm model, without wrappers.
+
+        Args:
+            ema: take the averaged one.
+
+        Returns:
+            The model itself where it is trained alone, and a copy where it is part of a dynamic teacher; None for the
+            averaged one where there is none.
+        """
         return unwrap_model(self.get_eval_model(ema=ema))
 
     def get_validation_models(self, ema: bool = False) -> Dict[str, nn.Module]:
-        """Plain models whose accuracy tells how training goes, by the prefix of their metrics: ``''`` is the student's.
+        """Plain models whose accuracy tells how training goes.
 
         Args:
             ema: take them from the moving average.
+
+        Returns:
+            Models by the prefix of their metrics: ``''`` is the student's.
         """
         return {'': self.get_student(ema)}
 
     def get_state_modules(self, ema: bool = False) -> Dict[str, nn.Module]:
-        """What a checkpoint's ``task_state`` holds, by name."""
+        """What a checkpoint's ``task_state`` holds besides the settings.
+
+        Args:
+            ema: take it from the moving average.
+
+        Returns:
+            Modules by name: those that are trained and are no part of the student.
+
+        Raises:
+            AttributeError: if the moving average is asked for before :meth:`setup_ema`.
+        """
         step_loss = self.get_learners(ema).step_loss
         modules = {'distillers': step_loss.distillers} if self.static_teacher is not None else {}
         if isinstance(step_loss.criterion, nn.Module) and any(True for _ in step_loss.criterion.parameters()):
@@ -57,7 +85,19 @@ class BaseTask(TrainingTask):
         return modules
 
     def get_task_state(self, module: Optional[nn.Module] = None, ema: bool = False) -> Dict[str, Any]:
-        """Tensors of the modules, and the settings."""
+        """A checkpoint's ``task_state``.
+
+        Args:
+            module: not used; timm's tasks have it.
+            ema: take it from the moving average.
+
+        Returns:
+            The settings, under ``'settings'``, and the ``state_dict`` of every module of :meth:`get_state_modules`,
+            under its name.
+
+        Raises:
+            AttributeError: if the moving average is asked for before :meth:`setup_ema`.
+        """
         state = {name: module.state_dict() for name, module in self.get_state_modules(ema).items()}
         return {'settings': deepcopy(self.settings), **state}
 
@@ -68,10 +108,18 @@ class BaseTask(TrainingTask):
         module: Optional[nn.Module] = None,
         ema: bool = False,
     ) -> None:
-        """Restores the modules. Without a state they stay as they are.
+        """Restores the modules.
+
+        Args:
+            state: from :meth:`get_task_state`. None or an empty one leaves the modules as they are.
+            strict: whether all keys must match.
+            module: not used; timm's tasks have it.
+            ema: restore the moving average.
 
         Raises:
             InputError: if the state was made with other settings, or lacks a module.
+            RuntimeError: if a tensor has another shape or, with ``strict``, keys do not match.
+            AttributeError: if the moving average is asked for before :meth:`setup_ema`.
         """
         if not state:
             return
@@ -86,7 +134,14 @@ class BaseTask(TrainingTask):
             module.load_state_dict(state[name], strict=strict)
 
     def get_clip_parameters(self, exclude_head: bool = False) -> List[nn.Parameter]:
-        """Parameters whose gradients are clipped; the student's head is the last two of its model."""
+        """Parameters whose gradients are clipped.
+
+        Args:
+            exclude_head: leave out the last two of the model, which are its head.
+
+        Returns:
+            Those of the model and of the losses.
+        """
         learners = self.get_learners()
         parameters = list(learners.model.parameters())
         return [*(parameters[:-2] if exclude_head else parameters), *learners.step_loss.parameters()]
@@ -95,6 +150,14 @@ class BaseTask(TrainingTask):
         """Compiles the training forward pass, in place, and the static teacher's. Validation runs uncompiled.
 
         It lets ``torch.compile`` trace backward passes, in the whole process and for good.
+
+        Args:
+            backend: see ``torch.compile``.
+            mode: the same.
+            **compile_kwargs: its other arguments.
+
+        Returns:
+            The model that is validated, which is not compiled.
         """
         trace_backward()
         self.get_trainable_module().compile(backend=backend, mode=mode, **compile_kwargs)
@@ -103,7 +166,18 @@ class BaseTask(TrainingTask):
         return self.get_eval_model()
 
     def prepare_distributed(self, device_ids: Optional[list] = None, **ddp_kwargs: Any) -> 'BaseTask':
-        """Wraps what is trained in DistributedDataParallel; a static teacher stays as it is."""
+        """Wraps what is trained in DistributedDataParallel; a static teacher stays as it is.
+
+        Args:
+            device_ids: the GPU of this process, in a list; None for a CPU.
+            **ddp_kwargs: other arguments of DistributedDataParallel.
+
+        Returns:
+            This task.
+
+        Raises:
+            ValueError: if ``torch.distributed`` has no process group yet.
+        """
         self.trainable_module = nn.parallel.DistributedDataParallel(
             self.trainable_module, device_ids=device_ids, **ddp_kwargs
         )

@@ -95,7 +95,15 @@ class DistillationTask(BaseTask):
         return self.trainable_module(input, target, self.static_teacher(input))
 
     def get_eval_model(self, module: Optional[nn.Module] = None, ema: bool = False) -> Optional[nn.Module]:
-        """The student, without distillers."""
+        """What is validated: the student, without distillers.
+
+        Args:
+            module: take it from this module instead of from what is trained.
+            ema: take the averaged student.
+
+        Returns:
+            The student; None for the averaged one where there is none.
+        """
         model = super().get_eval_model(module=module, ema=ema)
         trained = None if model is None else unwrap_model(model)
         return trained.model if isinstance(trained, Learners) else model

@@ -155,22 +155,59 @@ class GapPreservingTask(BaseTask):
         }
 
     def get_dynamic_teacher(self, ema: bool = False) -> DynamicTeacher:
-        """The dynamic teacher itself, without wrappers: calling it gives the teacher's logits."""
+        """The dynamic teacher itself, without wrappers: calling it gives the teacher's logits.
+
+        Args:
+            ema: take the averaged one.
+
+        Returns:
+            The module that is trained, no copy.
+
+        Raises:
+            AttributeError: if the averaged one is asked for before :meth:`setup_ema`.
+        """
         return self.get_learners(ema).model
 
     def get_student(self, ema: bool = False) -> nn.Module:
-        """The student as a plain timm model, a copy; or the averaged one."""
+        """The student as a plain timm model.
+
+        Args:
+            ema: take the averaged one.
+
+        Returns:
+            A copy, which shares no memory with what is trained.
+
+        Raises:
+            AttributeError: if the averaged one is asked for before :meth:`setup_ema`.
+        """
         return self.get_dynamic_teacher(ema).extract_student()
 
     def get_validation_models(self, ema: bool = False) -> Dict[str, nn.Module]:
-        """Copies of student and dynamic teacher as plain models, by the prefix of their metrics.
+        """Plain models whose accuracy tells how training goes: copies of student and dynamic teacher.
 
         The two inside the dynamic teacher would compute their parameters anew for every batch.
+
+        Args:
+            ema: take them from the moving average.
+
+        Returns:
+            Models by the prefix of their metrics: ``''`` is the student's, ``'teacher_'`` the dynamic teacher's.
+
+        Raises:
+            AttributeError: if the averaged ones are asked for before :meth:`setup_ema`.
         """
         return {'': self.get_student(ema), 'teacher_': self.get_dynamic_teacher(ema).extract_teacher()}
 
     def setup_ema(self, *args: Any, **kwargs: Any) -> nn.Module:
-        """Tracks a moving average of what is trained; the averaged student is the one inside it."""
+        """Tracks a moving average of what is trained; the averaged student is the one inside it.
+
+        Args:
+            *args: those of timm's ``TrainingTask.setup_ema``: decay, whether it warms up, device.
+            **kwargs: the same.
+
+        Returns:
+            The moving average, timm's ``ModelEmaV3``.
+        """
         ema = super().setup_ema(*args, **kwargs)
         self.eval_model_ema = StudentView(self.get_dynamic_teacher(ema=True))
         return ema

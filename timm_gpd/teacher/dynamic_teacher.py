@@ -1,7 +1,7 @@
 """The dynamic teacher: one set of parameters that runs as a wide teacher and as the student inside it."""
 
 from functools import partial
-from typing import Any, Callable, Dict, Iterable, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, Iterable, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
@@ -19,6 +19,7 @@ from ..expansion.student import unwrap_student
 from ..plan import ExpansionPlan
 from .branches import branch_kinds
 from .branching import branch_convolutions
+from .computed_parameters import ComputedParameters
 from .early_backward import EarlyBackward
 from .functional import call_with_parameters, memory_format_of
 from .parameter_layout import ParameterLayout
@@ -40,7 +41,7 @@ class JointOutput(NamedTuple):
     teacher: Any
 
 
-class DynamicTeacher(TimmModel):
+class DynamicTeacher(ComputedParameters, TimmModel):
     """A student's wide, multi-branch copy, with the student inside it.
 
     The only parameters are those of ``wide`` and ``branches``; the student's are computed from them whenever it runs.
@@ -112,15 +113,18 @@ class DynamicTeacher(TimmModel):
 
     # -- the two models ---------------------------------------------------------------------------------------------
 
-    def forward(self, x: torch.Tensor, joint: bool = False) -> Union[torch.Tensor, 'JointOutput']:
-        """Dynamic teacher's logits, shape (B, num_classes), or with ``joint`` what :meth:`joint` returns.
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Runs the dynamic teacher alone.
 
         Args:
             x: images, shape (B, in_chans, H, W).
-            joint: whether to run the student too; a flag, so that a wrapper such as DDP sees one forward.
+
+        Returns:
+            Its logits, shape (B, num_classes).
+
+        Raises:
+            RuntimeError: in a replica of ``nn.DataParallel``, or if parameters are shards.
         """
-        if joint:
-            return self.joint(x)
         return call_with_parameters(self.wide, self.teacher_parameters(memory_format_of(x)), x)
 
     def joint(
@@ -149,8 +153,7 @@ class DynamicTeacher(TimmModel):
             what that returned, detached, and ``'gradients'``: a scalar 0 that adds its gradients to the student's loss.
 
         Raises:
-            RuntimeError: if another thread runs this module, in a replica of ``nn.DataParallel``, or if parameters are
-                shards.
+            RuntimeError: in a replica of ``nn.DataParallel``, or if parameters are shards.
         """
         teacher, student = self.parameters_of_both(memory_format_of(x))
         run_student = partial(call_with_parameters, self.student) if student_tap is None else student_tap
@@ -166,70 +169,23 @@ class DynamicTeacher(TimmModel):
         return JointOutput(student_output, {**result, 'gradients': early.join()})
 
     def forward_student(self, x: torch.Tensor) -> torch.Tensor:
-        """Student's logits, shape (B, num_classes), for images of shape (B, in_chans, H, W)."""
+        """Runs the student alone.
+
+        Args:
+            x: images, shape (B, in_chans, H, W).
+
+        Returns:
+            Its logits, shape (B, num_classes).
+
+        Raises:
+            RuntimeError: in a replica of ``nn.DataParallel``, or if parameters are shards.
+        """
         return call_with_parameters(self.student, self.student_parameters(memory_format_of(x)), x)
 
-    # -- parameters -------------------------------------------------------------------------------------------------
-
-    def _stored(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """What is stored for a tensor of the student: shape of the teacher's, in the convention of ``scale``."""
-        tensor_map = self.plan.tensors.get(name)
-        if tensor_map is None:
-            return tensor.clone()
-        divides = self.scale == 'teacher' and tensor_map.divisor > 1
-        return tensor_map.replicate(tensor / tensor_map.divisor if divides else tensor)
-
-    def _stored_tensors(self) -> Dict[str, torch.Tensor]:
-        if getattr(self, '_is_replica', False):
-            raise RuntimeError(
-                'replicas of nn.DataParallel hold no parameters of their own: train with '
-                'DistributedDataParallel, one process for each GPU (task.prepare_distributed())'
-            )
-        return dict(self.wide.named_parameters())
-
-    def _merge(self, name: str, memory_format: torch.memory_format, shared: bool = True) -> Tuple[torch.Tensor, ...]:
-        """Teacher's and student's kernel, from branches; without ``shared`` the teacher's twice."""
-        tensor_map = self.plan.tensors.get(name) if shared else None
-        return self._branched[name](self._teacher_multipliers.get(name, 1.0), tensor_map, memory_format)
-
-    def parameters_of_both(
-        self,
-        memory_format: torch.memory_format = torch.contiguous_format,
-    ) -> Tuple[Dict[str, torch.Tensor], Dict[str, torch.Tensor]]:
-        """:meth:`teacher_parameters` and :meth:`student_parameters`, from kernels that are merged once."""
-        teacher, student = self._shared(self._stored_tensors())
-        for name in self._branched:
-            teacher[name], student[name] = self._merge(name, memory_format)
-        return self._layout.under_all_names(teacher), self._layout.under_all_names(student)
-
-    def teacher_parameters(
-        self,
-        memory_format: torch.memory_format = torch.contiguous_format,
-    ) -> Dict[str, torch.Tensor]:
-        """What the teacher runs on, branches merged, by the student's parameter names. Differentiable.
-
-        Args:
-            memory_format: of merged kernels.
-        """
-        teacher = self._shared.of_teacher(self._stored_tensors())
-        teacher.update({name: self._merge(name, memory_format, shared=False)[0] for name in self._branched})
-        return self._layout.under_all_names(teacher)
-
-    def student_parameters(
-        self,
-        memory_format: torch.memory_format = torch.contiguous_format,
-    ) -> Dict[str, torch.Tensor]:
-        """The student's parameters, computed from the stored ones: merged, then sliced. Differentiable (Sec. 3.3).
-
-        Args:
-            memory_format: of merged kernels.
-        """
-        student = self._shared.of_student(self._stored_tensors())
-        student.update({name: self._merge(name, memory_format)[1] for name in self._branched})
-        return self._layout.under_all_names(student)
+    # -- from a student and back ------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def load_student(self, state_dict: Dict[str, torch.Tensor], strict: bool = True):
+    def load_student(self, state_dict: Dict[str, torch.Tensor], strict: bool = True) -> Any:
         """Starts again from a student's weights: the teacher becomes exactly that student's function.
 
         They become the kernels that branches stand beside, and the branches' gammas start again; what else the
@@ -241,6 +197,10 @@ class DynamicTeacher(TimmModel):
 
         Returns:
             What ``load_state_dict`` of a student returns: missing and unexpected keys.
+
+        Raises:
+            RuntimeError: if a tensor has another shape than the student's or, with ``strict``, keys do not match. The
+                teacher then stays as it was.
         """
         _forget_computed_tensors(self)
         plain = self.extract_student()
@@ -263,6 +223,9 @@ class DynamicTeacher(TimmModel):
 
         Returns:
             A new model, in this module's mode, that shares no memory with it.
+
+        Raises:
+            RuntimeError: in a replica of ``nn.DataParallel``, or if parameters are shards.
         """
         return self._layout.fill_slots(plain_copy(self.student), self.student_parameters())
 
@@ -272,6 +235,9 @@ class DynamicTeacher(TimmModel):
 
         Returns:
             A new model of the student's class, in this module's mode, that shares no memory with it.
+
+        Raises:
+            RuntimeError: in a replica of ``nn.DataParallel``, or if parameters are shards.
         """
         parameters = self.teacher_parameters()
         teacher = copy_model(self.wide, lambda name, tensor: parameters.get(name, tensor).detach().clone())

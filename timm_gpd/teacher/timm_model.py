@@ -46,15 +46,32 @@ class TimmModel(nn.Module):
     # -- features and logits of the teacher -------------------------------------------------------------------------
 
     def forward_features(self, x: torch.Tensor, **kwargs: Any) -> Any:
-        """The teacher's unpooled features, as its class lays them out, for images of shape (B, in_chans, H, W)."""
+        """The teacher's features before pooling.
+
+        Args:
+            x: images, shape (B, in_chans, H, W).
+            **kwargs: arguments of the student's ``forward_features``.
+
+        Returns:
+            The features, as the student's class lays them out, wider than the student's.
+
+        Raises:
+            AttributeError: if the student's class has no ``forward_features``.
+        """
         return self._call('forward_features', x, kwargs)
 
     def forward_head(self, x: Any, **kwargs: Any) -> torch.Tensor:
-        """The teacher's logits, shape (B, num_classes), or with ``pre_logits`` what its classifier receives.
+        """The teacher's logits from its features.
 
         Args:
             x: what :meth:`forward_features` returned.
             **kwargs: arguments of the student's ``forward_head``.
+
+        Returns:
+            Logits, shape (B, num_classes), or with ``pre_logits`` what the classifier receives, shape (B, D).
+
+        Raises:
+            AttributeError: if the student's class has no ``forward_head``.
         """
         return self._call('forward_head', x, kwargs)
 
@@ -65,6 +82,13 @@ class TimmModel(nn.Module):
             x: images, shape (B, in_chans, H, W).
             *args: arguments of the student's ``forward_intermediates``.
             **kwargs: the same.
+
+        Returns:
+            What the student's ``forward_intermediates`` returns: features and a list of those of stages, each of shape
+            (B, C, H, W) unless asked for otherwise, or one of the two.
+
+        Raises:
+            AttributeError: if the student's class has no ``forward_intermediates``.
         """
         return self._call('forward_intermediates', x, kwargs, args)
 
@@ -81,6 +105,10 @@ class TimmModel(nn.Module):
     def prune_intermediate_layers(self, *args: Any, **kwargs: Any) -> None:
         """Refused: the student would keep the layers.
 
+        Args:
+            *args: those of the student's ``prune_intermediate_layers``; not used.
+            **kwargs: the same.
+
         Raises:
             NotImplementedError: always.
         """
@@ -91,7 +119,14 @@ class TimmModel(nn.Module):
     # -- classifier -------------------------------------------------------------------------------------------------
 
     def get_classifier(self) -> Any:
-        """The wide model's classifier, whose parameters are stored tensors."""
+        """The wide model's classifier, whose parameters are stored tensors.
+
+        Returns:
+            What the student's ``get_classifier()`` returns: a module, or several.
+
+        Raises:
+            AttributeError: if the student's class has no ``get_classifier``.
+        """
         return self.wide.get_classifier()
 
     def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
@@ -104,6 +139,10 @@ class TimmModel(nn.Module):
             num_classes: number of classes; with 0 both models return pooled features, the teacher's ``ratio`` times as
                 wide as the student's.
             global_pool: pooling type (default: stays).
+
+        Raises:
+            AttributeError: if the student's class has no ``reset_classifier``.
+            UnsupportedModelError: if the student cannot be widened with its new classifier.
         """
         plain = self.extract_student()
         before = _tensors(plain)
@@ -127,19 +166,41 @@ class TimmModel(nn.Module):
     # -- what timm's optimizer factory asks, checkpoints ------------------------------------------------------------
 
     def no_weight_decay(self) -> Set[str]:
-        """Names of parameters that the student's class exempts from weight decay."""
+        """What the student's class exempts from weight decay.
+
+        Returns:
+            Names of parameters of this module; empty if the class exempts none.
+        """
         exempt = self.wide.no_weight_decay() if hasattr(self.wide, 'no_weight_decay') else set()
         return {f'wide.{name}' for name in exempt}
 
     def group_matcher(self, coarse: bool = False) -> Union[Dict[str, Any], Callable[[str], Any]]:
-        """The student's layer groups, for layer-wise learning rate decay: patterns, or a function of a name."""
+        """The student's layer groups, for layer-wise learning rate decay.
+
+        Args:
+            coarse: larger groups, such as stages instead of blocks.
+
+        Returns:
+            What timm's ``group_parameters`` takes, for names of this module's parameters: patterns by group, or a
+            function from a name to its group.
+
+        Raises:
+            AttributeError: if the student's class has no ``group_matcher``.
+        """
         matcher = self.wide.group_matcher(coarse=coarse)
         if callable(matcher):
             return lambda name: matcher(re.sub(r'^(?:wide|branches)\.', '', name))
         return {group: _inside(pattern) for group, pattern in matcher.items()}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recomputes activations in the backward pass, in both models."""
+        """Recomputes activations in the backward pass, in both models.
+
+        Args:
+            enable: False keeps activations again.
+
+        Raises:
+            AttributeError: if the student's class has no ``set_grad_checkpointing``.
+        """
         self.wide.set_grad_checkpointing(enable)
         self.student.set_grad_checkpointing(enable)
 
@@ -153,6 +214,9 @@ class TimmModel(nn.Module):
 
         Returns:
             Missing and unexpected keys.
+
+        Raises:
+            RuntimeError: if a tensor has another shape or, with ``strict``, keys do not match.
         """
         if not state_dict or any(key.partition('.')[0] in _MODELS for key in state_dict):
             return super().load_state_dict(state_dict, strict=strict, assign=assign)

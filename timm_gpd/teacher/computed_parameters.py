@@ -1,0 +1,104 @@
+"""What student and dynamic teacher run on, computed from the tensors that are stored."""
+
+from typing import Dict, Tuple
+
+import torch
+import torch.nn as nn
+
+from ..plan import ExpansionPlan
+from .branches import BranchedKernel
+from .parameter_layout import ParameterLayout
+from .shared_tensors import SharedTensors
+
+__all__ = ['ComputedParameters']
+
+
+class ComputedParameters(nn.Module):
+    """The part of :class:`DynamicTeacher` that reads its stored tensors as parameters of two models."""
+
+    wide: nn.Module
+    plan: ExpansionPlan
+    scale: str
+    _layout: ParameterLayout
+    _shared: SharedTensors
+    _branched: Dict[str, BranchedKernel]
+    _teacher_multipliers: Dict[str, float]
+
+    def _stored(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """What is stored for a tensor of the student: shape of the teacher's, in the convention of ``scale``."""
+        tensor_map = self.plan.tensors.get(name)
+        if tensor_map is None:
+            return tensor.clone()
+        divides = self.scale == 'teacher' and tensor_map.divisor > 1
+        return tensor_map.replicate(tensor / tensor_map.divisor if divides else tensor)
+
+    def _stored_tensors(self) -> Dict[str, torch.Tensor]:
+        if getattr(self, '_is_replica', False):
+            raise RuntimeError(
+                'replicas of nn.DataParallel hold no parameters of their own: train with '
+                'DistributedDataParallel, one process for each GPU (task.prepare_distributed())'
+            )
+        return dict(self.wide.named_parameters())
+
+    def _merge(self, name: str, memory_format: torch.memory_format, shared: bool = True) -> Tuple[torch.Tensor, ...]:
+        """Teacher's and student's kernel, from branches; without ``shared`` the teacher's twice."""
+        tensor_map = self.plan.tensors.get(name) if shared else None
+        return self._branched[name](self._teacher_multipliers.get(name, 1.0), tensor_map, memory_format)
+
+    def parameters_of_both(
+        self,
+        memory_format: torch.memory_format = torch.contiguous_format,
+    ) -> Tuple[Dict[str, torch.Tensor], Dict[str, torch.Tensor]]:
+        """:meth:`teacher_parameters` and :meth:`student_parameters`, from kernels that are merged once.
+
+        Args:
+            memory_format: of merged kernels.
+
+        Returns:
+            The teacher's tensors, and the student's.
+
+        Raises:
+            RuntimeError: in a replica of ``nn.DataParallel``, or if parameters are shards.
+        """
+        teacher, student = self._shared(self._stored_tensors())
+        for name in self._branched:
+            teacher[name], student[name] = self._merge(name, memory_format)
+        return self._layout.under_all_names(teacher), self._layout.under_all_names(student)
+
+    def teacher_parameters(
+        self,
+        memory_format: torch.memory_format = torch.contiguous_format,
+    ) -> Dict[str, torch.Tensor]:
+        """What the teacher runs on, branches merged. Differentiable.
+
+        Args:
+            memory_format: of merged kernels.
+
+        Returns:
+            Tensors by the student's parameter names, in the teacher's shapes; tied ones under every name.
+
+        Raises:
+            RuntimeError: in a replica of ``nn.DataParallel``, or if parameters are shards.
+        """
+        teacher = self._shared.of_teacher(self._stored_tensors())
+        teacher.update({name: self._merge(name, memory_format, shared=False)[0] for name in self._branched})
+        return self._layout.under_all_names(teacher)
+
+    def student_parameters(
+        self,
+        memory_format: torch.memory_format = torch.contiguous_format,
+    ) -> Dict[str, torch.Tensor]:
+        """The student's parameters, computed from the stored ones: merged, then sliced. Differentiable (Sec. 3.3).
+
+        Args:
+            memory_format: of merged kernels.
+
+        Returns:
+            Tensors by the student's parameter names, in its shapes; tied ones under every name.
+
+        Raises:
+            RuntimeError: in a replica of ``nn.DataParallel``, or if parameters are shards.
+        """
+        student = self._shared.of_student(self._stored_tensors())
+        student.update({name: self._merge(name, memory_format)[1] for name in self._branched})
+        return self._layout.under_all_names(student)
