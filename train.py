@@ -33,7 +33,7 @@ from timm_gpd.training.report.tracking import Tracker, check_tracking
 from timm_gpd.training.resume import find_checkpoint, resume_run
 from timm_gpd.training.run import Run
 from timm_gpd.training.schedule import create_schedule, restore_schedule
-from timm_gpd.training.student import check_image_sizes, count_classes, create_student, resolve_input, set_input
+from timm_gpd.training.student import check_image_sizes, create_student, recorded_classes, resolve_input, set_input
 from timm_gpd.training.task import check_task, create_task
 
 _logger = logging.getLogger('train')
@@ -62,7 +62,7 @@ def train(args: argparse.Namespace, compute: Compute, processes: Processes, log:
         source = resolve_data(args)
         student = create_student(args)
         check_batch_norm(args.batch_size * (processes.world_size if args.sync_bn else 1), student)
-        input_config, num_classes = resolve_input(args, student), count_classes(student)
+        input_config, num_classes = resolve_input(args, student), recorded_classes(student)
         check_image_sizes(args, student, input_config.input_size[0])
         set_input(student, input_config)
     folder = RunFolder(args, input_config, processes)

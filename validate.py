@@ -31,7 +31,7 @@ from timm_gpd.training.evaluation import evaluator_of, validate
 from timm_gpd.training.memory import is_out_of_memory, memory_errors
 from timm_gpd.training.processes import Processes, start_processes
 from timm_gpd.training.report.files import replaced_file, write_csv
-from timm_gpd.training.student import count_classes, resolve_input
+from timm_gpd.training.student import recorded_classes, resolve_input
 from timm_gpd.training.validated_model import load_validated_model
 from timm_gpd.training.validation_metrics import ExtendedEvaluator, read_real_labels, read_valid_labels
 
@@ -140,7 +140,7 @@ def validate_model(args: argparse.Namespace, compute: Compute, processes: Proces
         model = reparameterize_model(model)
     param_count = sum(parameter.numel() for parameter in model.parameters())
     _logger.info(f'Model {args.model} created, param count: {param_count}')
-    input_config, num_classes = resolve_input(args, model), count_classes(model)
+    input_config, num_classes = resolve_input(args, model), recorded_classes(model)
     if args.test_pool:
         model, is_pooled = apply_test_time_pool(model, dataclasses.asdict(input_config))
         if is_pooled:

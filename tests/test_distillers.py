@@ -162,8 +162,8 @@ class TestDistillers:
             pytest.skip(f'{teacher} has no forward_intermediates in timm {timm.__version__}')
         *taps, distillers = built(ALL, net, static)
         with torch.no_grad():
-            goal = taps[1].eval()(x)
-        terms = distillers(taps[0].train()(x), goal, torch.tensor([0, 3, 3]))
+            static_output = taps[1].eval()(x)
+        terms = distillers(taps[0].train()(x), static_output, torch.tensor([0, 3, 3]))
         assert list(terms) == ALL.split(',')
         assert all(term.shape == () and 0 < term < math.inf for term in terms.values()), terms
         sum(terms.values()).backward()
@@ -175,11 +175,11 @@ class TestDistillers:
         learner, teacher, distillers = built(name, model('test_resnet'), model('test_vit'))
         x, target = images(8), torch.arange(8) % CLASSES
         with torch.no_grad():
-            goal = teacher.eval()(x)
+            static_output = teacher.eval()(x)
         optimizer = torch.optim.Adam([*learner.parameters(), *distillers.parameters()], lr=1e-3)
         history = []
         for _ in range(8):
-            loss = distillers(learner(x), goal, target)[name]
+            loss = distillers(learner(x), static_output, target)[name]
             history.append(loss.item())
             optimizer.zero_grad()
             loss.backward()
@@ -191,7 +191,7 @@ class TestDistillers:
         student, static = model('test_resnet'), model('test_vit').eval()
         dynamic, x, target = expand(student), images(), torch.arange(4)
         settings = distill_settings('reviewkd,ofa,nd')
-        goal = example_output(tap_teacher(static, settings), x)
+        static_output = example_output(tap_teacher(static, settings), x)
 
         def runner(inner, parameters):
             tap = tap_learner(inner, settings)
@@ -204,12 +204,12 @@ class TestDistillers:
             'dynamic_teacher': runner(dynamic.wide, dynamic.teacher_parameters),
         }
         distillers = nn.ModuleDict(
-            {name: Distillers(settings, example_output(dynamic, x, run), goal) for name, run in runs.items()}
+            {name: Distillers(settings, example_output(dynamic, x, run), static_output) for name, run in runs.items()}
         )
         dynamic.train()
         for name, run in runs.items():
             dynamic.zero_grad()
-            sum(distillers[name](run(x), goal, target).values()).backward()
+            sum(distillers[name](run(x), static_output, target).values()).backward()
             assert all(p.grad is not None for p in [*dynamic.wide.parameters(), *distillers[name].parameters()])
         widths = [distillers[name]['nd'].projection[0].num_features for name in runs]
         assert widths == [student.num_features, 2 * student.num_features]
@@ -222,19 +222,23 @@ class TestDistillers:
         learner, teacher, distillers = built('reviewkd,ofa,nd', model('test_resnet'), model('test_vit'))
         other = built('reviewkd,ofa,nd', learner.model, teacher.model)[2]
         x, target = images(), torch.arange(4)
-        output, goal = example_output(learner, x), example_output(teacher, x)
-        distillers(output, goal, target)  # running statistics and centres move
+        output, static_output = example_output(learner, x), example_output(teacher, x)
+        distillers(output, static_output, target)  # running statistics and centres move
         other.load_state_dict(distillers.state_dict())
         for ours, theirs in zip(
-            distillers.eval()(output, goal, target).values(), other.eval()(output, goal, target).values()
+            distillers.eval()(output, static_output, target).values(),
+            other.eval()(output, static_output, target).values(),
         ):
             assert torch.equal(ours, theirs)
 
     def test_weights(self):
         learner, teacher, distillers = built('dkd,at', model('test_resnet'), model('test_resnet'))
         weighted = built('dkd,at', learner.model, teacher.model, {'dkd.weight': 2, 'at.weight': 500})[2]
-        output, goal = example_output(learner, images()), example_output(teacher, images())
-        terms, others = distillers(output, goal, torch.arange(4)), weighted(output, goal, torch.arange(4))
+        output, static_output = example_output(learner, images()), example_output(teacher, images())
+        terms, others = (
+            distillers(output, static_output, torch.arange(4)),
+            weighted(output, static_output, torch.arange(4)),
+        )
         torch.testing.assert_close(others['dkd'], 2 * terms['dkd'])
         torch.testing.assert_close(others['at'], terms['at'] / 2)
 
@@ -267,8 +271,8 @@ class TestReviewKD:
 
     def test_levels_are_paired_from_the_deepest(self):
         learner, teacher, distillers = built('reviewkd', model('test_resnet'), model('test_resnet'))
-        output, goal = example_output(learner, images()), example_output(teacher, images())
-        short = goal._replace(stages=goal.stages[2:])
+        output, static_output = example_output(learner, images()), example_output(teacher, images())
+        short = static_output._replace(stages=static_output.stages[2:])
         distiller = DISTILLERS['reviewkd'](output, short)
         assert len(distillers['reviewkd'].fusions) == 5 and len(distiller.fusions) == 3
         widths = [*(stage.shape[1] for stage in short.stages), short.embedding.shape[1]]
@@ -284,12 +288,12 @@ class TestOFA:
     def test_sums_the_loss_over_logits_and_stages(self):
         learner, teacher, distillers = built('ofa', model('test_resnet'), model('test_vit'), {'eps': 1.5})
         x, target = images(), torch.tensor([0, 4, 2, 2])
-        output, goal = example_output(learner, x), example_output(teacher, x)
+        output, static_output = example_output(learner, x), example_output(teacher, x)
         distiller = distillers['ofa'].eval()
         predictions = [output.logits] + [p(stage) for p, stage in zip(distiller.projectors, output.stages)]
         assert [p.shape for p in predictions] == [(4, CLASSES)] * 5
-        expected = sum(ofa_loss(p, goal.logits, target, eps=1.5) for p in predictions)
-        torch.testing.assert_close(distiller(output, goal, target), expected)
+        expected = sum(ofa_loss(p, static_output.logits, target, eps=1.5) for p in predictions)
+        torch.testing.assert_close(distiller(output, static_output, target), expected)
 
     @pytest.mark.parametrize('name', ['test_resnet', 'test_vit'])
     def test_projectors_follow_the_learner(self, name):

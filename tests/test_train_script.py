@@ -359,15 +359,12 @@ def test_the_command_is_noted_as_it_was_given(tmp_path):
     run('train.py', *command)
     command = [str(argument) for argument in command]
     given = vars(train_parser().parse_args(command))
-    assert (
-        given['loss'] is None and given['num_classes'] is None and given['lr'] is None and given['dataset'] == 'digits'
-    )
+    assert [given[name] for name in ('loss', 'num_classes', 'lr', 'dataset')] == [None, None, None, 'digits']
     noted = yaml.safe_load((tmp_path / 'run' / 'args.yaml').read_text())
     assert noted.pop('versions').keys() == {'timm', 'timm_gpd', 'torch'} and noted == given
     checkpoint = torch.load(tmp_path / 'run' / 'last.pth.tar', weights_only=False)
-    assert type(checkpoint['args']) is argparse.Namespace and vars(checkpoint['args']) == vars(
-        parse_train_args(command)
-    )
+    assert type(checkpoint['args']) is argparse.Namespace
+    assert vars(checkpoint['args']) == vars(parse_train_args(command))
     assert checkpoint['args'].loss == 'bce'
     assert checkpoint['state_dict']['fc.bias'].shape == (1000,)  # the architecture's own number of classes
     assert checkpoint['optimizer']['param_groups'][0]['initial_lr'] == pytest.approx(0.1 * 50 / 256)

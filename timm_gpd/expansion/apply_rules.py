@@ -61,9 +61,9 @@ def _apply(widening: Widening, name: str, rule: Rule) -> None:
     for pattern in rule.keep:
         widening.kept.update(join(name, child) for child in find_children(module, pattern))
     for attribute in rule.multiply:
-        _scale_attribute(widening, name, attribute, lambda value: value * ratio)
+        _change_attribute(widening, name, attribute, lambda value: value * ratio)
     for attribute in rule.divide:
-        _scale_attribute(widening, name, attribute, lambda value: value / ratio)
+        _change_attribute(widening, name, attribute, lambda value: value / ratio)
     for key, axes in rule.params.items():
         tensor = getattr(module, key, None)
         if isinstance(tensor, torch.Tensor):
@@ -78,11 +78,11 @@ def _apply(widening: Widening, name: str, rule: Rule) -> None:
         rule.code(RuleContext(widening, name, module))
 
 
-def _scale_attribute(widening: Widening, name: str, attribute: str, scale: Callable[[Any], Any]) -> None:
-    """Scales a number, or every number in a tuple or list, that is an attribute of a module; None stays."""
+def _change_attribute(widening: Widening, name: str, attribute: str, change: Callable[[Any], Any]) -> None:
+    """Changes a number, or every number in a tuple or list, that is an attribute of a module; None stays."""
     path, _, attribute = attribute.rpartition('.')
     for child in find_children(widening.modules[name], path):
         owner = join(name, child)
         value = getattr(widening.modules[owner], attribute, None)
         if value is not None:
-            widening.set_attribute(owner, attribute, tree_map_only((int, float), scale, value))
+            widening.set_attribute(owner, attribute, tree_map_only((int, float), change, value))

@@ -9,7 +9,7 @@ from timm.models import group_parameters
 
 from ..distillers import Distillers, DistillSettings, ModelOutput, Tap, example_output, tap_learner
 from ..teacher import DynamicTeacher, JointOutput
-from ..teacher.dynamic_teacher import Run
+from ..teacher.dynamic_teacher import ModelRun
 from ..teacher.functional import call_with_parameters
 from .static_teacher import StaticTeacher
 from .step_loss import StepLoss
@@ -128,7 +128,7 @@ class JointLearners(Learners):
         )
         return JointOutput(self.step_loss('student', output, target, static_output), teacher)
 
-    def _runs(self) -> List[Run]:
+    def _runs(self) -> List[ModelRun]:
         """Student and dynamic teacher through their taps, as functions of parameters."""
         return [partial(_run_tapped, self.taps[learner]) for learner in ('student', 'dynamic_teacher')]
 

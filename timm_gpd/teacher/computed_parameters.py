@@ -6,6 +6,7 @@ import torch
 import torch.nn as nn
 
 from ..plan import ExpansionPlan
+from ..private_torch import is_replica
 from .branches import BranchedKernel
 from .parameter_layout import ParameterLayout
 from .shared_tensors import SharedTensors
@@ -33,7 +34,7 @@ class ComputedParameters(nn.Module):
         return tensor_map.replicate(tensor / tensor_map.divisor if divides else tensor)
 
     def _stored_tensors(self) -> Dict[str, torch.Tensor]:
-        if getattr(self, '_is_replica', False):
+        if is_replica(self):
             raise RuntimeError(
                 'replicas of nn.DataParallel hold no parameters of their own: train with '
                 'DistributedDataParallel, one process for each GPU (task.prepare_distributed())'

@@ -31,7 +31,7 @@ __all__ = ['SCALES', 'DynamicTeacher', 'JointOutput', 'check_storage']
 SCALES = ('student', 'teacher')
 
 # Runs a model: from parameters, by the model's names, and images to its output.
-Run = Callable[[Mapping[str, torch.Tensor], torch.Tensor], Any]
+ModelRun = Callable[[Mapping[str, torch.Tensor], torch.Tensor], Any]
 
 
 class JointOutput(NamedTuple):
@@ -130,8 +130,8 @@ class DynamicTeacher(ComputedParameters, TimmModel):
     def joint(
         self,
         x: torch.Tensor,
-        student_tap: Optional[Run] = None,
-        teacher_tap: Optional[Run] = None,
+        student_tap: Optional[ModelRun] = None,
+        teacher_tap: Optional[ModelRun] = None,
         teacher_loss: Optional[Callable[[Any], Dict[str, torch.Tensor]]] = None,
         loss_parameters: Iterable[torch.Tensor] = (),
     ) -> 'JointOutput':

@@ -26,7 +26,8 @@ class EarlyBackward:
 
     Where it is not possible :meth:`run` does nothing, and gradients come with the backward pass of the sum, as usual:
     in float16 autocast, as the scale of the gradients is not known before; within ``torch.func`` transforms and in
-    forward mode, of which a detached loss would lose its part; where no gradients are asked for; and compiled without :func:`timm_gpd.private_torch.trace_backward`.
+    forward mode, of which a detached loss would lose its part; where no gradients are asked for; and compiled without
+    :func:`timm_gpd.private_torch.trace_backward`.
 
     Args:
         tensors: all that the loss may depend on and that wants its gradient; a tensor may come twice.

@@ -139,7 +139,7 @@ class TrainingLoop:
                 with self.compute.autocast():
                     result = self.task(images, target)
                 update_terms.add(result, images.shape[0])
-                loss = result['loss'] * self._scale(images.shape[0]) / accumulated
+                loss = result['loss'] * self._loss_factor(images.shape[0]) / accumulated
                 is_finite = self._backward(loss, is_update, update_terms)
             if not is_update:
                 continue
@@ -170,7 +170,7 @@ class TrainingLoop:
         position.batch, position.sums, position.images = batches, means.numbers(), means.images
         return means.compute(self.processes)
 
-    def _scale(self, batch_size: int) -> float:
+    def _loss_factor(self, batch_size: int) -> float:
         """Factor of the loss of a batch, 1 for one of mean size."""
         how = self.settings.variable_batch_loss_scale
         if how == 'none' or self.batch_size is None:

@@ -13,7 +13,7 @@ from timm.layers import convert_splitbn_model
 
 from ..errors import LIBRARY_ERRORS, UsageError, usage_errors
 
-__all__ = ['InputConfig', 'check_image_sizes', 'count_classes', 'create_student', 'resolve_input', 'set_input']
+__all__ = ['InputConfig', 'check_image_sizes', 'recorded_classes', 'create_student', 'resolve_input', 'set_input']
 
 _logger = logging.getLogger('train')
 
@@ -39,7 +39,7 @@ class InputConfig:
     crop_mode: str = 'center'
 
 
-def count_classes(model: nn.Module) -> int:
+def recorded_classes(model: nn.Module) -> int:
     """Number of classes of a timm model, 0 where it has no classifier."""
     return getattr(model, 'num_classes', 0)
 
@@ -78,7 +78,7 @@ def create_student(args: argparse.Namespace) -> nn.Module:
             checkpoint_path=args.initial_checkpoint,
             **args.model_kwargs,
         )
-    if not count_classes(student):
+    if not recorded_classes(student):
         raise UsageError(f'{args.model} has no classifier: set --num-classes')
     _start_head(args, student)
     if args.grad_checkpointing:
@@ -169,4 +169,6 @@ def set_input(student: nn.Module, config: InputConfig) -> None:
         student: timm model; its ``pretrained_cfg`` is changed in place.
         config: its input.
     """
-    cast(Dict[str, Any], student.pretrained_cfg).update(dataclasses.asdict(config), num_classes=count_classes(student))
+    cast(Dict[str, Any], student.pretrained_cfg).update(
+        dataclasses.asdict(config), num_classes=recorded_classes(student)
+    )

@@ -15,7 +15,7 @@ from ..errors import UsageError, usage_errors
 from ..task import DistillationTask, GapPreservingTask
 from ..task.static_teacher import resolve_static_teacher
 from .criterion import create_criterion
-from .student import count_classes
+from .student import recorded_classes
 
 __all__ = ['check_task', 'create_task', 'get_student', 'get_validation_models']
 
@@ -69,7 +69,7 @@ def create_task(args: argparse.Namespace, student: nn.Module, device: torch.devi
     Raises:
         UsageError: if the student cannot be widened, or the static teacher does not fit it.
     """
-    criterion = create_criterion(args, count_classes(student)).to(device)
+    criterion = create_criterion(args, recorded_classes(student)).to(device)
     dtype = next(student.parameters()).dtype
     common: Dict[str, Any] = dict(criterion=criterion, device=device, dtype=dtype)
     distillation: Dict[str, Any] = dict(

@@ -13,7 +13,7 @@ from ..command_line import flag_of
 from ..errors import LIBRARY_ERRORS, UsageError, one_line, usage_errors
 from ..teacher import expand
 from .checkpoints import read_checkpoint
-from .student import count_classes
+from .student import recorded_classes
 
 __all__ = ['load_validated_model']
 
@@ -45,7 +45,7 @@ def load_validated_model(args: argparse.Namespace) -> nn.Module:
         model = create_model(
             args.model, pretrained=args.pretrained or not args.checkpoint, **{**options, **args.model_kwargs}
         )
-    if not count_classes(model):
+    if not recorded_classes(model):
         raise UsageError(f'{args.model} has no classifier: set --num-classes')
     return _load(model, args) if args.checkpoint else model
 
