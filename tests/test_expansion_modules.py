@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import pickle
 from functools import partial
 
 import pytest
@@ -11,11 +12,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from timm_gpd import GapPreservingTask, Rule, UnsupportedModelError, expand, plan_expansion, register_rule
-from timm_gpd.coverage import create, create_small, read_back_error, timm_modules
-from timm_gpd.coverage.architectures import FEWER
-from timm_gpd.coverage.whole_path import CHECKS, WholePath
+from timm_gpd.coverage import create, read_back_error, timm_modules
+from timm_gpd.coverage.architectures import FEWER, small_arguments
 from timm_gpd.expansion.images import run_on_small_images
 from timm_gpd.expansion.verify import compare, disable_randomness_, randomize_, verify_plan
+from timm_gpd.teacher import inverse_reparameterization, rehearsal
 
 # The smallest architecture of every module of timm 1.0.31, by parameters. Other releases' other modules are searched.
 SMALLEST = {
@@ -118,39 +119,7 @@ SMALLEST = {
     'xception_aligned': 'xception41p',
     'xcit': 'xcit_nano_12_p8_224',
 }
-# What goes the whole path here, the fast ones of every kind, others a short one. `python -m timm_gpd.coverage` goes the
-# whole path with all modules.
-WALKED = (
-    'beit',
-    'byobnet',
-    'cait',
-    'convnext',
-    'deepseek_vit',
-    'densenet',
-    'dpn',
-    'edgenext',
-    'efficientnet',
-    'inception_next',
-    'mambaout',
-    'maxxvit',
-    'mobilenetv3',
-    'mobilevit',
-    'naflexvit',
-    'nfnet',
-    'pit',
-    'qwen3_vit',
-    'regnet',
-    'resnet',
-    'sequencer',
-    'starnet',
-    'swin_transformer',
-    'tiny_vit',
-    'vision_transformer',
-    'vision_transformer_relpos',
-    'vision_transformer_sam',
-    'vovnet',
-    'xcit',
-)
+CLASSES = 10  # a classifier of ImageNet's is most of a small model
 
 
 def smallest(module):
@@ -165,51 +134,62 @@ def smallest(module):
 
 
 @pytest.mark.parametrize('module', timm_modules())
-def test_smallest_architecture_is_exact_and_goes_the_path(module):
-    gc.collect()  # two models of another module, in float64
-    create_student = partial(create_small, smallest(module), **FEWER.get(module, {}))
-    path = WholePath(create_student) if module in WALKED else None
-    task = GapPreservingTask(randomize_(create_student()), verbose=False) if path is None else path.task
-    student, plan = create_student() if path is None else path.student, task.get_dynamic_teacher().plan
-    before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
-    agreement = compare(student, plan, ('training',))['training']  # the task has compared them in evaluation mode
-    assert agreement.is_exact, agreement
+def test_smallest_architecture_is_exact_and_goes_the_path(module, monkeypatch):
+    """In float32, gradients and logits bit for bit; ``python -m timm_gpd.coverage`` does it in float64."""
+    gc.collect()  # models of another module
+    name = smallest(module)
+    create_student = partial(create, name, **small_arguments(name, num_classes=CLASSES, **FEWER.get(module, {})))
+    with monkeypatch.context() as patch:
+        patch.setattr(inverse_reparameterization, 'verify_plan', compare_in_both_modes)
+        patch.setattr(rehearsal, 'ROUNDING', 0)
+        task = GapPreservingTask(randomize_(create_student()), verbose=False)
+        plan = task.get_dynamic_teacher().plan
+        patch.setattr(inverse_reparameterization, 'plan_expansion', lambda *args: plan)  # what has been done
+        patch.setattr(inverse_reparameterization, 'verify_plan', lambda *args: 0.0)
+        patch.setattr(inverse_reparameterization, 'rehearse', lambda *args: None)
+        new_task, new_student = GapPreservingTask(create_student(), verbose=False).eval(), create_student().eval()
+    go_the_path(task, new_task, new_student)
+
+
+def compare_in_both_modes(student, plan):
+    """What `expand` does in evaluation mode, for both with one pair of models; and that extraction is the inverse."""
+    agreements = compare(student, plan)
+    assert all(agreement.is_exact for agreement in agreements.values()), agreements
     assert read_back_error(student, plan) <= 1e-15
-    if path is None:
-        go_the_short_path(task, student)
-    else:
-        for check in CHECKS:
-            getattr(path, check)()
-        assert all(torch.equal(tensor, before[name]) for name, tensor in student.state_dict().items())
 
 
-def go_the_short_path(task, fresh):
-    """One step, extraction into a fresh model of timm, a checkpoint, a copy. `expand` has compared the gradients."""
-    disable_randomness_(task)
-    x, _ = run_on_small_images(
-        lambda x: task.train()(x, torch.tensor([0, 1]))['loss'].backward(),
-        fresh,
-        task.get_dynamic_teacher().plan.input_shape,
-        2,
-    )
+def go_the_path(task, new_task, new_student):
+    """Steps, extraction into a new model of timm, a checkpoint into a new task, copies."""
+    teacher = task.get_dynamic_teacher()
     stored = list(task.get_trainable_module().parameters())
     before = [parameter.detach().clone() for parameter in stored]
-    nn.utils.clip_grad_norm_(stored, 1.0)
-    torch.optim.SGD(stored, lr=0.1).step()
+    optimizer = torch.optim.SGD(stored, lr=0.1)
+
+    def step(x):
+        optimizer.zero_grad()
+        task(x, torch.tensor([0, 1]))['loss'].backward()
+        nn.utils.clip_grad_norm_(stored, 1.0)
+        optimizer.step()
+
+    disable_randomness_(task).train()
+    x, _ = run_on_small_images(step, new_student, teacher.plan.input_shape, 2)
+    step(x), step(x)
     trained = [not torch.equal(*pair) for pair in zip(stored, before)]
     assert sum(trained) > len(trained) / 2, f'{sum(trained)} of {len(trained)} tensors are trained'
 
-    student = task.eval().get_student()
-    fresh.eval().load_state_dict(student.state_dict(), strict=True)
-    state, other = task.get_checkpoint_state(), copy.deepcopy(task)
-    with torch.no_grad():
-        for parameter in other.get_trainable_module().parameters():
-            parameter.zero_()
-    other.load_checkpoint_state(state['state_dict'], state['task_state'])
-    expected = task.get_dynamic_teacher().forward_student(x)
-    assert expected.isfinite().all()
-    for what in (student, fresh, other.get_dynamic_teacher().forward_student):
-        assert torch.equal(what(x), expected)
+    expected = [logits.detach() for logits in task.eval().get_dynamic_teacher().joint(x)]
+    assert all(logits.isfinite().all() for logits in expected)
+    student = task.get_student()
+    new_student.load_state_dict(student.state_dict(), strict=True)
+    for what in (student, new_student):
+        assert torch.equal(what(x), expected[0])
+    assert torch.equal(teacher.extract_teacher()(x), expected[1])
+    state = task.get_checkpoint_state()
+    new_task.load_checkpoint_state(state['state_dict'], state['task_state'])
+    for other in (new_task, copy.deepcopy(task), pickle.loads(pickle.dumps(task))):
+        other = other.get_dynamic_teacher()
+        assert all(map(torch.equal, other.joint(x), expected))
+        assert not any(tensor.data_ptr() == mine.data_ptr() for tensor, mine in zip(other.parameters(), stored))
 
 
 def test_the_smallest_architecture_of_a_new_module_is_found(monkeypatch):

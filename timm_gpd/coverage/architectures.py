@@ -8,7 +8,16 @@ import torch.nn as nn
 
 from ..expansion.images import SMALL_IMAGES
 
-__all__ = ['FEWER', 'OWN_MODULES', 'REDUCTIONS', 'count_parameters', 'create', 'create_small', 'timm_modules']
+__all__ = [
+    'FEWER',
+    'OWN_MODULES',
+    'REDUCTIONS',
+    'count_parameters',
+    'create',
+    'create_small',
+    'small_arguments',
+    'timm_modules',
+]
 
 OWN_MODULES = ('rvt', 'variants')  # what this package registers is not timm's
 # Arguments that make an architecture smaller; the last that fits.
@@ -90,6 +99,19 @@ def create_small(name: str, **kwargs: Any) -> nn.Module:
     Returns:
         The model, for images of 56 to 128 pixels or of its default size.
     """
+    return create(name, **small_arguments(name, **kwargs))
+
+
+def small_arguments(name: str, **kwargs: Any) -> Dict[str, Any]:
+    """Arguments of an architecture for images as small as its ``img_size`` argument, where it has one, allows.
+
+    Args:
+        name: a model name of timm.
+        **kwargs: arguments of ``timm.create_model`` but ``img_size``.
+
+    Returns:
+        The same, with ``img_size`` of 56 to 128 pixels if the architecture runs on such images.
+    """
     default = (timm.models.get_pretrained_cfg_value(name, 'input_size') or (3, 224, 224))[-1]
     for size in SMALL_IMAGES:
         if size >= default:
@@ -99,8 +121,8 @@ def create_small(name: str, **kwargs: Any) -> nn.Module:
                 create(name, img_size=size, **kwargs).eval()(torch.empty(1, 3, size, size))
         except Exception:
             continue
-        return create(name, img_size=size, **kwargs)
-    return create(name, **kwargs)
+        return {'img_size': size, **kwargs}
+    return kwargs
 
 
 def count_parameters(name: str, **kwargs: Any) -> float:

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from ..errors import NoClassifierError, UnsupportedModelError, first_line
 from ..expansion.planner import plan_expansion
 from ..expansion.verify import compare, read_back_error
-from .architectures import FEWER, REDUCTIONS, count_parameters, create, create_small
+from .architectures import FEWER, REDUCTIONS, count_parameters, create, create_small, small_arguments
 from .cache import Cache, Record
 from .whole_path import CHECKS, WholePath
 
@@ -128,7 +128,8 @@ def path_one(name: str, ratio: int, **reduction: Any) -> Record:
     record: Record = {'model': name, 'step': 'path', 'reduction': reduction}
     torch.manual_seed(0)
     try:
-        path = WholePath(partial(create_small, name, num_classes=PATH_CLASSES, **reduction), ratio)
+        arguments = small_arguments(name, num_classes=PATH_CLASSES, **reduction)
+        path = WholePath(partial(create, name, **arguments), ratio)
     except Exception as error:
         return {**record, **dict.fromkeys(CHECKS, _failure(error))}
     for check in CHECKS:
