@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -375,6 +376,7 @@ def test_a_run_leaves_the_process_as_it_was(tmp_path):
         return (torch.full((8,), 1e-20) * 1e-20).count_nonzero().item(), keeps_compiled_layouts()
 
     before = switches()
-    train(tmp_path, '--experiment', 'run', '--epochs', '1', config='digits')
+    train(tmp_path, '--experiment', 'run', '--epochs', '1', '--workers', '1', config='digits')
+    assert multiprocessing.active_children() == []  # a garbage collector that ends them waits for them
     train(tmp_path, '--experiment', 'bad', '--num-classes', '7', code=2, config='digits')
     assert switches() == before == (8, False)

@@ -8,6 +8,7 @@ after it. Images are numbered over all processes, so that two processes augment 
 
 import hashlib
 import random
+from dataclasses import dataclass
 from typing import Any, Iterator, List, NamedTuple, Tuple
 
 import numpy as np
@@ -69,22 +70,40 @@ class _SeededDataset(Dataset):
         return self.dataset[draw.index]
 
 
+@dataclass
+class _Epoch:
+    """What is being run, for those that seed something in it.
+
+    Not the loader itself, which knows them: what knows one another waits for Python's garbage collector, and when that
+    comes by, worker processes get no word from their queues, and are waited for in vain.
+    """
+
+    processes: Processes
+    seed: int
+    number: int = 0
+    first_batch: int = 0
+
+    def seed_for(self, purpose: int, number: int) -> None:
+        """Seeds the generators of this process for a batch of this epoch."""
+        seed_for(self.seed, purpose, self.number, number, self.processes.rank)
+
+
 class _Draws:
     """Batches of an epoch from some batch on, in the order that a batch sampler gives them, with seeds."""
 
-    def __init__(self, batch_sampler: Any, processes: Processes) -> None:
-        self.batch_sampler, self.processes = batch_sampler, processes
-        self.seed, self.epoch, self.start = 0, 0, 0
+    def __init__(self, batch_sampler: Any, epoch: _Epoch) -> None:
+        self.batch_sampler, self.epoch = batch_sampler, epoch
 
     def __len__(self) -> int:
-        return len(self.batch_sampler) - self.start
+        return len(self.batch_sampler) - self.epoch.first_batch
 
     def __iter__(self) -> Iterator[List[_Draw]]:
-        position = self.processes.rank
+        epoch, step = self.epoch, self.epoch.processes.world_size
+        position = epoch.processes.rank
         for number, batch in enumerate(self.batch_sampler):
-            positions = range(position, position + len(batch) * self.processes.world_size, self.processes.world_size)
-            if number >= self.start:
-                seeds = (seed_of(self.seed, _IMAGE, self.epoch, place) for place in positions)
+            positions = range(position, position + len(batch) * step, step)
+            if number >= epoch.first_batch:
+                seeds = (seed_of(epoch.seed, _IMAGE, epoch.number, place) for place in positions)
                 yield [_Draw(index, seed) for index, seed in zip(batch, seeds)]
             position = positions.stop
 
@@ -92,15 +111,15 @@ class _Draws:
 class _SeededBatches:
     """A loader that seeds before it hands out a batch, for what a prefetcher does to it on the device."""
 
-    def __init__(self, loader: DataLoader, owner: 'ReplayedLoader') -> None:
-        self.loader, self.owner = loader, owner
+    def __init__(self, loader: DataLoader, epoch: _Epoch) -> None:
+        self.loader, self.epoch = loader, epoch
 
     def __len__(self) -> int:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[Any]:
-        for number, batch in enumerate(self.loader, start=self.owner.first_batch):
-            self.owner.seed_for(_LOADED, number)
+        for number, batch in enumerate(self.loader, start=self.epoch.first_batch):
+            self.epoch.seed_for(_LOADED, number)
             yield batch
 
     def __getattr__(self, name: str) -> Any:
@@ -120,9 +139,8 @@ class ReplayedLoader:
     """
 
     def __init__(self, loader: Any, seed: int, processes: Processes) -> None:
-        self.run_seed = self.seed = seed
-        self.processes = processes
-        self.epoch, self.first_batch = 0, 0
+        self.seed = seed
+        self.epoch = _Epoch(processes, seed)
         inner = loader.loader if isinstance(loader, PrefetchLoader) else loader
         self.batches_per_epoch = len(inner)
         self.collate_fn = inner.collate_fn
@@ -134,8 +152,8 @@ class ReplayedLoader:
             if isinstance(inner.batch_sampler.sampler, RandomSampler):
                 inner.batch_sampler.sampler = DistributedSampler(inner.dataset, num_replicas=1, rank=0)
             self.orders = [inner.batch_sampler, inner.batch_sampler.sampler]
-            self.draws = _Draws(inner.batch_sampler, processes)
-        self.batches = _SeededBatches(inner if self.is_stream else self._seeded(inner), self)
+            self.draws = _Draws(inner.batch_sampler, self.epoch)
+        self.batches = _SeededBatches(inner if self.is_stream else self._seeded(inner), self.epoch)
         if isinstance(loader, PrefetchLoader):
             loader.loader = self.batches  # type: ignore[assignment]
         self.loader = loader if isinstance(loader, PrefetchLoader) else self.batches
@@ -163,10 +181,6 @@ class ReplayedLoader:
             if not self.is_stream:
                 self.batches.loader = self._seeded(self.batches.loader)
 
-    def seed_for(self, purpose: int, number: int) -> None:
-        """Seeds the generators of this process for a batch of this epoch."""
-        seed_for(self.seed, purpose, self.epoch, number, self.processes.rank)
-
     def run_epoch(self, epoch: int, first_batch: int = 0, attempt: int = 0) -> Iterator[Tuple[int, Any]]:
         """Batches of an epoch. Before each is handed out, the generators are seeded for the step that it is for.
 
@@ -178,17 +192,15 @@ class ReplayedLoader:
         Yields:
             The index of a batch in its epoch, and the batch.
         """
-        self.seed = seed_of(self.run_seed, attempt) if attempt else self.run_seed
-        self.epoch, self.first_batch = epoch, 0 if self.is_stream else first_batch
+        self.epoch.seed = seed_of(self.seed, attempt) if attempt else self.seed
+        self.epoch.number, self.epoch.first_batch = epoch, 0 if self.is_stream else first_batch
         for order in self.orders:
             if isinstance(order, DistributedSampler):
-                order.seed = self.seed
+                order.seed = self.epoch.seed
             if hasattr(order, 'set_epoch'):
                 order.set_epoch(epoch)
-        if not self.is_stream:
-            self.draws.seed, self.draws.epoch, self.draws.start = self.seed, epoch, first_batch
-        seed_for(self.seed, _ORDER, epoch)
-        for number, batch in enumerate(self.loader, start=self.first_batch):
+        seed_for(self.epoch.seed, _ORDER, epoch)
+        for number, batch in enumerate(self.loader, start=self.epoch.first_batch):
             if number >= first_batch:
-                self.seed_for(_STEP, number)
+                self.epoch.seed_for(_STEP, number)
                 yield number, batch
