@@ -6,14 +6,13 @@ import multiprocessing
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from timm.task import ClassificationTask
 
-from programs import QUICK, ROOT, checkpoint_values, differences, run, summary, train
+from programs import ROOT, checkpoint_values, differences, run, summary, train
 from timm_gpd import GapPreservingTask
 from timm_gpd.training.loop import TrainingLoop
 
@@ -35,33 +34,36 @@ def load(folder, name='last'):
     return torch.load(folder / f'{name}.pth.tar', weights_only=False)
 
 
-KILLED = """
-import os, runpy, signal, sys
-sys.path.insert(0, {root!r})
-import torch
-from timm_gpd.training.loop import TrainingLoop
+def kill_a_run(tmp_path, arguments, update, save):
+    """Trains in a process of its own until behind an update, or in the middle of a write; counted from 1, 0 is never.
 
-updates, saves = [], []
+    It is forked, as starting Python and torch anew takes seconds.
+    """
+    updates, saves = [], []
+    save_if_wanted, write = TrainingLoop._save_if_wanted, torch.save
 
-def count(loop, *args):
-    save_if_wanted(loop, *args)
-    updates.append(0)
-    if len(updates) == {update}:
-        os.kill(os.getpid(), signal.SIGKILL)
+    def count(loop, *args):
+        save_if_wanted(loop, *args)
+        updates.append(0)
+        if len(updates) == update:
+            os.kill(os.getpid(), signal.SIGKILL)
 
-def write_half(state, file):
-    saves.append(0)
-    if len(saves) == {save}:
-        file.write(b'x' * 100_000)
-        file.flush()
-        os.kill(os.getpid(), signal.SIGKILL)
-    save(state, file)
+    def write_half(state, file):
+        saves.append(0)
+        if len(saves) == save:
+            file.write(b'x' * 100_000)
+            file.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+        write(state, file)
 
-save_if_wanted, save = TrainingLoop._save_if_wanted, torch.save
-TrainingLoop._save_if_wanted, torch.save = count, write_half
-sys.argv = ['train.py', *sys.argv[1:]]
-runpy.run_path({script!r}, run_name='__main__')
-"""
+    def train_until():
+        TrainingLoop._save_if_wanted, torch.save = count, write_half
+        train(tmp_path, *arguments)
+
+    process = multiprocessing.get_context('fork').Process(target=train_until)
+    process.start()
+    process.join(120)
+    assert process.exitcode == -signal.SIGKILL
 
 
 @pytest.mark.parametrize(
@@ -77,16 +79,7 @@ runpy.run_path({script!r}, run_name='__main__')
 def test_a_killed_run_ends_as_the_one_that_was_left_alone(tmp_path, left_alone, moments):
     arguments = [*RANDOM, '--experiment', 'run', '--resume', 'auto']
     for moment in moments:
-        program = KILLED.format(root=ROOT, script=os.path.join(ROOT, 'train.py'), **moment)
-        config = os.path.join(ROOT, 'configs', 'digits_gpd.yaml')
-        data = ['--data-dir', str(left_alone.parent.parent / 'data'), '--output', str(tmp_path)]
-        killed = subprocess.run(
-            [sys.executable, '-c', program, '-c', config, *data, *QUICK, *map(str, arguments)],
-            env={**os.environ, 'OMP_NUM_THREADS': '1'},
-            capture_output=True,
-            timeout=120,
-        )
-        assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()[-2000:]
+        kill_a_run(tmp_path, arguments, **moment)
     train(tmp_path, *arguments)
     assert not differences(tmp_path / 'run', left_alone)
 
