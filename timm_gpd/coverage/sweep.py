@@ -4,7 +4,9 @@ import gc
 import multiprocessing
 import time
 import warnings
+from contextlib import contextmanager
 from functools import partial
+from multiprocessing.pool import Pool
 from typing import Any, Callable, Dict, Iterator, Mapping, Optional, Sequence, Tuple
 
 import torch
@@ -48,9 +50,10 @@ def sweep(
         jobs: worker processes.
     """
     names = [name for module in modules.values() for name in module]
-    _run(plan_one, 'plan', {name: {} for name in names}, ratio, jobs, cache)
-    _run(path_one, 'path', _walked(cache, modules), ratio, jobs, cache)
-    _run(compare_one, 'compare', _chosen(cache, modules, max_parameters, smallest), ratio, jobs, cache)
+    with _workers(jobs) as pool:
+        _run(plan_one, 'plan', {name: {} for name in names}, ratio, pool, cache)
+        _run(path_one, 'path', _walked(cache, modules), ratio, pool, cache)
+        _run(compare_one, 'compare', _chosen(cache, modules, max_parameters, smallest), ratio, pool, cache)
 
 
 def plan_one(name: str, ratio: int) -> Record:
@@ -195,28 +198,39 @@ def _run(
     step: str,
     models: Mapping[str, Record],
     ratio: int,
-    jobs: int,
+    pool: Optional[Pool],
     cache: Cache,
 ) -> None:
     """Runs a task, with keyword arguments, for every architecture that the cache does not know yet."""
     todo = {name: kwargs for name, kwargs in models.items() if not cache.knows(step, name, kwargs)}
     with tqdm(total=len(models), initial=len(models) - len(todo), desc=step, unit='model') as bar:
-        for record in _results(task, todo, ratio, jobs):
+        for record in _results(task, todo, ratio, pool):
             cache.add(record)
             bar.set_postfix_str(record['model'])
             bar.update()
 
 
-def _results(task: Callable[..., Record], models: Mapping[str, Record], ratio: int, jobs: int) -> Iterator[Record]:
-    if jobs == 1:
-        for name, kwargs in models.items():
-            yield task(name, ratio, **kwargs)
-            gc.collect()
-        return
-    context = multiprocessing.get_context('spawn')
-    threads = max(1, torch.get_num_threads() // jobs)
-    with context.Pool(jobs, _start_worker, (threads,), maxtasksperchild=WORKER_TASKS) as pool:
+def _results(
+    task: Callable[..., Record], models: Mapping[str, Record], ratio: int, pool: Optional[Pool]
+) -> Iterator[Record]:
+    if pool is not None:
         yield from pool.imap_unordered(partial(_call, task, ratio), models.items())
+        return
+    for name, kwargs in models.items():
+        yield task(name, ratio, **kwargs)
+        gc.collect()
+
+
+@contextmanager
+def _workers(jobs: int) -> Iterator[Optional[Pool]]:
+    """Worker processes; None for one, as this process does."""
+    if jobs == 1:
+        yield None
+        return
+    threads = max(1, torch.get_num_threads() // jobs)
+    context = multiprocessing.get_context('spawn')
+    with context.Pool(jobs, _start_worker, (threads,), maxtasksperchild=WORKER_TASKS) as pool:
+        yield pool
 
 
 def _call(task: Callable[..., Record], ratio: int, model: Tuple[str, Record]) -> Record:
