@@ -19,7 +19,7 @@ from timm_gpd.training.data.datasets import resolve_data
 from timm_gpd.training.data.loaders import check_loaders, create_eval_loader, create_train_loader, mean_batch_size
 from timm_gpd.training.data.replay import ReplayedLoader
 from timm_gpd.training.evaluation import Evaluation, evaluator_of
-from timm_gpd.training.interruption import keep_workers, listen
+from timm_gpd.training.interruption import end_at_once, keep_workers, listen
 from timm_gpd.training.loop import LoopSettings, TrainingLoop
 from timm_gpd.training.memory import memory_errors
 from timm_gpd.training.optimizer import check_optimizer, create_optimizer
@@ -40,6 +40,11 @@ _logger = logging.getLogger('train')
 
 
 def main() -> None:
+    with end_at_once('train.py'):
+        start()
+
+
+def start() -> None:
     args = parse_train_args()
     check_tracking(args)
     check_task(args)

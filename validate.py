@@ -3,7 +3,6 @@
 
 import argparse
 import dataclasses
-import glob
 import json
 import logging
 import os
@@ -30,7 +29,7 @@ from timm_gpd.training.data.loaders import create_eval_loader
 from timm_gpd.training.evaluation import evaluator_of, validate
 from timm_gpd.training.memory import is_out_of_memory, memory_errors
 from timm_gpd.training.processes import Processes, start_processes
-from timm_gpd.training.report.files import replaced_file, write_csv
+from timm_gpd.training.report.files import find_files, replaced_file, write_csv
 from timm_gpd.training.student import recorded_classes, resolve_input
 from timm_gpd.training.validated_model import load_validated_model
 from timm_gpd.training.validation_metrics import ExtendedEvaluator, read_real_labels, read_valid_labels
@@ -67,7 +66,7 @@ def find_models(args: argparse.Namespace) -> List[Tuple[str, str]]:
     As in timm these are a folder of checkpoints, ``all``, a pattern such as ``resnet*``, and a text file of names.
     """
     if os.path.isdir(args.checkpoint):
-        paths = [path for kind in ('*.pth.tar', '*.pth') for path in glob.glob(os.path.join(args.checkpoint, kind))]
+        paths = [path for kind in ('*.pth.tar', '*.pth') for path in find_files(args.checkpoint, kind)]
         if not paths:
             raise UsageError(f'{args.checkpoint} holds no checkpoints, which are called *.pth.tar or *.pth')
         return [(args.model, path) for path in sorted(paths, key=natural_key)]

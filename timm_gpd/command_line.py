@@ -9,7 +9,7 @@ from typing import Callable, NoReturn
 import timm
 import torch
 
-from .errors import NamedError, RunEnded, UsageError
+from .errors import NamedError, RunEnded, UsageError, why_unwritable
 from .version import __version__
 
 __all__ = ['Parser', 'flag_of', 'run_program']
@@ -36,17 +36,31 @@ def run_program(name: str, main: Callable[[], None]) -> int:
 
     Returns:
         The exit code: 0 for success; that of the :class:`NamedError`, such as 2 for what the user has to change, or of
-        the :class:`RunEnded`; 1 for a bug, whose traceback is printed, with a request to report it.
+        the :class:`RunEnded`; 2 for a full disk; 130 for Ctrl-C; 1 for a bug, whose traceback is printed, with a
+        request to report it.
     """
     try:
         main()
     except RunEnded as ending:
-        print(f'{name}: {ending}', file=sys.stderr)
+        if str(ending):
+            print(f'{name}: {ending}', file=sys.stderr)
         return ending.exit_code
+    except KeyboardInterrupt:
+        print(f'{name}: interrupted', file=sys.stderr)
+        return 130
     except NamedError as error:
         print(f'{name}: error: {error}', file=sys.stderr)
         return error.exit_code
-    except Exception:
+    except Exception as error:
+        reason = why_unwritable(error)
+        if reason:
+            where = getattr(error, 'filename', None)
+            print(
+                f'{name}: error: {f"{where}: " if where else ""}{reason}: what had been written before is as it was: '
+                'make room; train.py goes on with --resume auto',
+                file=sys.stderr,
+            )
+            return UsageError.exit_code
         traceback.print_exc()
         print(
             f'{name}: error: this was not expected: please report the lines above, with the versions timm-gpd '

@@ -1,11 +1,13 @@
 """Errors of the package. Each is one line that says what is wrong and what to do."""
 
+import errno
 import math
+import os
 import pickle
 import re
 import traceback
 from contextlib import contextmanager
-from typing import Iterator, Sequence, Type
+from typing import Iterator, Optional, Sequence, Type
 
 __all__ = [
     'DataError',
@@ -23,6 +25,7 @@ __all__ = [
     'is_bug',
     'one_line',
     'usage_errors',
+    'why_unwritable',
 ]
 
 
@@ -131,6 +134,18 @@ def is_bug(error: BaseException) -> bool:
         return False
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     return str(frames[-1].f_globals.get('__name__')).startswith(f'{__package__}.')
+
+
+def why_unwritable(error: BaseException) -> Optional[str]:
+    """What an error, or one behind it, says of a file system that takes no more; None if it is about something else."""
+    cause: Optional[BaseException] = error
+    while cause is not None:
+        for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            # safetensors has an error of its own, which quotes the system's
+            if getattr(cause, 'errno', None) == number or os.strerror(number) in str(cause):
+                return os.strerror(number)
+        cause = cause.__cause__ or cause.__context__
+    return None
 
 
 def first_line(error: BaseException) -> str:

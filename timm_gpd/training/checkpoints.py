@@ -5,7 +5,6 @@ File names, keys and what is kept are those of timm's ``CheckpointSaver``: ``las
 """
 
 import argparse
-import glob
 import logging
 import os
 import shutil
@@ -18,9 +17,9 @@ import torch.nn as nn
 from timm.task import TrainingTask
 from timm.utils import unwrap_model
 
-from ..errors import UsageError, first_line, one_line
+from ..errors import UsageError, first_line, one_line, why_unwritable
 from .processes import Processes
-from .report.files import replaced_file
+from .report.files import find_files, replaced_file
 
 __all__ = ['Checkpoints', 'Position', 'newest_checkpoint', 'read_checkpoint']
 
@@ -38,6 +37,7 @@ class Position:
         batch: index of its batch that comes next.
         sums: of each loss over the images of the epoch so far, in this process.
         images: how many those are.
+        batches: of the epoch, where it was begun.
         rewinds: how often the run has gone back to a checkpoint; its random numbers are others each time.
         schedule: what the schedule has seen, see ``schedule_state``.
         learning_rates: of the optimizer's parameter groups, where they come from a checkpoint.
@@ -47,6 +47,7 @@ class Position:
     batch: int = 0
     sums: Dict[str, float] = field(default_factory=dict)
     images: int = 0
+    batches: int = 0
     rewinds: int = 0
     schedule: Dict[str, Any] = field(default_factory=dict)
     learning_rates: Sequence[float] = ()
@@ -108,7 +109,7 @@ class Checkpoints:
         self._write('last', epoch, position, metric)
         if self.processes.is_primary:
             self._rank(epoch, metric)
-            for path in glob.glob(self.path('recovery-*')):  # what they would restore is behind
+            for path in find_files(self.folder, f'recovery-*{EXTENSION}'):  # what they would restore is behind
                 os.remove(path)
 
     def save_milestone(self, epoch: int) -> None:
@@ -125,7 +126,7 @@ class Checkpoints:
         name = f'recovery-{position.epoch}-{position.batch}'
         self._write(name, position.epoch, position)
         if self.processes.is_primary:
-            recoveries = sorted(glob.glob(self.path('recovery-*')), key=os.path.getmtime)
+            recoveries = sorted(find_files(self.folder, f'recovery-*{EXTENSION}'), key=os.path.getmtime)
             for path in recoveries[:-2]:
                 os.remove(path)
         return self.path(name)
@@ -155,6 +156,7 @@ class Checkpoints:
             'run': {
                 'epoch': position.epoch,
                 'batch': position.batch,
+                'batches': position.batches,
                 'rewinds': position.rewinds,
                 'world_size': self.processes.world_size,
                 'schedule': position.schedule,
@@ -173,8 +175,8 @@ class Checkpoints:
                 os.fsync(file.fileno())
         except (OSError, RuntimeError) as error:  # the second is torch's, of what it could not write
             raise UsageError(
-                f'{self.path(name)} cannot be written: {first_line(error)}; earlier checkpoints are as they were: '
-                'make room, and go on with --resume auto'
+                f'{self.path(name)} cannot be written: {why_unwritable(error) or first_line(error)}; earlier '
+                'checkpoints are as they were: make room, and go on with --resume auto'
             )
 
     def _part_of_process(self, position: Position) -> Dict[str, Any]:
@@ -231,6 +233,7 @@ class Checkpoints:
         position = Position(
             run['epoch'],
             run['batch'],
+            batches=run.get('batches', 0),
             rewinds=run['rewinds'],
             schedule=run.get('schedule', {}),  # not in checkpoints of before it was kept
             learning_rates=run['learning_rates'],
@@ -268,7 +271,7 @@ class Checkpoints:
         """
         saver = checkpoint.get('saver') or {}
         known = {name.removesuffix(EXTENSION): metric for name, metric in saver.get('checkpoint_files', [])}
-        for path in glob.glob(self.path('checkpoint-*')):
+        for path in find_files(self.folder, f'checkpoint-*{EXTENSION}'):
             name = os.path.basename(path).removesuffix(EXTENSION)
             if name not in known:
                 known[name] = read_checkpoint(path).get('metric')
@@ -317,7 +320,7 @@ def newest_checkpoint(folder: str) -> Optional[str]:
         Path of ``last`` or of a recovery checkpoint; None if there is neither.
     """
     found = []
-    for path in glob.glob(os.path.join(folder, f'recovery-*{EXTENSION}')) + [os.path.join(folder, f'last{EXTENSION}')]:
+    for path in [*find_files(folder, f'recovery-*{EXTENSION}'), os.path.join(folder, f'last{EXTENSION}')]:
         if not os.path.exists(path):
             continue
         try:

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import sys
 import threading
 from types import FrameType
 from typing import Any, Callable, Dict, Iterator, NoReturn, Optional
@@ -13,7 +14,7 @@ import torch.distributed as dist
 from ..errors import RunEnded
 from .processes import Processes
 
-__all__ = ['Interruption', 'keep_workers', 'listen']
+__all__ = ['Interruption', 'end_at_once', 'keep_workers', 'listen']
 
 EXIT_CODES = {signal.SIGTERM: 0, signal.SIGINT: 130}  # a preempted job has done what it could
 
@@ -72,10 +73,8 @@ class Interruption:
             RunEnded: always.
         """
         number = signal.Signals(int(self.agreed) if self.processes.is_distributed else self.received)
-        raise RunEnded(
-            f'{number.name}: saved to {checkpoint}; the same command with --resume {checkpoint} goes on',
-            EXIT_CODES[number],
-        )
+        message = f'{number.name}: saved to {checkpoint}; the same command with --resume {checkpoint} goes on'
+        raise RunEnded(message if self.processes.is_primary else '', EXIT_CODES[number])
 
 
 @contextlib.contextmanager
@@ -92,6 +91,29 @@ def listen(processes: Processes) -> Iterator[Interruption]:
     before: Dict[int, Any] = {number: signal.signal(number, interruption.receive) for number in EXIT_CODES}
     try:
         yield interruption
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def end_at_once(program: str) -> Iterator[None]:
+    """Ends the process at SIGTERM and SIGINT, with the exit code of a run, while nothing can be lost yet.
+
+    Args:
+        program: what the line that says so begins with.
+
+    Yields:
+        Nothing; :func:`listen` takes over within it.
+    """
+
+    def end(number: int, frame: Optional[FrameType]) -> None:
+        print(f'{program}: {signal.Signals(number).name}: nothing was trained', file=sys.stderr, flush=True)
+        os._exit(EXIT_CODES[signal.Signals(number)])
+
+    before: Dict[int, Any] = {number: signal.signal(number, end) for number in EXIT_CODES}
+    try:
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -13,6 +13,7 @@ from timm.data import Mixup
 from timm.task import TrainingTask
 from timm.utils import dispatch_clip_grad
 
+from ..errors import UsageError
 from .checkpoints import Checkpoints, Position
 from .compute import Compute
 from .data.replay import ReplayedLoader
@@ -116,10 +117,18 @@ class TrainingLoop:
             Mean of the loss and of each of its terms over the images of the epoch, of all processes.
 
         Raises:
-            NonFiniteError: if a loss or a gradient is NaN or infinite, unless such updates are skipped.
+            NonFiniteError: if a loss or a gradient is NaN or infinite, unless such updates are skipped; then if all
+                of the epoch would be.
+            UsageError: if the position is of an epoch of another length.
             RunEnded: if the run was told to end; its position is saved.
         """
         epoch, batches, accumulation = position.epoch, len(self.loader), self.settings.grad_accum_steps
+        if position.batch and position.batches not in (0, batches):
+            raise UsageError(
+                f'the checkpoint is of the middle of an epoch of {position.batches} batches, and this run has '
+                f'{batches}: resume with the same images, or from last.pth.tar'
+            )
+        position.batches = batches
         if self.settings.mixup_off_epoch and epoch >= self.settings.mixup_off_epoch:
             self._turn_mixup_off()
         self.task.train()
@@ -167,6 +176,8 @@ class TrainingLoop:
             update_terms = _Means()
             position.batch = index + 1
             self._save_if_wanted(position, means, update)
+        if not means.images and batches:
+            raise NonFiniteError(f'epoch {epoch}: no update had a finite loss and finite gradients: lower --lr')
         position.batch, position.sums, position.images = batches, means.numbers(), means.images
         return means.compute(self.processes)
 

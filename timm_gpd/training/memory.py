@@ -6,7 +6,7 @@ from typing import Iterator
 
 import torch
 
-from ..errors import UsageError
+from ..errors import UsageError, first_line
 
 __all__ = ['is_out_of_memory', 'memory_errors']
 
@@ -23,7 +23,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def memory_errors(args: argparse.Namespace, batch_size: int) -> Iterator[None]:
-    """Turns running out of memory into a UsageError that says what to lower.
+    """Turns running out of memory, also of a process that loads images, into a UsageError that says what to lower.
 
     Args:
         args: arguments of ``train.py`` or ``validate.py``.
@@ -32,6 +32,10 @@ def memory_errors(args: argparse.Namespace, batch_size: int) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
+        if str(error).startswith('DataLoader worker'):
+            raise UsageError(
+                f'{first_line(error)} (the machine may be out of memory: lower --workers, {args.workers})'
+            ) from error
         if not is_out_of_memory(error):
             raise
         raise UsageError(f'out of memory with batches of {batch_size}: {"; or ".join(_advice(args))}') from error

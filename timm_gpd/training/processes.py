@@ -143,7 +143,7 @@ class Processes:
 def start_processes(device: str, backend: Optional[str] = None, url: Optional[str] = None) -> Iterator[Processes]:
     """Joins the processes that torchrun or SLURM has started with this one, by their environment variables.
 
-    All but the first one log warnings only.
+    Only the first one logs: what it warns of is true of all.
 
     Args:
         device: name of a torch device; among several processes each takes the GPU of its local rank.
@@ -169,7 +169,7 @@ def start_processes(device: str, backend: Optional[str] = None, url: Optional[st
         control=dist.new_group(backend='gloo', timeout=CONTROL_TIMEOUT) if found['distributed'] else None,
     )
     if not processes.is_primary:
-        logging.root.setLevel(logging.WARNING)
+        logging.root.setLevel(logging.ERROR)
     yield processes
     # A process that fails leaves without a word to the others, for which they may keep it waiting: its end is theirs.
     if processes.is_distributed:

@@ -7,6 +7,7 @@ from typing import Any, Dict
 
 from timm.task import TrainingTask, load_task_ema_checkpoint, resume_task_checkpoint
 
+from ..command_line import flag_of
 from ..errors import UsageError, is_bug, one_line
 from .checkpoints import Checkpoints, Position, newest_checkpoint, read_checkpoint
 from .non_finite import NonFiniteError
@@ -68,6 +69,18 @@ def resume_run(
             f'{"with" if args.gpd else "without"}: resume it as it was, or start from its student with '
             '--initial-checkpoint'
         )
+    before = vars(checkpoint.get('args') or argparse.Namespace())
+    if before.get('opt', args.opt) != args.opt and not args.no_resume_opt:
+        raise UsageError(
+            f'{path} holds the state of --opt {before["opt"]}, and this run has {args.opt}: resume it with the same, '
+            'or with --no-resume-opt'
+        )
+    for flag in ('lr', 'lr_base', 'weight_decay', 'momentum') if not args.no_resume_opt else ():
+        if before.get(flag, getattr(args, flag)) != getattr(args, flag):
+            _logger.warning(
+                f'{flag_of(flag)} stays {before[flag]}, as the optimizer goes on as it was: --no-resume-opt begins '
+                f'with {getattr(args, flag)}'
+            )
     if 'state_dict_ema' in checkpoint and not task.has_ema():
         raise UsageError(f'{path} holds a moving average, which this run would lose: resume it with --model-ema')
     if task.has_ema() and 'state_dict_ema' not in checkpoint:

@@ -1,6 +1,7 @@
 """What each flag of ``train.py`` and ``validate.py`` may be: a table, read before anything is created."""
 
 import argparse
+import re
 from typing import Any, Callable, Dict, Mapping, Optional, Sequence
 
 import torch
@@ -9,7 +10,7 @@ from timm.data.auto_augment import augment_and_mix_transform, auto_augment_trans
 from timm.models import is_model, list_models
 from timm.optim import list_optimizers
 
-from ...errors import UsageError
+from ...errors import UsageError, first_line
 from ...models.variants import plain_name
 from ...teacher.branches import BRANCH_KINDS
 from .value_kinds import Input, Names, Numbers, Output, Text
@@ -30,12 +31,31 @@ def _is_model(name: str) -> bool:
     return ':' in name or '/' in name or is_model(plain_name(name))
 
 
-def _is_policy(text: str) -> bool:
-    reader = next((reader for name, reader in _POLICIES.items() if text.split('-')[0] == name), None)
+def _policy(text: str) -> Optional[str]:
+    """What is wrong with a policy of augmentation, None where nothing is."""
+    name, *parts = text.split('-')
+    if text and name not in _POLICIES:
+        return f'{text} is unknown: policies are {", ".join(f"{known}-..." for known in _POLICIES)}'
+    for part in parts:
+        problem = None if part.startswith('t') else _policy_part(part)
+        if problem:
+            return f'{text} has the part {part!r}: {problem}'
     try:
-        return reader is not None and reader(text, {}) is not None
-    except (AssertionError, ValueError, KeyError):
-        return False
+        if text:
+            _POLICIES[name](text, {})
+    except (AssertionError, ValueError, KeyError) as error:
+        return f'{text} is no policy that timm reads: {first_line(error)}'
+    return None
+
+
+def _policy_part(part: str) -> Optional[str]:
+    found = re.fullmatch(r'([a-z]+)(\d+(?:\.\d+)?)', part)
+    if found is None:  # which timm passes over
+        return 'a part is letters and a number, as in rand-m9-mstd0.5-inc1'
+    key, number = found[1], float(found[2])
+    if key == 'p' and number > 1:
+        return 'p is a probability'
+    return 'n is at least 1' if key == 'n' and number < 1 else None
 
 
 def _backends() -> Sequence[str]:
@@ -136,7 +156,7 @@ FLAGS: Mapping[str, Callable[[Any], Optional[str]]] = {
     'momentum': RATE,
     'weight_decay': AT_LEAST_0,
     'clip_grad': POSITIVE,
-    'layer_decay': POSITIVE,
+    'layer_decay': Numbers(0, 1, above=True),
     'layer_decay_min_scale': SHARE,
     'layer_decay_no_opt_scale': SHARE,
     'grad_accum_steps': COUNT,
@@ -172,7 +192,7 @@ FLAGS: Mapping[str, Callable[[Any], Optional[str]]] = {
     'color_jitter_prob': SHARE,
     'grayscale_prob': SHARE,
     'gaussian_blur_prob': SHARE,
-    'aa': Names('policies', lambda: [f'{name}-...' for name in _POLICIES], _is_policy),
+    'aa': _policy,
     'aug_repeats': AT_LEAST_0,
     'aug_splits': COUNT_OR_NONE,
     'reprob': SHARE,

@@ -87,7 +87,7 @@ def _checked(value: Any, action: argparse.Action) -> Any:
 
 def _scalar(value: Any, action: argparse.Action) -> Any:
     kind: Any = action.type or str
-    if isinstance(value, (bool, list, dict)) or value is None:
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):  # YAML knows dates, too
         raise ValueError(f'must be {_NAMES[kind]}')
     try:
         if isinstance(value, float) and kind is int and not value.is_integer():

@@ -3,7 +3,7 @@
 import logging
 import os
 from dataclasses import dataclass
-from typing import Dict, List, Mapping, Sequence, Tuple
+from typing import Dict, List, Mapping, Optional, Sequence, Tuple
 
 from timm.data import get_img_extensions
 from timm.data.readers.class_map import load_class_map
@@ -11,7 +11,16 @@ from timm.utils import natural_key
 
 from ...errors import UsageError, first_of, usage_errors
 
-__all__ = ['EVAL_NAMES', 'TRAIN_NAMES', 'ClassFolders', 'find_split', 'number_classes', 'read_class_map', 'scan_split']
+__all__ = [
+    'EVAL_NAMES',
+    'TRAIN_NAMES',
+    'ClassFolders',
+    'find_split',
+    'find_training_split',
+    'number_classes',
+    'read_class_map',
+    'scan_split',
+]
 
 _logger = logging.getLogger('train')
 
@@ -62,6 +71,25 @@ def find_split(root: str, split: str, alone: bool) -> str:
         return root
     found = first_of(folders) if folders else 'no folder'
     raise UsageError(f'{root} has no folder of the split {split!r}: it has {found} (check the names of the splits)')
+
+
+def find_training_split(split: ClassFolders) -> Optional[str]:
+    """The folder of the training split beside that of another one, where it has other classes.
+
+    Args:
+        split: what the folder of a split for validation holds.
+
+    Returns:
+        Its path; None where there is none, or it has folders of the same classes, which are numbered alike.
+    """
+    parent, name = os.path.split(os.path.abspath(split.folder))
+    if name not in (*EVAL_NAMES, 'test'):
+        return None
+    for folder in (os.path.join(parent, name) for name in TRAIN_NAMES):
+        if os.path.isdir(folder):
+            found = {entry.name for entry in os.scandir(folder) if entry.is_dir()}
+            return None if found == set(split.classes) else folder
+    return None
 
 
 def scan_split(folder: str, extensions: Sequence[str] = ()) -> ClassFolders:

@@ -15,6 +15,7 @@ from .class_folders import (
     EVAL_NAMES,
     TRAIN_NAMES,
     find_split,
+    find_training_split,
     number_classes,
     read_class_map,
     scan_split,
@@ -116,7 +117,11 @@ def _image_folder(args: argparse.Namespace, dataset: str, root: Optional[str]) -
     with usage_errors('check --data-dir', OSError):
         folders = {split: find_split(root, split, alone=len(splits) == 1) for split in splits}
         extensions = (getattr(args, 'input_key', None) or '').split(';')
-        found = {split: scan_split(folder, [part for part in extensions if part]) for split, folder in folders.items()}
+        extensions = [part for part in extensions if part]
+        found = {split: scan_split(folder, extensions) for split, folder in folders.items()}
+        training = None if hasattr(args, 'train_split') or args.class_map else find_training_split(found[splits[0]])
+        if training is not None:  # whose classes are those of the model
+            found = {'train': scan_split(training, extensions), **found}
     if len(set(folders.values())) < len(splits):
         _logger.warning(f'{" and ".join(splits)} are the same images: the metrics tell nothing about others')
     class_map = read_class_map(args.class_map, folders[splits[0]]) if args.class_map else {}
@@ -186,8 +191,9 @@ def create_split(
             if highest < count
             else f'the {split} split has the label {highest} and the model {num_classes} classes: check --class-map'
         )
-    if is_training and 0 < count < num_classes:
-        _logger.warning(f'the {split} split has {count} classes and the model {num_classes}: some are never trained')
+    if 0 < count < num_classes and (is_training or not hasattr(args, 'train_split')):
+        what = 'some are never trained' if is_training else 'they are its first ones, if --class-map does not tell'
+        _logger.warning(f'the {split} split has {count} classes and the model {num_classes}: {what}')
     if isinstance(dataset, ImageDataset):
         dataset = CheckedImages(dataset, split, args.max_bad_images)
     if args.task == 'multilabel':

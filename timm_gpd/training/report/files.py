@@ -5,16 +5,21 @@ import glob
 import os
 import tempfile
 from contextlib import contextmanager, suppress
-from typing import Any, Iterator, Mapping, Sequence, TextIO
+from typing import Any, Iterator, List, Mapping, Sequence, TextIO
 
-__all__ = ['remove_partial_files', 'replaced_file', 'write_csv']
+__all__ = ['find_files', 'remove_partial_files', 'replaced_file', 'write_csv']
 
 PARTIAL = '.partial'
 
 
+def find_files(folder: str, pattern: str) -> List[str]:
+    """Paths of the files in a folder, whatever its name, whose names match a pattern such as ``*.csv``."""
+    return sorted(glob.glob(os.path.join(glob.escape(folder), pattern)))
+
+
 def remove_partial_files(folder: str) -> None:
     """Removes what was being written to a folder when its writer was killed."""
-    for path in glob.glob(os.path.join(glob.escape(folder), f'.*{PARTIAL}')):
+    for path in find_files(folder, f'.*{PARTIAL}'):
         with suppress(FileNotFoundError):
             os.remove(path)
 

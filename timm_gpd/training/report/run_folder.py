@@ -3,8 +3,9 @@
 import logging
 import os
 import tempfile
+from contextlib import contextmanager
 from datetime import datetime
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, Iterator, List, Optional
 
 import timm
 import torch
@@ -69,10 +70,16 @@ class RunFolder:
                     f'{self.path} holds another run: choose another --experiment, or --resume its last.pth.tar'
                 )
             self._check_columns()
+        there = self.path
+        while not os.path.exists(there):
+            there = os.path.dirname(there) or os.curdir
+        with self._writing(), tempfile.TemporaryFile(dir=there):
+            pass
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
         try:
-            os.makedirs(self.path, exist_ok=True)
-            with tempfile.TemporaryFile(dir=self.path):
-                pass
+            yield
         except OSError as error:
             raise UsageError(f'cannot write to {self.path}: {error.strerror}; choose another --output')
 
@@ -93,12 +100,14 @@ class RunFolder:
                 )
 
     def open(self) -> None:
-        """Notes the command as it was given, with every default, and the versions.
+        """Makes the folder, and notes the command as it was given, with every default, and the versions.
 
         ``train.py --config args.yaml`` repeats the run.
         """
         if not self.is_primary:
             return
+        with self._writing():
+            os.makedirs(self.path, exist_ok=True)
         remove_partial_files(self.path)
         versions = dict(timm_gpd=__version__, timm=timm.__version__, torch=str(torch.__version__))
         with replaced_file(self.file('args.yaml')) as partial, open(partial, 'w') as file:
@@ -146,12 +155,10 @@ class RunFolder:
         return row
 
     def best_results(self, metric: str, lower_is_better: bool, count: int = 10) -> List[Dict[str, Any]]:
-        """The best epochs, best first, as timm's script prints them."""
-        return sorted(
-            self.results,
-            key=lambda row: row.get('validation', row['train'])[metric],
-            reverse=not lower_is_better,
-        )[:count]
+        """The best epochs, best first, as timm's script prints them; those that have the metric."""
+        found = [(row.get('validation', row['train']).get(metric), row) for row in self.results]
+        known = [(value, row) for value, row in found if value is not None]
+        return [row for _, row in sorted(known, key=lambda pair: pair[0], reverse=not lower_is_better)][:count]
 
     def finish(self, task: TrainingTask) -> None:
         """Writes the last epoch's student, the averaged one where there is an average, and the plot."""
