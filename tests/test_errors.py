@@ -1,13 +1,16 @@
 """Bad input is one line; a bug keeps its traceback and asks for a report."""
 
+import errno
 import json
+import re
 
 import pytest
 import timm
 import torch
 
-from programs import run
+from programs import run, train
 from timm_gpd import plan_expansion
+from timm_gpd.command_line import run_program
 from timm_gpd.errors import InputError, UsageError, first_line, is_bug, usage_errors
 from timm_gpd.student_folder import read_metrics
 from timm_gpd.teacher.parameter_layout import ParameterLayout
@@ -39,6 +42,37 @@ def test_a_bug_is_not_presented_as_bad_input(arguments, broken, tmp_path, monkey
     *_, error, report = result.stderr.splitlines()
     assert 'Traceback' in result.stderr and error == "TypeError: 'NoneType' object is not callable"
     assert report.startswith(f'{program}: error: ') and 'please report' in report and VERSIONS in report
+
+
+class SafetensorError(Exception):
+    """As safetensors raises it: no OSError."""
+
+
+@pytest.mark.parametrize(
+    'place, error',
+    [
+        ('timm_gpd.training.report.run_folder.yaml.safe_dump', OSError(errno.ENOSPC, 'No space left on device')),
+        ('timm_gpd.training.report.summary.write_csv', OSError(errno.EDQUOT, 'Disk quota exceeded')),
+        ('timm_gpd.training.report.run_folder.save_student', SafetensorError('Error: No space left on device')),
+    ],
+)
+def test_a_full_disk_is_no_bug_whatever_is_written(place, error, tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(place, fail)
+    result = train(tmp_path, '--experiment', 'run', '--epochs', '1', config='digits', code=2)
+    reason = result.stderr.splitlines()[-1]
+    assert re.match('train.py: error: (No space left on device|Disk quota exceeded): .* make room', reason), reason
+    assert 'Traceback' not in result.stderr
+
+
+def test_ctrl_c_is_no_bug(capsys):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    assert run_program('validate.py', interrupted) == 130
+    assert capsys.readouterr().err == 'validate.py: interrupted\n'
 
 
 @pytest.mark.parametrize(

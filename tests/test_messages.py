@@ -1,6 +1,5 @@
 """Errors keep their reason, on one line, and say which file or flag it is about."""
 
-import argparse
 import os
 
 import pytest
@@ -97,11 +96,17 @@ def test_out_of_memory_says_what_to_lower(error):
         raise error
 
 
+def test_a_worker_process_that_was_killed_says_what_to_lower():
+    args = parse_train_args(['--data-dir', 'x', '-j', '7'])
+    with pytest.raises(UsageError, match='is killed by signal: Killed. .*lower --workers, 7'), memory_errors(args, 64):
+        raise RuntimeError('DataLoader worker (pid 123) is killed by signal: Killed. ')
+
+
 def test_memory_that_torch_really_lacks():
     with pytest.raises(RuntimeError) as error:
         torch.empty(2**60, dtype=torch.uint8)
     assert is_out_of_memory(error.value)
-    with pytest.raises(RuntimeError, match='shapes'), memory_errors(argparse.Namespace(), 1):
+    with pytest.raises(RuntimeError, match='shapes'), memory_errors(parse_train_args(['--data-dir', 'x']), 1):
         raise RuntimeError('mat1 and mat2 shapes cannot be multiplied')
 
 

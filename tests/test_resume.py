@@ -20,6 +20,7 @@ from timm_gpd.training.loop import TrainingLoop
 RANDOM = ['--mixup', '0.5', '--reprob', '0.5', '--smoothing', '0.1', '--drop-path', '0.2', '--workers', '1']
 RANDOM += ['--model-ema', '--model-ema-decay', '0.9', '-b', '20', '--epochs', '3', '--checkpoint-hist', '2']
 RANDOM += ['--recovery-interval', '2', '--mixup-off-epoch', '2']  # of five updates an epoch
+PLAIN = ['--digits-train-size', '100', '--workers', '0', '--checkpoint-hist', '3']
 
 
 @pytest.fixture(scope='module')
@@ -77,11 +78,37 @@ def kill_a_run(tmp_path, arguments, update, save):
     ids=['training', 'writing'],
 )
 def test_a_killed_run_ends_as_the_one_that_was_left_alone(tmp_path, left_alone, moments):
-    arguments = [*RANDOM, '--experiment', 'run', '--resume', 'auto']
+    arguments = [*RANDOM, '--experiment', 'run[1]*', '--resume', 'auto']  # a name may look like a pattern
     for moment in moments:
         kill_a_run(tmp_path, arguments, **moment)
     train(tmp_path, *arguments)
-    assert not differences(tmp_path / 'run', left_alone)
+    assert not differences(tmp_path / 'run[1]*', left_alone)
+
+
+@pytest.mark.parametrize('number, code', [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_a_run_that_has_not_begun_ends_at_once(tmp_path, monkeypatch, capfd, number, code):
+    monkeypatch.setattr('timm_gpd.training.student.create_student', lambda args: os.kill(os.getpid(), number))
+    process = multiprocessing.get_context('fork').Process(target=train, args=(tmp_path, '--experiment', 'run'))
+    process.start()
+    process.join(60)
+    assert process.exitcode == code and not (tmp_path / 'run').exists()
+
+
+def test_a_checkpoint_in_an_epoch_of_other_length_is_refused(tmp_path):
+    arguments = [*PLAIN, '-b', '10', '--recovery-interval', '3', '--experiment', 'run', '--resume', 'auto']
+    kill_a_run(tmp_path, arguments, update=14, save=0)
+    assert (tmp_path / 'run' / 'recovery-1-3.pth.tar').exists()
+    failed = train(tmp_path, *arguments, '--digits-train-size', '50', code=2)
+    assert 'the middle of an epoch of 10 batches, and this run has 5: resume with the same images' in failed.stderr
+
+
+def test_an_optimizer_goes_on_as_it_was(tmp_path):
+    arguments = [*PLAIN, '--experiment', 'run', '--resume', 'auto']
+    train(tmp_path, *arguments, '--epochs', '1', config='digits')
+    failed = train(tmp_path, *arguments, '--epochs', '2', '--opt', 'adamw', config='digits', code=2)
+    assert 'last.pth.tar holds the state of --opt sgd, and this run has adamw' in failed.stderr.splitlines()[-1]
+    went_on = train(tmp_path, *arguments, '--epochs', '2', '--lr', '0.3', config='digits')
+    assert '--lr stays 0.1, as the optimizer goes on as it was: --no-resume-opt begins with 0.3' in went_on.stderr
 
 
 @contextlib.contextmanager
@@ -149,8 +176,6 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, left_alone, monkeypa
 
 # -- what was is not lost -------------------------------------------------------------------------------------------
 
-PLAIN = ['--digits-train-size', '100', '--workers', '0', '--checkpoint-hist', '3']
-
 
 def test_going_back_keeps_a_better_model_and_the_number_of_checkpoints(tmp_path):
     arguments = [*PLAIN, '--experiment', 'run']
@@ -183,6 +208,7 @@ def test_a_run_stops_early_and_goes_on_as_if_it_had_not(tmp_path):
     assert [row for row in stopped if row['epoch'] != '1'] == whole
     failed = train(tmp_path, *arguments, '--experiment', 'late', '--stop-epoch', '5', config='digits', code=2)
     assert '--stop-epoch 5 is behind the 4 epochs of the schedule' in failed.stderr
+    assert not (tmp_path / 'late').exists()
 
 
 def test_a_schedule_that_watches_a_metric_remembers_it(tmp_path):
@@ -210,6 +236,9 @@ def test_a_finished_run_stays_finished(tmp_path):
     (row,) = summary(tmp_path / 'other')
     assert float(row['eval_top1']) == float(summary(tmp_path / 'run')[0]['eval_top1'])
     assert (tmp_path / 'other' / 'student' / 'model.safetensors').exists()
+    # Without validation there is no metric to show.
+    train(tmp_path, *PLAIN, '--experiment', 'third', '--epochs', '1', '--resume', last, '--val-split', '')
+    assert (tmp_path / 'third' / 'student' / 'model.safetensors').exists()
 
 
 @pytest.mark.parametrize('first, then', [('digits_gpd', 'digits'), ('digits', 'digits_gpd')])
@@ -274,6 +303,12 @@ def test_nan_is_found_before_the_update(tmp_path, config, task_class):
     assert steps == {None}  # SGD counts none; its momentum is finite
     tensors = [value for _, value in checkpoint_values(load(tmp_path / 'skip')) if isinstance(value, torch.Tensor)]
     assert tensors and all(tensor.isfinite().all() for tensor in tensors)
+
+
+def test_an_epoch_without_any_update_ends_the_run(tmp_path):
+    arguments = [*PLAIN, '-b', '50', '--epochs', '2', '--lr', '1e20', '--on-nan', 'skip', '--experiment', 'run']
+    failed = train(tmp_path, *arguments, config='digits', code=3)
+    assert 'no update had a finite loss and finite gradients: lower --lr' in failed.stderr.splitlines()[-1]
 
 
 def test_a_run_goes_back_and_on_with_other_random_numbers(tmp_path):

@@ -244,10 +244,12 @@ def test_a_run_with_other_columns_is_refused_before_anything_is_written(tmp_path
 
 def test_results_are_the_best_epochs_with_validation_and_without(tmp_path):
     folder = run_of(tmp_path)
+    folder.open()
     for epoch, top1 in enumerate([10.0, 30.0, 20.0]):
         folder.write_epoch(epoch, {'loss': 3.0 - epoch}, {'top1': top1}, lr=0.1)
     assert [found['epoch'] for found in folder.best_results('top1', False, 2)] == [1, 2]
     plain = run_of(tmp_path / 'plain')
+    plain.open()
     for epoch, loss in enumerate([3.0, 1.0, 2.0]):
         assert plain.write_epoch(epoch, {'loss': loss}, {}, lr=0.1) == {'epoch': epoch, 'train_loss': loss, 'lr': 0.1}
     assert [found['epoch'] for found in plain.best_results('loss', True)] == [1, 2, 0]

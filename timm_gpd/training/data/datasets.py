@@ -95,6 +95,11 @@ def _splits(args: argparse.Namespace) -> Tuple[str, ...]:
     return tuple(name for name in names if name)
 
 
+def _numbers_alone(args: argparse.Namespace) -> bool:
+    """Whether a split is read without that of training, by ``validate.py``, and nothing says which classes it has."""
+    return not hasattr(args, 'train_split') and not args.valid_labels
+
+
 def _check_torch(args: argparse.Namespace, name: str) -> None:
     if name not in TORCH_DATASETS:
         raise UsageError(f'--dataset torch/{name} is none that timm knows: choose of {", ".join(TORCH_DATASETS)}')
@@ -119,9 +124,10 @@ def _image_folder(args: argparse.Namespace, dataset: str, root: Optional[str]) -
         extensions = (getattr(args, 'input_key', None) or '').split(';')
         extensions = [part for part in extensions if part]
         found = {split: scan_split(folder, extensions) for split, folder in folders.items()}
-        training = None if hasattr(args, 'train_split') or args.class_map else find_training_split(found[splits[0]])
-        if training is not None:  # whose classes are those of the model
-            found = {'train': scan_split(training, extensions), **found}
+        if _numbers_alone(args) and not args.class_map:
+            training = find_training_split(found[splits[0]])
+            if training is not None:  # whose classes are those of the model
+                found = {'train': scan_split(training, extensions), **found}
     if len(set(folders.values())) < len(splits):
         _logger.warning(f'{" and ".join(splits)} are the same images: the metrics tell nothing about others')
     class_map = read_class_map(args.class_map, folders[splits[0]]) if args.class_map else {}
@@ -191,7 +197,7 @@ def create_split(
             if highest < count
             else f'the {split} split has the label {highest} and the model {num_classes} classes: check --class-map'
         )
-    if 0 < count < num_classes and (is_training or not hasattr(args, 'train_split')):
+    if 0 < count < num_classes and (is_training or _numbers_alone(args)):
         what = 'some are never trained' if is_training else 'they are its first ones, if --class-map does not tell'
         _logger.warning(f'the {split} split has {count} classes and the model {num_classes}: {what}')
     if isinstance(dataset, ImageDataset):
