@@ -38,11 +38,11 @@ def _write_handlers(handlers: Dict[int, Any]) -> None:
 
 
 def _environment() -> Dict[str, str]:
-    """All but what pytest says of itself, and what OpenMP's libraries set when they are loaded."""
+    """All but what pytest says of itself, and what OpenMP's libraries and older compilers of torch set."""
     return {
         name: value
         for name, value in os.environ.items()
-        if name != 'PYTEST_CURRENT_TEST' and not name.startswith('KMP_')
+        if name not in ('PYTEST_CURRENT_TEST', 'TORCHINDUCTOR_CACHE_DIR') and not name.startswith('KMP_')
     }
 
 
