@@ -10,7 +10,7 @@ import torch
 import torch.nn as nn
 
 import timm_gpd  # noqa: F401  registers the variants
-from process import kept_settings, read_settings, restore_settings
+from process import kept_memory, kept_settings, read_settings, restore_settings
 from programs import train
 from timm_gpd.rules.rule import _RULES
 
@@ -47,6 +47,13 @@ def process_is_left_as_it_was(settings_at_start):
     changed = restore_settings(settings_at_start)
     if changed:
         pytest.fail('changed and not restored:\n' + '\n'.join(f'{name}: {how}' for name, how in changed.items()))
+
+
+@pytest.fixture(scope='module')
+def memory_is_kept():
+    """For files of tests with large models."""
+    with kept_memory():
+        yield
 
 
 @pytest.fixture

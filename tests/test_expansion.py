@@ -19,6 +19,8 @@ from timm_gpd.expansion import images, planner
 from timm_gpd.expansion.images import accepted_input_shape
 from timm_gpd.expansion.verify import relative_error, verify_plan
 
+pytestmark = pytest.mark.usefixtures('memory_is_kept')
+
 # Architecture, image size in pixels, further arguments.
 MODELS = [
     ('resnet18', 64, {}),

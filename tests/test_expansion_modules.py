@@ -19,6 +19,8 @@ from timm_gpd.expansion.images import run_on_small_images
 from timm_gpd.expansion.verify import compare, disable_randomness_, randomize_, verify_plan
 from timm_gpd.teacher import inverse_reparameterization, rehearsal
 
+pytestmark = pytest.mark.usefixtures('memory_is_kept')
+
 # The smallest architecture of every module of timm 1.0.31, by parameters. Other releases' other modules are searched.
 SMALLEST = {
     'beit': 'beit_base_patch16_224',
