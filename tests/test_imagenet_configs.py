@@ -15,6 +15,8 @@ from timm_gpd.training.optimizer import create_optimizer
 from timm_gpd.training.student import create_student, resolve_input, set_input
 from timm_gpd.training.task import create_task
 
+pytestmark = pytest.mark.usefixtures('memory_is_kept')
+
 FOLDER = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), 'configs', 'imagenet')
 CONFIGS = sorted(os.path.basename(path)[: -len('.yaml')] for path in glob.glob(os.path.join(FOLDER, '*.yaml')))
 PAIRS = {

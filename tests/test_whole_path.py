@@ -18,6 +18,8 @@ from timm_gpd.expansion.copies import copy_model, plain_copy
 from timm_gpd.expansion.images import input_shape
 from timm_gpd.teacher import DynamicTeacher
 
+pytestmark = pytest.mark.usefixtures('memory_is_kept')
+
 
 class Net(nn.Module):
     """A student of 8 channels with a body of some kind, for images of any size."""
