@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 __all__ = [
     'BatchNorm',
+    'COMPILED_CALL',
     'InstanceNorm',
     'OpOverload',
     'TO_COPY',
@@ -42,6 +43,9 @@ __all__ = [
 # What all batch norms, and all instance norms, are instances of, whatever their number of dimensions.
 BatchNorm = nn.modules.batchnorm._BatchNorm
 InstanceNorm = nn.modules.instancenorm._InstanceNorm
+
+# Where a module keeps what ``module.compile()`` has made of its call.
+COMPILED_CALL = '_compiled_call_impl'
 
 TO_COPY = torch.ops.aten._to_copy  # what a change of dtype or device is
 

@@ -1,6 +1,7 @@
 """The numeric check: no dynamic teacher is handed out that is not exactly its student."""
 
 import contextlib
+import math
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
@@ -41,7 +42,8 @@ class Agreement(NamedTuple):
     Attributes:
         error: max |T(x) - S(x)| / max |S(x)|, the largest of all outputs.
         sensitivity: what rounding does to the student itself: the same for its output after every parameter and pixel
-            moved by 2^-52, relative. Batch statistics of a few samples can make it exceed 1e-12. 0 where not measured.
+            moved by 2^-52, relative. Batch statistics of a few samples can make it exceed 1e-12. 0 where not measured,
+            infinite where a student draws random numbers of its own in training mode, and nothing can be told.
     """
 
     error: float
@@ -49,8 +51,11 @@ class Agreement(NamedTuple):
 
     @property
     def is_exact(self) -> bool:
-        """Whether the error is rounding: at most 1e-12, or ten times the student's own response, never above 1e-9."""
-        return self.error <= min(METHOD, max(ROUNDING, 10 * self.sensitivity))
+        """Whether the error is rounding: at most 1e-12, or ten times the student's own response, never above 1e-9.
+
+        Also of a student that is random, as nothing speaks against it.
+        """
+        return math.isinf(self.sensitivity) or self.error <= min(METHOD, max(ROUNDING, 10 * self.sensitivity))
 
 
 class InFloat64(TorchFunctionMode):
@@ -228,31 +233,42 @@ def agreement(run: Callable[[torch.Tensor], Any], reference: nn.Module, x: torch
     Returns:
         The error, and the model's sensitivity to rounding where the error exceeds 1e-12.
     """
+    given = x.clone()
     expected = _run(reference, x)
+    if not torch.equal(x, given):
+        raise UnsupportedModelError(
+            f'{type(reference).__name__} changes the images that it is given, in place, and two models see them: let '
+            'its first operation make a new tensor'
+        )
     error = _largest_error(_run(run, x), expected)
+    if error > METHOD and reference.training and _largest_error(_run(reference, x), expected) > METHOD:
+        return Agreement(error, math.inf)  # it draws random numbers
     return Agreement(error, _sensitivity(reference, x) if error > ROUNDING else 0.0)
 
 
 def verify_plan(student: nn.Module, plan: ExpansionPlan) -> float:
-    """Checks that the planned teacher is the student's function, in evaluation mode.
+    """Checks that the planned teacher is the student's function, in evaluation mode and in training mode.
+
+    A student that draws random numbers of its own in training mode is compared in evaluation mode alone.
 
     Args:
         student: the model that was planned for. It is not modified.
         plan: its plan.
 
     Returns:
-        The relative error, max |T(x) - S(x)| / max |S(x)|.
+        The relative error in evaluation mode, max |T(x) - S(x)| / max |S(x)|.
 
     Raises:
         UnsupportedModelError: if the error is more than rounding, or the planned teacher does not run.
     """
-    agreement = compare(student, plan, ('evaluation',))['evaluation']
-    if not agreement.is_exact:
-        raise UnsupportedModelError(
-            f'{type(student).__name__} cannot be widened exactly: the planned teacher differs from the student by '
-            f'{agreement.error:.1e}, relative; a rule for one of its modules is missing or wrong'
-        )
-    return agreement.error
+    agreements = compare(student, plan)
+    for mode, agreement in agreements.items():
+        if not agreement.is_exact:
+            raise UnsupportedModelError(
+                f'{type(student).__name__} cannot be widened exactly: the planned teacher differs from the student by '
+                f'{agreement.error:.1e}, relative, in {mode} mode; a rule for one of its modules is missing or wrong'
+            )
+    return agreements['evaluation'].error
 
 
 @torch.no_grad()

@@ -20,6 +20,8 @@ from .step_loss import StepLoss, loss_weights
 
 __all__ = ['GapPreservingTask']
 
+OF_ONE_LOGIT = ('mse', 'l1')  # losses that are not 0 where there is one logit
+
 _logger = logging.getLogger(__name__)
 
 
@@ -110,6 +112,11 @@ class GapPreservingTask(BaseTask):
             )
         )
         dynamic_teacher = expand(student, ratio, num_branches, noise, scale, branches, classifier)
+        if getattr(student, 'num_classes', None) == 1 and gpd_loss not in OF_ONE_LOGIT:
+            raise InputError(
+                f'gpd_loss {gpd_loss} compares probabilities of classes, and the student has one, whose is always 1: '
+                f'take {" or ".join(OF_ONE_LOGIT)}'
+            )
         step_loss = StepLoss(self.criterion, self.task_loss_weight, self.distill_loss_weight)
         if self.static_teacher is None:
             self.trainable_module = JointLearners(dynamic_teacher, {}, step_loss)

@@ -37,7 +37,7 @@ def branch_kinds(num_branches: int, branches: Optional[Sequence[str]] = None) ->
         raise InputError(f'num_branches must be a positive integer of at most {most}, but is {num_branches!r}')
     if branches is None:
         return BRANCH_KINDS[:num_branches]
-    kinds = (branches,) if isinstance(branches, str) else tuple(branches)
+    kinds = tuple(branches) if isinstance(branches, (list, tuple)) else (branches,)
     if kinds[:1] != BRANCH_KINDS[:1] or len(set(kinds)) < len(kinds) or not set(kinds) <= set(BRANCH_KINDS):
         raise InputError(
             f'branches must be kxk followed by different ones of {", ".join(BRANCH_KINDS[1:])}, but is {branches!r}'

@@ -56,7 +56,7 @@ class DynamicTeacher(ComputedParameters, TimmModel):
         branches: kinds of branch, from :func:`timm_gpd.teacher.branches.branch_kinds`.
 
     Raises:
-        ValueError: if ``noise``, ``scale`` or ``branches`` is out of range.
+        ValueError: if ``noise``, ``scale`` or ``branches`` is out of range, or the plan is of another student.
 
     Attributes:
         wide: the student's class with wider tensors. Under ``scale='student'`` its weights are stored times the
@@ -80,6 +80,11 @@ class DynamicTeacher(ComputedParameters, TimmModel):
         super().__init__()
         check_storage(scale, noise)
         student = unwrap_student(student)
+        tensors = dict(student.named_parameters(remove_duplicate=False))
+        tensors.update(student.named_buffers(remove_duplicate=False))
+        for name, tensor_map in plan.tensors.items():
+            if name not in tensors or tensors[name].shape != tensor_map.shape:
+                raise InputError(f'the plan is of another student: {name} is not there, or has another shape')
         self.plan = plan
         self.scale = scale
         self.branch_kinds = branch_kinds(1, branches)

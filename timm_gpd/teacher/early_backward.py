@@ -26,7 +26,8 @@ class EarlyBackward:
 
     Where it is not possible :meth:`run` does nothing, and gradients come with the backward pass of the sum, as usual:
     in float16 autocast, as the scale of the gradients is not known before; within ``torch.func`` transforms and in
-    forward mode, of which a detached loss would lose its part; where no gradients are asked for; and compiled without
+    forward mode, of which a detached loss would lose its part; where no gradients are asked for; where the loss turns
+    out to depend on others that want theirs, such as a parameter that its function closes over; and compiled without
     :func:`timm_gpd.private_torch.trace_backward`.
 
     Args:
@@ -56,6 +57,8 @@ class EarlyBackward:
             The same, detached.
         """
         loss = result['loss']
+        if self.is_early and not torch.compiler.is_compiling() and _reaches_others(loss, self._sources):
+            self.is_early, self._stand_ins, self._sources = False, [], []
         result = {name: tensor.detach() for name, tensor in result.items()}
         self._loss = result['loss'] if self.is_early else loss  # the loss itself would keep its graph
         if self.is_early:
@@ -96,6 +99,21 @@ def _is_possible(device: torch.device) -> bool:
     elif has_active_transforms() or has_forward_mode():
         return False
     return not (torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type) == torch.float16)
+
+
+def _reaches_others(loss: torch.Tensor, sources: Iterable[Any]) -> bool:
+    """Whether a backward pass would end in leaves besides those from which it is to be given."""
+    seen = {source.node for source in sources}
+    nodes = [loss.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, 'variable'):  # where gradients of a leaf are added up
+            return True
+        nodes += [following for following, _ in node.next_functions]
+    return False
 
 
 def _edge(tensor: torch.Tensor) -> Any:

@@ -1,6 +1,8 @@
 """Running a module on parameters that it does not own."""
 
 import copy
+from collections import deque
+from functools import partial
 from types import MethodType
 from typing import Any, Dict, Mapping
 
@@ -8,7 +10,7 @@ import torch
 import torch.nn as nn
 from torch.func import functional_call
 
-from ..private_torch import list_flat_weights
+from ..private_torch import COMPILED_CALL, list_flat_weights
 
 __all__ = ['call_with_parameters', 'memory_format_of']
 
@@ -68,9 +70,11 @@ class _Twins:
         state['_modules'] = {
             key: child if child is None else self.twin_of(child) for key, child in module._modules.items()
         }
-        for key in state.keys() - _TORCHS_OWN:
-            if type(state[key]) not in _ATOMS:
-                state[key] = self.twin_value(state[key])
+        state.pop(COMPILED_CALL, None)  # of the module alone
+        for key, value in state.items():
+            # Hooks may be methods of modules, too; most modules have none.
+            if type(value) not in _ATOMS if key not in _TORCHS_OWN else value and key.endswith('_hooks'):
+                state[key] = self.twin_value(value)
         object.__setattr__(twin, '__dict__', state)  # a module's own is for parameters and modules
         return twin
 
@@ -80,6 +84,8 @@ class _Twins:
             return self.twin_of(value) if id(value) in self.modules else value
         if isinstance(value, MethodType):
             return MethodType(value.__func__, self.twin_value(value.__self__))
+        if type(value) is partial:
+            return partial(self.twin_value(value.func), *self.twin_value(value.args), **self.twin_value(value.keywords))
         if isinstance(value, dict):
             copied = copy.copy(value)
             copied.update({key: self.twin_value(item) for key, item in value.items()})
@@ -88,4 +94,8 @@ class _Twins:
             return [self.twin_value(item) for item in value]
         if type(value) is tuple:
             return tuple(self.twin_value(item) for item in value)
+        if isinstance(value, tuple) and hasattr(value, '_fields'):  # a named one
+            return type(value)(*map(self.twin_value, value))
+        if isinstance(value, deque):
+            return deque(map(self.twin_value, value), value.maxlen)
         return copy.copy(value) if isinstance(value, set) else value

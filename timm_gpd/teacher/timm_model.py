@@ -218,7 +218,10 @@ class TimmModel(nn.Module):
         Raises:
             RuntimeError: if a tensor has another shape or, with ``strict``, keys do not match.
         """
-        if not state_dict or any(key.partition('.')[0] in _MODELS for key in state_dict):
+        of_student = {*self._layout.names, *(name for name, _ in self.student.named_buffers())}
+        prefixed = any(key.partition('.')[0] in _MODELS for key in state_dict)
+        # A student may have a module of the same name.
+        if not state_dict or (prefixed and not (of_student & state_dict.keys() - self.state_dict().keys())):
             return super().load_state_dict(state_dict, strict=strict, assign=assign)
         return self.load_student(dict(state_dict), strict=strict)
 

@@ -169,9 +169,12 @@ def create_split(
     channels = input_config.input_size[0]
     mode = args.input_img_mode or ('RGB' if channels == 3 else 'L')
     bands = ImageMode.getmode(mode).bands
-    if args.input_img_mode and len(bands) != channels:
-        raise UsageError(f'--input-img-mode {mode} has {len(bands)} channels, and the model {channels}')
     folder = source.split_folders.get(split)
+    if len(bands) != channels and (args.input_img_mode or folder is not None):
+        raise UsageError(
+            f'images are read in the mode {mode}, which has {len(bands)} channels, and the model takes {channels}: '
+            f'set --input-img-mode{", such as RGBA" if channels == 4 else ""}'
+        )
     keys = dict(input_key=args.input_key, target_key=args.target_key, target_format=args.target_format)
     with usage_errors('check --data-dir, --dataset and the names of the splits', *LIBRARY_ERRORS, ImportError):
         dataset = create_dataset(
