@@ -14,6 +14,7 @@ import sys
 from contextlib import contextmanager
 from typing import Any, Callable, Dict, Iterator, NamedTuple
 
+import timm.optim  # noqa: F401  which sets a limit of Dynamo when it is imported
 import torch
 import torch._dynamo.config
 import torch._inductor.config

@@ -227,3 +227,19 @@ def test_a_students_state_is_one_whatever_its_modules_are_called():
     same = expand(Branches()).eval()
     same.load_state_dict(teacher.state_dict())
     assert torch.equal(same(IMAGES), teacher(IMAGES))
+
+
+def test_modules_that_give_no_logits_are_refused():
+    with pytest.raises(
+        UnsupportedModelError, match=r'logits of shape \(4, 14\) .* instead of \(4, 7\): name the modules'
+    ):
+        expand(Net(), classifier='conv2')
+
+
+def test_a_task_needs_logits_alone():
+    class Twofold(Net):
+        def forward(self, x):
+            return (super().forward(x),) * 2 if self.training else super().forward(x)
+
+    with pytest.raises(InputError, match='returns a tuple in training mode, and a task needs its logits'):
+        task_of(Twofold()).train()(IMAGES, TARGET)

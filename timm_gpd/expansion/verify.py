@@ -240,7 +240,14 @@ def agreement(run: Callable[[torch.Tensor], Any], reference: nn.Module, x: torch
             f'{type(reference).__name__} changes the images that it is given, in place, and two models see them: let '
             'its first operation make a new tensor'
         )
-    error = _largest_error(_run(run, x), expected)
+    actual = _run(run, x)
+    for output, wanted in zip(outputs_of(actual), outputs_of(expected)):
+        if output.shape != wanted.shape:
+            raise UnsupportedModelError(
+                f'{type(reference).__name__} has logits of shape {tuple(output.shape)} when it is wider, instead of '
+                f'{tuple(wanted.shape)}: name the modules that give them, as in classifier="fc"'
+            )
+    error = _largest_error(actual, expected)
     if error > METHOD and reference.training and _largest_error(_run(reference, x), expected) > METHOD:
         return Agreement(error, math.inf)  # it draws random numbers
     return Agreement(error, _sensitivity(reference, x) if error > ROUNDING else 0.0)

@@ -53,7 +53,15 @@ class StepLoss(nn.Module):
         Returns:
             ``loss``; ``output``, logits of shape (B, num_classes); and the terms without a and b: ``task_loss``, and
             ``kd/<loss>`` for every loss from the static teacher.
+
+        Raises:
+            InputError: if the model returned more than logits.
         """
+        if not isinstance(output.logits, torch.Tensor):
+            raise InputError(
+                f'the student returns a {type(output.logits).__name__} in training mode, and a task needs its logits, '
+                'one tensor: let its forward return them alone'
+            )
         task_loss = self.criterion(output.logits, target)
         terms = {}
         if static_output is not None:

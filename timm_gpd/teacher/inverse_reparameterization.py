@@ -26,9 +26,9 @@ def expand(
     """Builds the dynamic teacher of a student by inverse reparameterization (Sec. 3.2 of arXiv 2410.04140).
 
     The teacher starts as exactly the student's function. This is checked on a random batch in float64, with randomised
-    weights, before anything is returned: for a moment the CPU holds both models in float64, about 8 (1 + r^2) bytes for
-    each of the student's parameters, besides activations of four small images. Then what is returned runs itself, see
-    :func:`timm_gpd.teacher.rehearsal.rehearse`.
+    weights, in evaluation and in training mode, before anything is returned: for a moment the CPU holds both models in
+    float64, about 8 (1 + r^2) bytes for each of the student's parameters, besides activations of four small images.
+    Then what is returned runs itself, see :func:`timm_gpd.teacher.rehearsal.rehearse`.
 
     Args:
         student: a timm model with a classifier, or any model whose ``classifier`` is named; wrappers are looked
