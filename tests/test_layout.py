@@ -203,7 +203,7 @@ def test_private_names_of_torch_and_timm_stand_in_one_module_each():
 
 
 # Of Python: documented, or argparse's. Of nn.Module: dictionaries that its subclasses may use.
-KNOWN = {'_asdict', '_exit', '_actions', '_ArgumentGroup', '_parameters', '_modules', '_buffers'}
+KNOWN = {'_asdict', '_fields', '_exit', '_actions', '_ArgumentGroup', '_parameters', '_modules', '_buffers'}
 
 
 def test_private_attributes_of_others_stand_there_too():

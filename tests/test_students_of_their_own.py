@@ -181,6 +181,18 @@ def test_parameters_that_a_criterion_closes_over():
         torch.testing.assert_close(parameter.grad, other.grad)
 
 
+@pytest.mark.usefixtures('may_change_settings')
+def test_parameters_that_a_criterion_closes_over_where_it_is_compiled():
+    """A compiler shows no graph to look for them in."""
+    temperature = nn.Parameter(torch.tensor(1.5))
+    task = task_of(Net(), criterion=lambda output, target: F.cross_entropy(output * temperature, target)).eval()
+    expected = full_gradient(task, temperature)
+    torch._dynamo.reset()
+    task.compile(backend='eager')
+    task(IMAGES, TARGET)['loss'].backward()
+    torch.testing.assert_close(temperature.grad, expected)
+
+
 def test_targets_that_are_learned():
     target = torch.randn(4, 7).softmax(-1).requires_grad_()
     task = task_of(Net()).eval()

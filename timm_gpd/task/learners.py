@@ -124,7 +124,11 @@ class JointLearners(Learners):
             return self.step_loss('dynamic_teacher', output, target, static_output)
 
         output, teacher = self.model.joint(
-            x, *self._runs(), teacher_loss, self.step_loss.parameters_of('dynamic_teacher')
+            x,
+            *self._runs(),
+            teacher_loss,
+            self.step_loss.parameters_of('dynamic_teacher'),
+            are_all=isinstance(self.step_loss.criterion, nn.Module) and not target.requires_grad,
         )
         return JointOutput(self.step_loss('student', output, target, static_output), teacher)
 

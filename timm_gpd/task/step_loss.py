@@ -72,7 +72,10 @@ class StepLoss(nn.Module):
         return {'loss': loss, 'output': output.logits, 'task_loss': task_loss, **terms}
 
     def parameters_of(self, learner: str) -> Iterator[nn.Parameter]:
-        """What the loss of one learner computes with: parameters of the criterion and of its distillers."""
+        """What the loss of one learner computes with: parameters of the criterion and of its distillers.
+
+        A criterion that is a function may close over others.
+        """
         if isinstance(self.criterion, nn.Module):
             yield from self.criterion.parameters()
         if learner in self.distillers:

@@ -139,6 +139,7 @@ class DynamicTeacher(ComputedParameters, TimmModel):
         teacher_tap: Optional[ModelRun] = None,
         teacher_loss: Optional[Callable[[Any], Dict[str, torch.Tensor]]] = None,
         loss_parameters: Iterable[torch.Tensor] = (),
+        are_all: bool = True,
     ) -> 'JointOutput':
         """Student and dynamic teacher on one batch, from one shared set of parameters.
 
@@ -152,6 +153,7 @@ class DynamicTeacher(ComputedParameters, TimmModel):
                 :class:`timm_gpd.teacher.early_backward.EarlyBackward`.
             loss_parameters: tensors besides the parameters and ``x`` that ``teacher_loss`` computes with and that want
                 gradients.
+            are_all: whether these are all, as far as anybody knows.
 
         Returns:
             Logits of both, each of shape (B, num_classes), or what the taps return. With ``teacher_loss`` the second is
@@ -166,7 +168,7 @@ class DynamicTeacher(ComputedParameters, TimmModel):
         if teacher_loss is None:
             teacher_output = run_teacher(teacher, x)
             return JointOutput(run_student(student, x), teacher_output)
-        early = EarlyBackward((*teacher.values(), *loss_parameters, x))
+        early = EarlyBackward((*teacher.values(), *loss_parameters, x), are_all)
         result = teacher_loss(run_teacher(teacher, x))
         del teacher  # merged kernels are freed as soon as the backward pass has used them
         result = early.run(result)

@@ -32,11 +32,13 @@ class EarlyBackward:
 
     Args:
         tensors: all that the loss may depend on and that wants its gradient; a tensor may come twice.
+        are_all: whether these are all. Where they may not be, it is found out by the graph, which a compiler cannot do.
     """
 
-    def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
+    def __init__(self, tensors: Iterable[torch.Tensor], are_all: bool = True) -> None:
         wanted = [tensor for tensor in tensors if tensor.requires_grad]
         self.is_early = torch.is_grad_enabled() and len(wanted) > 0 and _is_possible(wanted[0].device)
+        self.is_early = self.is_early and (are_all or not torch.compiler.is_compiling())
         self._stand_ins: List[torch.Tensor] = []
         self._sources: List[Any] = []
         self._gradients: List[torch.Tensor] = []
