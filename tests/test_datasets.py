@@ -1,5 +1,6 @@
 """Splits, classes, labels and images that are not what they should be do not pass without a word."""
 
+import dataclasses
 import io
 import logging
 import pickle
@@ -277,6 +278,11 @@ def test_images_have_the_channels_of_the_model(tmp_path):
     root = write_folder(tmp_path, train='cat', val='cat')
     with pytest.raises(UsageError, match='--input-img-mode CMYK has 4 channels, and the model 3'):
         datasets_of(args_of(root, '--input-img-mode', 'CMYK'))
+    args = args_of(root)
+    with pytest.raises(UsageError, match='the model takes 4 channels: set --input-img-mode RGBA or CMYK'):
+        create_split(
+            args, resolve_data(args), dataclasses.replace(INPUT, input_size=(4, 8, 8)), 10, 'train', is_training=False
+        )
 
 
 def damage(path, kind):

@@ -275,3 +275,12 @@ def test_wrappers_and_hooks_of_modules_are_seen():
         assert private_torch.pre_hooks_of(layer) == []
         layer.register_forward_pre_hook(print)
         assert private_torch.pre_hooks_of(layer) == [print]
+
+
+def test_a_module_keeps_its_compiled_call_under_that_name():
+    layer = nn.Linear(2, 2)
+    with relies_on(private_torch, f'torch.nn.Module.{private_torch.COMPILED_CALL}'):
+        layer.compile(backend='eager')
+        assert private_torch.COMPILED_CALL in vars(layer)
+        del vars(layer)[private_torch.COMPILED_CALL]
+        assert layer(torch.ones(2)).shape == (2,)

@@ -170,10 +170,12 @@ def create_split(
     mode = args.input_img_mode or ('RGB' if channels == 3 else 'L')
     bands = ImageMode.getmode(mode).bands
     folder = source.split_folders.get(split)
-    if len(bands) != channels and (args.input_img_mode or folder is not None):
+    if args.input_img_mode and len(bands) != channels:
+        raise UsageError(f'--input-img-mode {mode} has {len(bands)} channels, and the model {channels}')
+    if folder is not None and len(bands) != channels:
         raise UsageError(
-            f'images are read in the mode {mode}, which has {len(bands)} channels, and the model takes {channels}: '
-            f'set --input-img-mode{", such as RGBA" if channels == 4 else ""}'
+            f'images of a folder are read as grey or RGB, and the model takes {channels} channels: set --input-img-mode'
+            f'{" RGBA or CMYK" if channels == 4 else ""}'
         )
     keys = dict(input_key=args.input_key, target_key=args.target_key, target_format=args.target_format)
     with usage_errors('check --data-dir, --dataset and the names of the splits', *LIBRARY_ERRORS, ImportError):
