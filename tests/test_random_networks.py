@@ -31,6 +31,12 @@ def test_a_wrong_plan_is_not_hidden_by_one_image(seed):
     assert judge(describe(seed)).outcome == 'refused by the numeric check'
 
 
+@pytest.mark.parametrize('seed', (3042, 14743))
+def test_gradients_that_are_not_finite_are_compared(seed):
+    """Those of these students are NaN, alone and inside."""
+    assert judge(describe(seed)).outcome == 'exact'
+
+
 @pytest.mark.parametrize('kind', BLOCKS)
 def test_block_is_exact(kind):
     """Each kind by itself: what is refused is refused for a reason that is known."""
