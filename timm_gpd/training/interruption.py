@@ -88,12 +88,8 @@ def listen(processes: Processes) -> Iterator[Interruption]:
         What tells whether one has come.
     """
     interruption = Interruption(processes)
-    before: Dict[int, Any] = {number: signal.signal(number, interruption.receive) for number in EXIT_CODES}
-    try:
+    with _handled_by(interruption.receive):
         yield interruption
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextlib.contextmanager
@@ -111,12 +107,19 @@ def end_at_once(program: str) -> Iterator[None]:
         print(f'{program}: {signal.Signals(number).name}: nothing was trained', file=sys.stderr, flush=True)
         os._exit(EXIT_CODES[signal.Signals(number)])
 
-    before: Dict[int, Any] = {number: signal.signal(number, end) for number in EXIT_CODES}
+    with _handled_by(end):
+        yield
+
+
+@contextlib.contextmanager
+def _handled_by(handler: Callable[[int, Optional[FrameType]], None]) -> Iterator[None]:
+    """Within it a function handles SIGTERM and SIGINT; afterwards what did before."""
+    before: Dict[int, Any] = {number: signal.signal(number, handler) for number in EXIT_CODES}
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
 
 
 def keep_workers(loader: Any) -> None:
