@@ -21,6 +21,8 @@ import torch._inductor.config
 import torch.distributed as dist
 from timm.layers import is_fast_norm, set_fast_norm
 
+from timm_gpd.training.cpu import keep_freed_memory
+
 
 class Setting(NamedTuple):
     read: Callable[[], Any]
@@ -147,15 +149,10 @@ def kept_settings() -> Iterator[None]:
 @contextmanager
 def kept_memory() -> Iterator[None]:
     """Lets glibc keep what is freed: mapping and clearing large tensors anew took a third of some tests' time."""
-    libc = ctypes.CDLL(None) if platform.libc_ver()[0] == 'glibc' else None
-    trim_threshold, mmap_max = -1, -4  # parameters of mallopt(3)
-    if libc is not None:
-        libc.mallopt(trim_threshold, -1)
-        libc.mallopt(mmap_max, 0)
+    undo = keep_freed_memory()
     try:
         yield
     finally:
-        if libc is not None:
-            libc.mallopt(trim_threshold, 128 * 1024)
-            libc.mallopt(mmap_max, 65536)
-            libc.malloc_trim(0)
+        undo()
+        if platform.libc_ver()[0] == 'glibc':
+            ctypes.CDLL(None).malloc_trim(0)

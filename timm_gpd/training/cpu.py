@@ -8,7 +8,7 @@ import torch
 
 from ..private_torch import keeps_compiled_layouts, set_keep_compiled_layouts
 
-__all__ = ['tune_process_for']
+__all__ = ['keep_freed_memory', 'tune_process_for']
 
 # Parameters of mallopt(3), and the values that glibc starts with.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
@@ -41,14 +41,24 @@ def tune_process_for(device: torch.device) -> Callable[[], None]:
     flushed, kept = _flushes_denormals(), keeps_compiled_layouts()
     torch.set_flush_denormal(True)
     set_keep_compiled_layouts(True)
-    _set_malloc(trim_threshold=-1, mmap_max=0)
+    forget_memory = keep_freed_memory()
 
     def undo() -> None:
         torch.set_flush_denormal(flushed)
         set_keep_compiled_layouts(kept)
-        _set_malloc(_TRIM_THRESHOLD, _MMAP_MAX)
+        forget_memory()
 
     return undo
+
+
+def keep_freed_memory() -> Callable[[], None]:
+    """Lets glibc keep what is freed.
+
+    Returns:
+        A function that undoes it, see :func:`tune_process_for`.
+    """
+    _set_malloc(trim_threshold=-1, mmap_max=0)
+    return lambda: _set_malloc(_TRIM_THRESHOLD, _MMAP_MAX)
 
 
 def _flushes_denormals() -> bool:
