@@ -200,13 +200,19 @@ def test_targets_that_are_learned():
     torch.testing.assert_close(target.grad, full_gradient(task, target, target=target))
 
 
-def test_a_prompt_that_a_hook_adds():
+@pytest.mark.usefixtures('may_change_settings')
+@pytest.mark.parametrize('is_compiled', [False, True])
+def test_a_prompt_that_a_hook_adds(is_compiled):
     student = Net()
     prompt = nn.Parameter(torch.randn(3, 1, 1))
     student.conv1.register_forward_pre_hook(lambda module, args: (args[0] + prompt,))
     task = task_of(student).eval()
+    expected = full_gradient(task, prompt)
+    if is_compiled:
+        torch._dynamo.reset()
+        task.compile(backend='eager')
     task(IMAGES, TARGET)['loss'].backward()
-    torch.testing.assert_close(prompt.grad, full_gradient(task, prompt))
+    torch.testing.assert_close(prompt.grad, expected)
 
 
 # -- arguments ------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ import torch.nn as nn
 from ..errors import InputError
 from .base import Distiller
 from .embedding import ND, Feature
-from .feature_tap import ModelOutput, Tap, example_output
+from .feature_tap import ModelOutput, Tap, evaluation_mode, example_output
 from .ofa import OFA
 from .plain import AT, DIST, DKD, KD, RKD
 from .reviewkd import ReviewKD
@@ -32,6 +32,7 @@ __all__ = [
     'ModelOutput',
     'Tap',
     'distill_settings',
+    'evaluation_mode',
     'example_output',
     'tap_learner',
     'tap_teacher',

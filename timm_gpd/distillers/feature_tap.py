@@ -8,7 +8,7 @@ import torch.nn as nn
 
 from ..errors import InputError
 
-__all__ = ['ModelOutput', 'Tap', 'example_output', 'model_name', 'stage_indices']
+__all__ = ['ModelOutput', 'Tap', 'evaluation_mode', 'example_output', 'model_name', 'stage_indices']
 
 MAX_STAGES = 4
 # Where an isotropic model's stages end, as shares of its depth: blocks 2, 4, 10 and 12 of 12. These are the proportions
@@ -115,7 +115,7 @@ class Tap(nn.Module):
         Raises:
             ValueError: if the logits are not those of ``model(x)``.
         """
-        with _evaluation(self.model):
+        with evaluation_mode(self.model):
             expected, logits = self.model(x), self(x).logits
         if not torch.allclose(logits, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item()):
             self._fail('features that lead to other logits than its forward does', ', '.join(self.needs.values()))
@@ -167,7 +167,7 @@ def example_output(
     Returns:
         What the module or ``run`` returns, without history.
     """
-    with _evaluation(module):
+    with evaluation_mode(module):
         return (run or module)(example_input)
 
 
@@ -194,7 +194,15 @@ def _feature_dicts(model: nn.Module) -> List[dict]:
 
 
 @contextlib.contextmanager
-def _evaluation(module: nn.Module) -> Iterator[None]:
+def evaluation_mode(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a while; afterwards each module is in the mode that it was in.
+
+    Args:
+        module: it and all modules in it.
+
+    Yields:
+        Nothing.
+    """
     modes = {m: m.training for m in module.modules()}
     module.eval()
     try:

@@ -219,5 +219,20 @@ class GapPreservingTask(BaseTask):
         self.eval_model_ema = StudentView(self.get_dynamic_teacher(ema=True))
         return ema
 
+    def compile(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """Compiles the training forward pass, see :meth:`BaseTask.compile`.
+
+        Args:
+            *args: those of :meth:`BaseTask.compile`.
+            **kwargs: the same.
+
+        Returns:
+            The model that is validated, which is not compiled.
+        """
+        learners = self.get_learners()
+        parameter = next(learners.model.parameters())
+        learners.look_for_other_sources(parameter.new_zeros(1, *learners.model.plan.input_shape))
+        return super().compile(*args, **kwargs)
+
     def get_state_modules(self, ema: bool = False) -> Dict[str, nn.Module]:
         return {'dynamic_teacher': self.get_dynamic_teacher(ema), **super().get_state_modules(ema)}

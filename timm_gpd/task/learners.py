@@ -7,9 +7,10 @@ import torch
 import torch.nn as nn
 from timm.models import group_parameters
 
-from ..distillers import Distillers, DistillSettings, ModelOutput, Tap, example_output, tap_learner
+from ..distillers import Distillers, DistillSettings, ModelOutput, Tap, evaluation_mode, example_output, tap_learner
 from ..teacher import DynamicTeacher, JointOutput
 from ..teacher.dynamic_teacher import ModelRun
+from ..teacher.early_backward import reaches_others
 from ..teacher.functional import call_with_parameters
 from .static_teacher import StaticTeacher
 from .step_loss import StepLoss
@@ -99,6 +100,7 @@ class JointLearners(Learners):
             'dynamic_teacher': tap_learner(dynamic_teacher.wide, settings),
         }
         super().__init__(dynamic_teacher, taps, step_loss)
+        self.knows_all_sources = True
 
     def run(self, x: torch.Tensor) -> Dict[str, ModelOutput]:
         student, teacher = self.model.joint(x, *self._runs())
@@ -128,9 +130,22 @@ class JointLearners(Learners):
             *self._runs(),
             teacher_loss,
             self.step_loss.parameters_of('dynamic_teacher'),
-            are_all=isinstance(self.step_loss.criterion, nn.Module) and not target.requires_grad,
+            are_all=(
+                isinstance(self.step_loss.criterion, nn.Module) and not target.requires_grad and self.knows_all_sources
+            ),
         )
         return JointOutput(self.step_loss('student', output, target, static_output), teacher)
+
+    def look_for_other_sources(self, x: torch.Tensor) -> None:
+        """Before a compiler comes, which cannot look at graphs: does the dynamic teacher compute with tensors that want
+        gradients and are not its own, such as a prompt that a hook adds?
+
+        Args:
+            x: example images, shape (B, in_chans, H, W).
+        """
+        with evaluation_mode(self.model), torch.enable_grad():
+            logits = self.run(x)['dynamic_teacher'].logits
+        self.knows_all_sources = not reaches_others(logits, self.model.parameters())
 
     def _runs(self) -> List[ModelRun]:
         """Student and dynamic teacher through their taps, as functions of parameters."""

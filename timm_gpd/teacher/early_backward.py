@@ -11,7 +11,7 @@ import torch
 
 from ..private_torch import can_trace_backward, has_active_transforms, has_forward_mode, multiply_each
 
-__all__ = ['EarlyBackward', 'refuse_gradients']
+__all__ = ['EarlyBackward', 'reaches_others', 'refuse_gradients']
 
 
 class EarlyBackward:
@@ -33,6 +33,7 @@ class EarlyBackward:
     Args:
         tensors: all that the loss may depend on and that wants its gradient; a tensor may come twice.
         are_all: whether these are all. Where they may not be, it is found out by the graph, which a compiler cannot do.
+            Before it compiles, :func:`reaches_others` can.
     """
 
     def __init__(self, tensors: Iterable[torch.Tensor], are_all: bool = True) -> None:
@@ -59,7 +60,7 @@ class EarlyBackward:
             The same, detached.
         """
         loss = result['loss']
-        if self.is_early and not torch.compiler.is_compiling() and _reaches_others(loss, self._sources):
+        if self.is_early and not torch.compiler.is_compiling() and _leads_elsewhere(loss, self._sources):
             self.is_early, self._stand_ins, self._sources = False, [], []
         result = {name: tensor.detach() for name, tensor in result.items()}
         self._loss = result['loss'] if self.is_early else loss  # the loss itself would keep its graph
@@ -94,6 +95,19 @@ def refuse_gradients(tensor: torch.Tensor) -> torch.Tensor:
     return _Refusing.apply(tensor.detach().requires_grad_())
 
 
+def reaches_others(loss: torch.Tensor, tensors: Iterable[torch.Tensor]) -> bool:
+    """Looks for what else a loss depends on.
+
+    Args:
+        loss: any tensor of a graph.
+        tensors: what it may depend on; those that want no gradient are passed over.
+
+    Returns:
+        Whether there are tensors besides these that would get a gradient from it.
+    """
+    return _leads_elsewhere(loss, [_edge(tensor) for tensor in tensors if tensor.requires_grad])
+
+
 def _is_possible(device: torch.device) -> bool:
     if torch.compiler.is_compiling():
         if not can_trace_backward():
@@ -103,7 +117,7 @@ def _is_possible(device: torch.device) -> bool:
     return not (torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type) == torch.float16)
 
 
-def _reaches_others(loss: torch.Tensor, sources: Iterable[Any]) -> bool:
+def _leads_elsewhere(loss: torch.Tensor, sources: Iterable[Any]) -> bool:
     """Whether a backward pass would end in leaves besides those from which it is to be given."""
     seen = {source.node for source in sources}
     nodes = [loss.grad_fn]
