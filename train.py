@@ -140,6 +140,7 @@ def train(args: argparse.Namespace, compute: Compute, processes: Processes, log:
             progress,
             batch_size,
             ImageLog(folder.path, args.log_interval) if args.save_images and processes.is_primary else None,
+            num_epochs,
         )
         run = Run(
             args,

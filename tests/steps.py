@@ -38,9 +38,10 @@ class Batches(list):
         raise AssertionError('nothing here mixes')
 
 
-def train_epoch(task, batches, optimizer, compute, epoch=0, **settings):
+def train_epoch(task, batches, optimizer, compute, epoch=0, num_epochs=1, **settings):
     """One epoch of a training loop on batches of images and targets; the means of its losses."""
-    loop = TrainingLoop(task, Batches(batches), optimizer, compute, Processes(compute.device), LoopSettings(**settings))
+    processes, settings = Processes(compute.device), LoopSettings(**settings)
+    loop = TrainingLoop(task, Batches(batches), optimizer, compute, processes, settings, num_epochs=num_epochs)
     return loop.train_epoch(Position(epoch))
 
 

@@ -81,6 +81,14 @@ def test_the_last_update_of_an_epoch_has_the_batches_that_are_left():
     assert relative(update, first + second) < 1e-4
 
 
+def test_a_task_is_told_where_training_stands():
+    told, task = [], make_task(gpd=True)
+    task.begin_update = lambda *where: told.append(where)
+    optimizer = torch.optim.SGD(task.get_trainable_module().parameters(), lr=0.1)
+    train_epoch(task, batches(5), optimizer, CPU, epoch=1, num_epochs=2, grad_accum_steps=2)
+    assert told == [(3, 0.5), (3, 0.5), (4, 4 / 6), (4, 4 / 6), (5, 5 / 6)]
+
+
 @pytest.mark.parametrize('gpd', [False, True])
 def test_clipping(gpd):
     data = batches(1)

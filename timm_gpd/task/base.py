@@ -32,6 +32,14 @@ class BaseTask(TrainingTask):
         """The static teacher, under the name that timm's distillation tasks use."""
         return self.static_teacher
 
+    def begin_update(self, update: int, progress: float) -> None:
+        """Where training stands, for what depends on it. The training loop says so before every batch.
+
+        Args:
+            update: number of the update that the batch is of, from 0 over the whole run, resumed or not.
+            progress: the share of the schedule that is done, from 0 to 1.
+        """
+
     def get_learners(self, ema: bool = False) -> Learners:
         """What is trained, without wrappers.
 

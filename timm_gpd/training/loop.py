@@ -80,6 +80,7 @@ class TrainingLoop:
         progress: shows how far the run is.
         batch_size: images of a batch of this process, the mean where batches differ.
         image_log: saves images.
+        num_epochs: epochs of the whole schedule, which a task may ask how far it is.
     """
 
     def __init__(
@@ -97,6 +98,7 @@ class TrainingLoop:
         progress: Optional[Progress] = None,
         batch_size: Optional[float] = None,
         image_log: Optional[ImageLog] = None,
+        num_epochs: int = 1,
     ) -> None:
         self.task, self.loader, self.optimizer, self.compute = task, loader, optimizer, compute
         self.processes, self.settings, self.lr_scheduler = processes, settings, lr_scheduler
@@ -104,6 +106,8 @@ class TrainingLoop:
         self.mixup_fn, self.progress = mixup_fn, progress
         self.batch_size, self.image_log = batch_size, image_log
         self.updates_per_epoch = -(-len(loader) // settings.grad_accum_steps)
+        self.num_updates = num_epochs * self.updates_per_epoch
+        self.begin_update = getattr(task, 'begin_update', lambda update, progress: None)  # timm's tasks have none
         synchronized = settings.sync_bn and processes.is_distributed
         self.batch_norm = SynchronizedBatchNorm() if synchronized else nullcontext()
 
@@ -140,6 +144,8 @@ class TrainingLoop:
             # The last update of an epoch may have fewer batches than the others.
             accumulated = min(accumulation, batches - update * accumulation)
             is_update = index == batches - 1 or (index + 1) % accumulation == 0
+            num_updates = epoch * self.updates_per_epoch + update + 1
+            self.begin_update(num_updates - 1, (num_updates - 1) / self.num_updates)
             images, target = self.compute.prepare(images, target)
             if self.mixup_fn is not None:
                 images, target = self.mixup_fn(images, target)
@@ -152,7 +158,6 @@ class TrainingLoop:
                 is_finite = self._backward(loss, is_update, update_terms)
             if not is_update:
                 continue
-            num_updates = epoch * self.updates_per_epoch + update + 1
             if is_finite:
                 means.add_all(update_terms)
                 self.task.update_ema(step=num_updates)
