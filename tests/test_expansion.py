@@ -15,7 +15,7 @@ from exactness import expansion_errors
 from timm_gpd import Rule, UnsupportedModelError, expand, plan_expansion, register_rule
 from timm_gpd.axes import AxisMap
 from timm_gpd.errors import NoClassifierError
-from timm_gpd.expansion import images, planner
+from timm_gpd.expansion import images, planner, verify
 from timm_gpd.expansion.images import accepted_input_shape
 from timm_gpd.expansion.verify import relative_error, verify_plan
 
@@ -408,3 +408,13 @@ def test_statistics_of_the_check_leave_deep_models_well_conditioned():
     for name in ('efficientnet_b4', 'ghostnetv3_050'):
         student = timm.create_model(name)
         assert verify_plan(student, plan_expansion(student)) <= 1e-12
+
+
+@pytest.mark.parametrize('responses, is_exact', [([1e-13, 1e-12], True), ([1e-13] * 100, False)])
+def test_rounding_is_told_by_more_than_one_response_to_it(monkeypatch, responses, is_exact):
+    """EfficientViM in training mode answered one move of its parameters by a thirteenth of the teacher's error."""
+    responses = iter(responses)
+    monkeypatch.setattr(verify, '_sensitivity', lambda *args: next(responses))
+    reference = nn.Linear(3, 2).double()
+    agreed = verify.agreement(lambda x: reference(x) * (1 + 5e-12), reference, torch.randn(4, 3).double())
+    assert agreed.is_exact == is_exact
