@@ -127,3 +127,51 @@ def test_tied_and_frozen_parameters():
     assert student.b.weight is student.a.weight
     assert not student.fc.bias.requires_grad and not teacher.wide.fc.bias.requires_grad
     assert relative_error(student(x), student_logits) < 1e-5
+
+
+def swap_replicas(tensor, tensor_map):
+    """A teacher tensor with replicas 1 and 2 in each other's place, on all axes."""
+    for axis, axis_map in tensor_map.axes:
+        parts = tensor.split([segment.teacher_size for segment in axis_map], axis)
+        parts = [
+            part
+            if segment.ratio == 1
+            else part.unflatten(axis, (-1, 3, segment.block))
+            .index_select(axis + 1, torch.tensor([0, 2, 1]))
+            .flatten(axis, axis + 2)
+            for segment, part in zip(axis_map, parts)
+        ]
+        tensor = torch.cat(parts, axis)
+    return tensor
+
+
+@pytest.mark.parametrize('name', ['test_resnet', 'test_efficientnet', 'test_vit', 'test_convnext', 'test_mambaout'])
+def test_a_teacher_of_ratio_3_is_wider_than_one_of_ratio_2(name):
+    """Without noise all gradients of replicas 1 and 2 are equal, so one of the two is there for nothing."""
+    for noise in (0.0, None):
+        torch.manual_seed(0)
+        student = randomize_(timm.create_model(name, num_classes=4)).double()
+        task = GapPreservingTask(student, ratio=3, noise=noise, verbose=False)
+        teacher, x = task.get_dynamic_teacher(), torch.randn(4, *student.pretrained_cfg['input_size']).double()
+        with torch.no_grad():
+            logits = teacher.eval().joint(x)
+        assert relative_error(logits.teacher, logits.student) <= 1e-12
+        task.train()
+        optimizer = torch.optim.SGD(task.get_trainable_module().parameters(), lr=0.01)
+        for _ in range(2):
+            optimizer.zero_grad()
+            task(x, torch.arange(4))['loss'].backward()
+            nn.utils.clip_grad_norm_(teacher.parameters(), 1.0)
+            optimizer.step()
+        differ = {
+            tensor_name: relative_error(swap_replicas(tensor, teacher.plan.tensors[tensor_name]), tensor)
+            for tensor_name, tensor in teacher.wide.named_parameters()
+            if tensor_name in teacher.plan.tensors
+        }
+        assert len(differ) > 20
+        if noise == 0:
+            assert max(differ.values()) <= 1e-9
+        else:
+            summing = [name for name in differ if teacher.plan.tensors[name].divisor > 1]
+            assert min(differ[name] for name in summing) > 1e-3
+            assert sum(error > 1e-12 for error in differ.values()) > 0.9 * len(differ)

@@ -51,7 +51,7 @@ class WholePath:
     def __init__(self, create: Callable[[], nn.Module], ratio: int = 2) -> None:
         self.create, self.ratio = create, ratio
         self.student = disable_randomness_(create())
-        self.task = GapPreservingTask(self.student, ratio=ratio, verbose=False)
+        self.task = GapPreservingTask(self.student, ratio=ratio, noise=0.0, verbose=False)
         self.plan = self.teacher.plan
         self.reference, self.x = _reference(self.student, self.plan)
         self.task.double()
@@ -114,7 +114,7 @@ class WholePath:
 
     def state(self) -> None:
         """A checkpoint that went through a file makes a new task the same."""
-        other = GapPreservingTask(self.create(), ratio=self.ratio, verbose=False).double().eval()
+        other = GapPreservingTask(self.create(), ratio=self.ratio, noise=0.0, verbose=False).double().eval()
         with io.BytesIO() as file:
             torch.save(self.task.get_checkpoint_state(), file)
             file.seek(0)

@@ -75,7 +75,7 @@ class GapPreservingTask(BaseTask):
         criterion: Optional[Callable[..., torch.Tensor]] = None,
         ratio: int = 2,
         num_branches: int = 1,
-        noise: float = 0.0,
+        noise: Optional[float] = None,
         scale: str = 'student',
         gpd_loss: str = 'sce',
         gpd_weight: float = 3.0,

@@ -29,6 +29,7 @@ from .timm_model import TimmModel
 __all__ = ['SCALES', 'DynamicTeacher', 'JointOutput', 'check_storage']
 
 SCALES = ('student', 'teacher')
+NOISE = 0.1  # where there are replicas besides the student's that would receive equal gradients for ever
 
 # Runs a model: from parameters, by the model's names, and images to its output.
 ModelRun = Callable[[Mapping[str, torch.Tensor], torch.Tensor], Any]
@@ -73,7 +74,7 @@ class DynamicTeacher(ComputedParameters, TimmModel):
         self,
         student: nn.Module,
         plan: ExpansionPlan,
-        noise: float = 0.0,
+        noise: Optional[float] = None,
         scale: str = 'student',
         branches: Sequence[str] = ('kxk',),
     ) -> None:
@@ -95,6 +96,8 @@ class DynamicTeacher(ComputedParameters, TimmModel):
         self.branches = nn.Module()  # before the wide model, whose head is the last of all parameters, as of any model
         self.wide = wide_copy(student, plan, self._stored)
         self.student = parameterless_copy(student)
+        if noise is None:
+            noise = NOISE if plan.ratio > 2 else 0.0
         if noise:
             _add_noise_(self.wide, plan, noise)
         self.branches, self._branched = branch_convolutions(
@@ -277,9 +280,11 @@ def _forget_computed_tensors(dynamic_teacher: DynamicTeacher) -> None:
     forget_computed_tensors_(dynamic_teacher.student)
 
 
-def check_storage(scale: str, noise: float) -> None:
+def check_storage(scale: str, noise: Optional[float]) -> None:
     if scale not in SCALES:
         raise InputError(f'scale must be one of {", ".join(SCALES)}, but is {scale!r}')
+    if noise is None:
+        return
     check_number('noise', noise)
     if noise < 0:
         raise InputError(f'noise must be a number of at least 0, but is {noise!r}')

@@ -18,7 +18,7 @@ def expand(
     student: nn.Module,
     ratio: int = 2,
     num_branches: int = 1,
-    noise: float = 0.0,
+    noise: Optional[float] = None,
     scale: str = 'student',
     branches: Optional[Sequence[str]] = None,
     classifier: Union[str, Sequence[str], None] = None,
@@ -36,7 +36,9 @@ def expand(
         ratio: expansion ratio r of the channels.
         num_branches: branches per convolution, 1 to 6 (the paper's); 1 is a plain convolution.
         noise: standard deviation, relative to each weight's own, of noise that tells replicas apart without changing
-            the teacher's function or the student. Exact replicas of everything but replica 0 receive equal gradients.
+            the teacher's function or the student (default: 0.1 if r > 2, else 0). Replica 0 receives the student's
+            gradient, too; exact replicas besides it receive equal gradients for ever, and a teacher of r > 2 without
+            noise is no wider than one of r = 2.
         scale: what is stored. ``'student'`` stores the student's own weights in replica 0, and the student's learning
             rate and weight decay mean what they mean in plain training. ``'teacher'`` (the authors') stores the
             teacher's weights, and the student's are r times a slice of them.

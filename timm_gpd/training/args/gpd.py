@@ -19,9 +19,10 @@ def add_gpd(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         '--gpd-noise',
         type=float,
-        default=0.0,
+        default=None,
         metavar='STD',
-        help="function-preserving noise, relative to each weight's standard deviation",
+        help="function-preserving noise, relative to each weight's standard deviation; default: 0 at ratio 2, and 0.1 "
+        'above, where several replicas would stay equal for ever',
     )
     group.add_argument(
         '--gpd-scale',
