@@ -138,11 +138,13 @@ class TensorMap:
             comes once for each of them.
         sum_axis: the axis that the layer sums over; the weight is divided by its ratio. None where there is no such
             axis: norms, biases, depthwise kernels, tokens.
+        has_other_sums: whether another layer sums over another of its axes, as over those of a transposed weight.
     """
 
     shape: Tuple[int, ...]
     axes: Tuple[Tuple[int, AxisMap], ...]
     sum_axis: Optional[int] = None
+    has_other_sums: bool = False
 
     @property
     def divisor(self) -> int:
@@ -192,9 +194,10 @@ class TensorMap:
             std: standard deviation of the noise before its mean over the replicas is removed.
 
         Returns:
-            A tensor of the same shape; zeros where no such noise exists (nothing is summed over replicas).
+            A tensor of the same shape; zeros where no such noise exists (nothing is summed over replicas), or none that
+            would keep every one of several sums.
         """
-        if self.divisor == 1 or not tensor.is_floating_point():
+        if self.divisor == 1 or self.has_other_sums or not tensor.is_floating_point():
             return torch.zeros_like(tensor)
         free = torch.zeros(tensor.shape, dtype=torch.bool, device=tensor.device)
         for position, (axis, axis_map) in enumerate(self.axes):

@@ -1,6 +1,7 @@
 """Weights of layers, some of which are computed from a parameter (weight standardisation) before a layer uses them."""
 
 import math
+from dataclasses import replace
 from typing import Mapping, Optional, Sequence
 
 import torch
@@ -144,16 +145,23 @@ def widen_view(
 def check_divisor(widening: Widening, name: str, summed: Sequence[int]) -> None:
     """Checks that a tensor which was met before is divided by what a sum over some of its axes needs.
 
+    Notes where that is another sum than before.
+
     Raises:
         UnsupportedModelError: if it is not.
     """
     if name in widening.tensors and name not in widening.ruled:
         axes, divisor = dict(widening.tensors[name].axes), widening.tensors[name].divisor
-        needed = math.prod(axes[axis].ratio for axis in summed if axis in axes)
+        wide = [axis for axis in summed if axis in axes]
+        needed = math.prod(axes[axis].ratio for axis in wide)
         if needed != divisor:
             raise widening.unsupported(
                 f'{name} has to be divided by {needed} here, and by {divisor} where it was met before'
             )
+        if needed > 1 and wide != [widening.tensors[name].sum_axis]:
+            known = widening.tensors[name]
+            aliases = [alias for alias, tensor_map in widening.tensors.items() if tensor_map is known]
+            widening.tensors.update(dict.fromkeys(aliases, replace(known, has_other_sums=True)))
 
 
 def check_kept(widening: Widening, name: str, axis: int, why: str) -> None:
