@@ -1,7 +1,6 @@
 #!/usr/bin/env python3
 """Trains a timm model; with ``--gpd`` by Gap Preserving Distillation. ``train.py --help`` lists the arguments."""
 
-import argparse
 import json
 import logging
 import sys
@@ -11,11 +10,12 @@ from timm.utils import random_seed, setup_default_logging
 from timm_gpd.command_line import run_program
 from timm_gpd.errors import usage_errors
 from timm_gpd.training.args import parse_train_args
+from timm_gpd.training.args.arguments import Arguments
 from timm_gpd.training.args.combinations import check_batch_norm
 from timm_gpd.training.checkpoints import Checkpoints, Position
 from timm_gpd.training.compute import Compute, create_compute, fast_norm, import_device_modules
 from timm_gpd.training.cpu import tune_process_for
-from timm_gpd.training.data.datasets import resolve_data
+from timm_gpd.training.data.datasets import resolve_data, with_defaults
 from timm_gpd.training.data.loaders import check_loaders, create_eval_loader, create_train_loader, mean_batch_size
 from timm_gpd.training.data.replay import ReplayedLoader
 from timm_gpd.training.evaluation import Evaluation, evaluator_of
@@ -61,10 +61,11 @@ def start() -> None:
             undo()
 
 
-def train(args: argparse.Namespace, compute: Compute, processes: Processes, log: LogFile) -> None:
+def train(args: Arguments, compute: Compute, processes: Processes, log: LogFile) -> None:
     random_seed(args.seed, processes.rank)
     with processes.primary_first():
         source = resolve_data(args)
+        args = with_defaults(args, source)
         student = create_student(args)
         check_batch_norm(args.batch_size * (processes.world_size if args.sync_bn else 1), student)
         input_config, num_classes = resolve_input(args, student), recorded_classes(student)

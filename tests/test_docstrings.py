@@ -7,7 +7,10 @@ import re
 import textwrap
 
 PACKAGE = 'timm_gpd'
-FACES = ['timm_gpd', *(f'timm_gpd.{room}' for room in ('rules', 'losses', 'distillers', 'task', 'hub', 'coverage'))]
+FACES = [
+    'timm_gpd',
+    *(f'timm_gpd.{room}' for room in ('rules', 'losses', 'distillers', 'task', 'hub', 'coverage', 'data.glyphs')),
+]
 
 
 def listed(doc, *sections):

@@ -19,7 +19,7 @@ BOTTOM = {'errors', 'version', 'command_line', 'private_torch', 'private_timm'}
 EXPANSION = {'axes', 'plan', 'rules', 'expansion'}
 TEACHER = EXPANSION | {'teacher'}
 TASK = TEACHER | {'losses', 'distillers', 'task'}
-TRAINING = TASK | {'models', 'student_folder', 'training'}
+TRAINING = TASK | {'data', 'models', 'student_folder', 'training'}
 MAY_IMPORT = {
     **dict.fromkeys(BOTTOM, set()),
     'axes': set(),
@@ -33,6 +33,7 @@ MAY_IMPORT = {
     'task': TASK,
     'models': TEACHER,
     'student_folder': set(),
+    'data': set(),
     '': TASK | {'models'},
     'training': TRAINING,
     'hub': TRAINING,

@@ -32,6 +32,24 @@ _ONLY_WITH = {
     'torchcompile': ('torchcompile_mode',),
 }
 
+# Glyphs are read a batch at a time, with an augmentation of their own: flags that cannot be followed, and those that
+# have no effect.
+_REFUSED_OF_GLYPHS = ('no_prefetcher', 'aug_splits', 'train_img_sizes', 'class_map', 'real_labels', 'valid_labels')
+_IDLE_OF_GLYPHS = (
+    'input_img_mode',
+    'input_key',
+    'train_crop_mode',
+    'scale',
+    'ratio',
+    'hflip',
+    'vflip',
+    'color_jitter',
+    'color_jitter_prob',
+    'grayscale_prob',
+    'gaussian_blur_prob',
+    'aa',
+    'train_interpolation',
+)
 # Arguments of a model that have flags of their own.
 _OF_FLAGS = {
     'num_classes': '--num-classes',
@@ -70,6 +88,13 @@ def check_train_combinations(values: Mapping[str, Any], parser: argparse.Argumen
         raise UsageError(f'--experiment {values["experiment"]} is no name of a folder in --output: leave out the path')
     if values['gpd'] and values['gpd_ratio'] == values['gpd_branches'] == 1:
         _logger.warning('with --gpd-ratio 1 and --gpd-branches 1 the dynamic teacher is the student again')
+    if values['dataset'] == 'glyphs':
+        idle = [name for name in _IDLE_OF_GLYPHS if values[name] != parser.get_default(name)]
+        if idle:
+            _logger.warning(
+                f'{", ".join(flag_of(name) for name in idle)} does nothing with --dataset glyphs, whose augmentation '
+                'is its own'
+            )
     metrics = _metrics(values)
     if values['eval_metric'] not in metrics:
         raise UsageError(f'--eval-metric {values["eval_metric"]} is unknown: this run has {", ".join(metrics)}')
@@ -119,6 +144,9 @@ def check_batch_norm(batch_size: int, model: nn.Module) -> None:
 
 
 def _check_images(values: Mapping[str, Any]) -> None:
+    for name in _REFUSED_OF_GLYPHS if values['dataset'] == 'glyphs' else ():
+        if values.get(name):
+            raise UsageError(f'{flag_of(name)} does not go with --dataset glyphs: leave it out')
     size, channels, side = values['input_size'], values['in_chans'], values['img_size']
     if size and channels and size[0] != channels:
         raise UsageError(f'--in-chans {channels} is not the {size[0]} channels of --input-size')

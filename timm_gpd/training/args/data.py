@@ -14,7 +14,8 @@ def add_data(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
         '--dataset',
         metavar='NAME',
         default='',
-        help='"<type>/<name>" as in timm, "digits" for scikit-learn\'s digits, empty for a folder',
+        help='"<type>/<name>" as in timm, "digits" for scikit-learn\'s digits, "glyphs" for characters of fonts, '
+        'empty for a folder',
     )
     group.add_argument('--dataset-download', action='store_true', help='let torch/ and tfds/ datasets download')
     group.add_argument(

@@ -57,6 +57,7 @@ class _SeededDataset(Dataset):
     """Seeds the generators before it reads an image, so that an augmentation depends on nothing that came before.
 
     The batch is put together after its last image, in the same process: mixing it depends on nothing else either.
+    A dataset that reads whole batches is handed the seeds of their images: seeding all generators takes longer than it.
     """
 
     def __init__(self, dataset: Any) -> None:
@@ -68,6 +69,12 @@ class _SeededDataset(Dataset):
     def __getitem__(self, draw: _Draw) -> Any:
         seed_for(draw.seed)
         return self.dataset[draw.index]
+
+    def __getitems__(self, draws: List[_Draw]) -> Any:
+        if not hasattr(self.dataset, 'read_batch'):
+            return [self[draw] for draw in draws]
+        seed_for(draws[-1].seed)
+        return self.dataset.read_batch([draw.index for draw in draws], [draw.seed for draw in draws])
 
 
 @dataclass
