@@ -15,9 +15,13 @@ from timm_gpd.losses import (
     hcl_loss,
     kd_loss,
     nd_loss,
+    needs_target,
+    nkd_loss,
     ofa_loss,
     rkd_loss,
     soft_target_cross_entropy,
+    standardize_logits,
+    wttm_loss,
 )
 
 CLASSES = 10
@@ -195,7 +199,7 @@ class TestProperties:
 
     def test_no_gradient_for_the_teacher(self, logits, target, embeddings, maps):
         def losses(s, t, e, f, a, b):
-            yield from (loss(s, t) for loss in GPD_LOSSES.values())
+            yield from (loss(s, t, *([target] if needs_target(loss) else [])) for loss in GPD_LOSSES.values())
             yield from (kd_loss(s, t), dkd_loss(s, t, target), dist_loss(s, t), ofa_loss(s, t, target))
             yield from (nd_loss(e, f, wave(CLASSES, 8, pitch=2.3), target), rkd_loss(e, f))
             yield from (hcl_loss([a], [b]), at_loss([a], [b]))
@@ -212,6 +216,36 @@ class TestProperties:
         for s, t, c in zip(*logits, target):
             beta = 1 - t.softmax(-1)[c].item()
             close(dkd_loss(s[None], t[None], c[None], alpha=1.0, beta=beta), kd_loss(s[None], t[None], 1.0))
+
+    def test_nkd_is_image_by_image(self, logits, target):
+        for gamma, temperature in ((1.5, 1.0), (0.5, 2.0)):
+            total = 0.0
+            for s, t, c in zip(*logits, target.tolist()):
+                s, t = s.tolist(), t.tolist()
+                total -= softmax(t)[c] * math.log(softmax(s)[c])
+                s, t = (softmax([x / temperature for i, x in enumerate(row) if i != c]) for row in (s, t))
+                total -= gamma * temperature**2 * sum(b * math.log(a) for a, b in zip(s, t))
+            close(nkd_loss(*logits, target, gamma, temperature), total / len(target))
+
+    def test_wttm_is_image_by_image(self, logits):
+        for gamma in (0.2, 1.0):
+            total = 0.0
+            for s, t in zip(*logits):
+                powers = [p**gamma for p in softmax(t.tolist())]
+                total += sum(powers) * kl([p / sum(powers) for p in powers], softmax(s.tolist()))
+            close(wttm_loss(*logits, gamma), total / len(logits[0]))
+        close(wttm_loss(*logits, 1.0), kd_loss(*logits, 1.0))  # an untempered teacher
+
+    def test_standardized_logits_do_not_see_scale_and_shift(self, logits, target):
+        student, teacher = logits
+        close(standardize_logits(teacher).mean(-1) + 1, torch.ones(6), rtol=1e-12)
+        close(standardize_logits(teacher).std(-1), torch.ones(6), rtol=1e-6)
+        for loss in (
+            lambda s, t: kd_loss(s, t, 2.0, standardize=True),
+            lambda s, t: dkd_loss(s, t, target, standardize=True),
+        ):
+            close(loss(3 * student + 5, 0.5 * teacher - 1), loss(student, teacher), rtol=1e-5)
+            assert abs(loss(4 * teacher, teacher).item()) < 1e-9
 
     def test_dkd_of_a_saturated_student(self):
         """Its probability of the target rounds to 1, so that of the rest to 0: by hand, log 1 and log exp(-200)."""
@@ -243,6 +277,7 @@ class TestProperties:
     def test_one_hot_targets_are_indices(self, logits, target, embeddings):
         one_hot = F.one_hot(target, CLASSES).double()
         close(dkd_loss(*logits, one_hot), dkd_loss(*logits, target))
+        close(nkd_loss(*logits, one_hot), nkd_loss(*logits, target))
         close(ofa_loss(*logits, one_hot), ofa_loss(*logits, target))
         centers = wave(CLASSES, 8, pitch=2.3)
         close(nd_loss(*embeddings, centers, one_hot), nd_loss(*embeddings, centers, target))
@@ -261,6 +296,7 @@ class TestErrors:
     def test_targets(self, logits, embeddings, bad):
         for loss in (
             lambda: dkd_loss(*logits, bad),
+            lambda: nkd_loss(*logits, bad),
             lambda: ofa_loss(*logits, bad),
             lambda: nd_loss(*embeddings, torch.zeros(CLASSES, 8).double(), bad),
         ):

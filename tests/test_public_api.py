@@ -24,7 +24,7 @@ from timm_gpd import (
     plan_expansion,
     register_rule,
 )
-from timm_gpd.losses import GPD_LOSSES, dkd_loss, kd_loss, soft_target_cross_entropy
+from timm_gpd.losses import GPD_LOSSES, dkd_loss, kd_loss, needs_target, soft_target_cross_entropy
 from timm_gpd.rules import find_rule
 
 FACES = {
@@ -124,7 +124,7 @@ def test_losses_and_rules() -> None:
         kd_loss(student, teacher, temperature=2.0),
         dkd_loss(student, teacher, target),
         soft_target_cross_entropy(student, teacher),
-        *(loss(student, teacher) for loss in GPD_LOSSES.values()),
+        *(loss(student, teacher, *([target] if needs_target(loss) else [])) for loss in GPD_LOSSES.values()),
     ]
     assert all(loss.shape == () and loss > 0 for loss in losses)
 

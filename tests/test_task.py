@@ -15,7 +15,9 @@ from timm.utils import CheckpointSaver
 from conftest import TINY_RESNET
 from steps import batch, train
 from timm_gpd import GapPreservingTask
-from timm_gpd.losses import GPD_LOSSES
+from timm_gpd.errors import InputError
+from timm_gpd.losses import GPD_LOSSES, dist_loss, dkd_loss, kd_loss, nkd_loss, wttm_loss
+from timm_gpd.task.gpd_loss import WeightSchedule
 
 
 def make_task(student, **kwargs):
@@ -52,6 +54,10 @@ def test_loss_is_the_sum_of_its_terms(tiny_student, gpd_loss):
         'sce': -((0.9 * labels + 0.01) * F.log_softmax(student, 1)).sum(1).mean(),
         'ce': -(labels * F.log_softmax(student, 1)).sum(1).mean(),
         'kl': kl(student, teacher, 1.0),
+        'dkd': dkd_loss(student, teacher, target),
+        'nkd': nkd_loss(student, teacher, target),
+        'wttm': wttm_loss(student, teacher),
+        'dist': dist_loss(student, teacher),
         'mse': ((student - teacher) ** 2).mean(),
         'l1': (student - teacher).abs().mean(),
     }[gpd_loss]
@@ -71,6 +77,34 @@ def test_loss_is_the_sum_of_its_terms(tiny_student, gpd_loss):
         'kd/logit',
         'teacher_kd/logit',
     }
+
+
+def test_hyperparameters_of_the_loss_between_the_two(tiny_student):
+    task = make_task(tiny_student, gpd_loss='kl', gpd_loss_args={'temperature': 2, 'standardize': 'true'})
+    result = task(*batch())
+    expected = kd_loss(result['output'], result['teacher_output'].detach(), temperature=2, standardize=True)
+    torch.testing.assert_close(result['gpd_loss'], expected)
+    for gpd_loss, arguments, problem in (
+        ('kl', {'beta': 1}, 'beta is no hyperparameter of gpd_loss kl: choose of temperature, standardize'),
+        ('mse', {'beta': 1}, 'beta is no hyperparameter of gpd_loss mse: it has none'),
+        ('kl', {'standardize': 2}, 'kl.standardize must be true or false'),
+        ('dkd', {'temperature': 0}, 'dkd.temperature must be more than 0'),
+    ):
+        with pytest.raises(InputError, match=problem):
+            GapPreservingTask(tiny_student, gpd_loss=gpd_loss, gpd_loss_args=arguments, verbose=False)
+
+
+@pytest.mark.parametrize('kind, half', [('constant', 3.0), ('linear', 2.0), ('cosine', 2.0)])
+def test_the_weight_of_that_loss_goes_with_training(tiny_student, kind, half):
+    task = make_task(tiny_student, gpd_weight=3.0, gpd_weight_schedule=kind, gpd_weight_end=1.0)
+    x, target = batch()
+    for progress, weight in ((0.0, 3.0), (0.5, half), (1.0, 3.0 if kind == 'constant' else 1.0)):
+        task.begin_update(0, progress)
+        result = task(x, target)
+        terms = result['task_loss'] + result['teacher_task_loss'].detach() + weight * result['gpd_loss']
+        torch.testing.assert_close(result['loss'], terms)
+    early, late = (WeightSchedule(kind, 3.0, 1.0).at(progress) for progress in (0.25, 0.75))
+    assert early >= half >= late and (kind == 'constant') == (early == late)
 
 
 def test_the_student_does_not_teach_the_teacher(tiny_student):
@@ -175,7 +209,7 @@ def test_resume_with_other_settings_is_refused(tiny_student):
 
 
 def test_unknown_gpd_loss(tiny_student):
-    with pytest.raises(ValueError, match='gpd_loss must be one of sce, ce, kl, mse, l1'):
+    with pytest.raises(ValueError, match='gpd_loss must be one of sce, ce, kl, .*, mse, l1, but is'):
         make_task(tiny_student, gpd_loss='none')
 
 

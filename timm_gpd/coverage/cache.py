@@ -29,7 +29,7 @@ PATH_SOURCES = (
     'coverage/whole_path.py',
     'teacher/**/*.py',
     'task/**/*.py',
-    'losses.py',
+    'losses/**/*.py',
     'distillers/**/*.py',
 )
 

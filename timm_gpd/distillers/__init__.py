@@ -10,13 +10,13 @@ A task states its losses once, taps the models, and builds one :class:`Distiller
     terms = distillers(output, teacher_tap(x), target)             # {'dkd': ..., 'nd': ...}
 """
 
-import math
 from typing import Any, Dict, List, Mapping, Optional, Type
 
 import torch
 import torch.nn as nn
 
 from ..errors import InputError
+from ..losses.hyperparameters import check_hyperparameter
 from .base import Distiller
 from .embedding import ND, Feature
 from .feature_tap import ModelOutput, Tap, evaluation_mode, example_output
@@ -136,10 +136,12 @@ def distill_settings(
             problem = f'could be of {" or ".join(owners)}' if owners else 'is none'
             known = ', '.join(f'{name}.{argument}' for name in names for argument in _defaults(name))
             raise InputError(f'loss argument {key!r} {problem}: choose of {known}')
-        settings[owners[0]][argument] = _checked(f'{owners[0]}.{argument}', value, _defaults(owners[0])[argument])
+        settings[owners[0]][argument] = check_hyperparameter(
+            f'{owners[0]}.{argument}', value, _defaults(owners[0])[argument]
+        )
     for name in names:
         if DISTILLERS[name] is KD and temperature is not None:
-            settings[name].setdefault('temperature', _checked('temperature', temperature, 1.0))
+            settings[name].setdefault('temperature', check_hyperparameter('temperature', temperature, 1.0))
     return settings
 
 
@@ -185,14 +187,3 @@ def _needs(kind: str, settings: DistillSettings) -> Dict[str, str]:
 
 def _defaults(name: str) -> Dict[str, Any]:
     return {'weight': DISTILLERS[name].weight, **DISTILLERS[name].defaults}
-
-
-def _checked(name: str, value: Any, default: Any) -> Any:
-    if isinstance(default, int):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise InputError(f'{name} must be an integer of at least 1, but is {value!r}')
-    elif not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
-        raise InputError(f'{name} must be a number, but is {value!r}')
-    elif name.endswith('temperature') and value <= 0:
-        raise InputError(f'{name} must be more than 0, but is {value!r}')
-    return value

@@ -1,14 +1,13 @@
 """What all distillers share."""
 
-import inspect
-from typing import Any, Callable, Dict, FrozenSet, Sequence, Tuple
+from typing import Any, Dict, FrozenSet, Sequence, Tuple
 
 import torch
 import torch.nn as nn
 
 from .feature_tap import ModelOutput
 
-__all__ = ['Distiller', 'deepest_pairs', 'loss_defaults']
+__all__ = ['Distiller', 'deepest_pairs']
 
 
 class Distiller(nn.Module):
@@ -55,12 +54,6 @@ class Distiller(nn.Module):
 
     def extra_repr(self) -> str:
         return ', '.join(f'{name}={value}' for name, value in self.hyperparameters.items())
-
-
-def loss_defaults(loss: Callable[..., torch.Tensor]) -> Dict[str, Any]:
-    """Hyperparameters of a loss function: its arguments that have defaults."""
-    parameters = inspect.signature(loss).parameters.values()
-    return {parameter.name: parameter.default for parameter in parameters if parameter.default is not parameter.empty}
 
 
 def deepest_pairs(learner: Sequence[Any], teacher: Sequence[Any]) -> Tuple[Sequence[Any], Sequence[Any]]:

@@ -7,7 +7,8 @@ import torch.nn as nn
 from timm.layers import SeparableConvNormAct, trunc_normal_
 
 from ..losses import ofa_loss
-from .base import Distiller, loss_defaults
+from ..losses.hyperparameters import loss_defaults
+from .base import Distiller
 from .feature_tap import ModelOutput
 
 __all__ = ['OFA']

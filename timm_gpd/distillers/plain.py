@@ -3,7 +3,8 @@
 import torch
 
 from ..losses import at_loss, dist_loss, dkd_loss, kd_loss, rkd_loss
-from .base import Distiller, deepest_pairs, loss_defaults
+from ..losses.hyperparameters import loss_defaults
+from .base import Distiller, deepest_pairs
 from .feature_tap import ModelOutput
 
 __all__ = ['AT', 'DIST', 'DKD', 'KD', 'RKD']

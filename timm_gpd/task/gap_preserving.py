@@ -7,20 +7,18 @@ import torch
 import torch.nn as nn
 
 from ..distillers import distill_settings
-from ..errors import InputError, check_number
+from ..errors import InputError
 from ..expansion.student import unwrap_student
-from ..losses import GPD_LOSSES
 from ..teacher import DynamicTeacher, StudentView, expand
 from ..teacher.branches import branch_kinds
 from ..teacher.early_backward import refuse_gradients
 from .base import BaseTask
+from .gpd_loss import GpdLoss, WeightSchedule
 from .learners import JointLearners, example_batch
 from .static_teacher import StaticTeacher, resolve_static_teacher
 from .step_loss import StepLoss, loss_weights
 
 __all__ = ['GapPreservingTask']
-
-OF_ONE_LOGIT = ('mse', 'l1')  # losses that are not 0 where there is one logit
 
 _logger = logging.getLogger(__name__)
 
@@ -49,7 +47,7 @@ class GapPreservingTask(BaseTask):
         noise: function-preserving noise, see :func:`timm_gpd.expand`.
         scale: ``'student'`` or ``'teacher'``, see :func:`timm_gpd.expand`.
         gpd_loss: how the student learns from the dynamic teacher, a key of ``timm_gpd.losses.GPD_LOSSES``.
-        gpd_weight: weight w of that loss.
+        gpd_weight: weight w of that loss, at the start.
         distill_type: how both learn from the static teacher: names of losses, separated by commas, keys of
             ``timm_gpd.distillers.DISTILLERS``.
         distill_args: their hyperparameters, see :func:`timm_gpd.distillers.distill_settings`.
@@ -61,6 +59,10 @@ class GapPreservingTask(BaseTask):
         verbose: log what was built.
         branches: names the kinds of branch instead of their number, see :func:`timm_gpd.expand`.
         classifier: names the modules that give logits, see :func:`timm_gpd.expand`.
+        gpd_loss_args: hyperparameters of ``gpd_loss``, those that are not its defaults.
+        gpd_weight_schedule: how the weight w goes to ``gpd_weight_end`` by the end of training, of which
+            :meth:`begin_update` hears: ``'constant'`` (not at all), ``'linear'`` or ``'cosine'``.
+        gpd_weight_end: the weight w at the end.
 
     Raises:
         ValueError: if an argument is out of range, or the static teacher has other classes than the student or not the
@@ -89,16 +91,16 @@ class GapPreservingTask(BaseTask):
         verbose: bool = True,
         branches: Optional[Sequence[str]] = None,
         classifier: Union[str, Sequence[str], None] = None,
+        gpd_loss_args: Optional[Mapping[str, Any]] = None,
+        gpd_weight_schedule: str = 'constant',
+        gpd_weight_end: float = 0.0,
     ) -> None:
         super().__init__(device=device, dtype=dtype, verbose=verbose)
         student = unwrap_student(student)
-        if gpd_loss not in GPD_LOSSES:
-            raise InputError(f'gpd_loss must be one of {", ".join(GPD_LOSSES)}, but is {gpd_loss!r}')
-        check_number('gpd_weight', gpd_weight)
         if static_teacher is not None and static_teacher is student:
             raise InputError('the static teacher is the student itself: give another model, which is frozen')
-        self.gpd_loss = GPD_LOSSES[gpd_loss]
-        self.gpd_weight = gpd_weight
+        self.gpd_loss = GpdLoss(gpd_loss, gpd_loss_args, getattr(student, 'num_classes', None))
+        self.gpd_weight, self.gpd_weights = gpd_weight, WeightSchedule(gpd_weight_schedule, gpd_weight, gpd_weight_end)
         self.task_loss_weight, self.distill_loss_weight = loss_weights(task_loss_weight, distill_loss_weight)
         self.criterion = criterion if criterion is not None else nn.CrossEntropyLoss()
         self.settings = dict(ratio=ratio, branches=list(branch_kinds(num_branches, branches)), scale=scale)
@@ -112,11 +114,6 @@ class GapPreservingTask(BaseTask):
             )
         )
         dynamic_teacher = expand(student, ratio, num_branches, noise, scale, branches, classifier)
-        if getattr(student, 'num_classes', None) == 1 and gpd_loss not in OF_ONE_LOGIT:
-            raise InputError(
-                f'gpd_loss {gpd_loss} compares probabilities of classes, and the student has one, whose is always 1: '
-                f'take {" or ".join(OF_ONE_LOGIT)}'
-            )
         step_loss = StepLoss(self.criterion, self.task_loss_weight, self.distill_loss_weight)
         if self.static_teacher is None:
             self.trainable_module = JointLearners(dynamic_teacher, {}, step_loss)
@@ -130,7 +127,7 @@ class GapPreservingTask(BaseTask):
             count = sum(p.numel() for p in dynamic_teacher.parameters())
             _logger.info(
                 f'GapPreservingTask: ratio={ratio}, branches={self.settings["branches"]}, scale={scale}, '
-                f'gpd_loss={gpd_loss}, gpd_weight={gpd_weight}, task_loss_weight={self.task_loss_weight}, '
+                f'gpd_loss={self.gpd_loss}, gpd_weight={gpd_weight}, task_loss_weight={self.task_loss_weight}, '
                 f'distill_loss_weight={self.distill_loss_weight}, '
                 f'distillers={self.settings.get("distillers")}; '
                 f'dynamic teacher of {count} parameters over a student of '
@@ -152,7 +149,7 @@ class GapPreservingTask(BaseTask):
         """
         static_output = None if self.static_teacher is None else self.static_teacher(input)
         student, teacher = self.trainable_module(input, target, static_output)
-        student['gpd_loss'] = self.gpd_loss(student['output'], teacher['output'])
+        student['gpd_loss'] = self.gpd_loss(student['output'], teacher['output'], target)
         loss = student.pop('loss') + teacher.pop('loss') + self.gpd_weight * student['gpd_loss']
         loss = loss + teacher.pop('gradients')
         return {
@@ -160,6 +157,16 @@ class GapPreservingTask(BaseTask):
             **student,
             **{f'teacher_{name}': refuse_gradients(term) for name, term in teacher.items()},
         }
+
+    def begin_update(self, update: int, progress: float) -> None:
+        """Sets the weight w.
+
+        Args:
+            update: see :meth:`BaseTask.begin_update`.
+            progress: the same.
+        """
+        super().begin_update(update, progress)
+        self.gpd_weight = self.gpd_weights.at(progress)
 
     def get_dynamic_teacher(self, ema: bool = False) -> DynamicTeacher:
         """The dynamic teacher itself, without wrappers: calling it gives the teacher's logits.

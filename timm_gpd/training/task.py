@@ -13,6 +13,7 @@ from timm.utils import unwrap_model
 from ..distillers import distill_settings
 from ..errors import UsageError, usage_errors
 from ..task import DistillationTask, GapPreservingTask
+from ..task.gpd_loss import GpdLoss
 from ..task.static_teacher import resolve_static_teacher
 from .criterion import create_criterion
 from .student import recorded_classes
@@ -33,6 +34,8 @@ def check_task(args: argparse.Namespace) -> None:
     Raises:
         UsageError: if an argument of a loss is none, or the losses do not fit the targets.
     """
+    with usage_errors('check --gpd-loss and --gpd-loss-args'):
+        GpdLoss(args.gpd_loss, args.gpd_loss_args)
     with usage_errors('check --kd-distill-type and --kd-loss-args'):
         distillers = distill_settings(args.kd_distill_type, args.kd_loss_args, args.kd_temperature)
     if args.kd_model_path and not args.kd_model_name:
@@ -94,7 +97,10 @@ def create_task(args: argparse.Namespace, student: nn.Module, device: torch.devi
                 noise=args.gpd_noise,
                 scale=args.gpd_scale,
                 gpd_loss=args.gpd_loss,
+                gpd_loss_args=args.gpd_loss_args,
                 gpd_weight=args.gpd_weight,
+                gpd_weight_schedule=args.gpd_weight_schedule,
+                gpd_weight_end=args.gpd_weight_end,
                 **distillation,
                 **common,
             )

@@ -25,7 +25,17 @@ METRICS = ('loss', 'top1', 'top5')
 MULTILABEL_METRICS = ('loss', 'map', 'micro_f1', 'macro_f1', 'sample_f1')
 # Flags that only another one gives a meaning, by that one.
 _ONLY_WITH = {
-    'gpd': ('gpd_ratio', 'gpd_branches', 'gpd_noise', 'gpd_scale', 'gpd_loss', 'gpd_weight'),
+    'gpd': (
+        'gpd_ratio',
+        'gpd_branches',
+        'gpd_noise',
+        'gpd_scale',
+        'gpd_loss',
+        'gpd_loss_args',
+        'gpd_weight',
+        'gpd_weight_schedule',
+        'gpd_weight_end',
+    ),
     'kd_model_name': ('kd_distill_type', 'kd_loss_args', 'distill_loss_weight', 'task_loss_weight', 'kd_temperature'),
     'model_ema': ('model_ema_decay', 'model_ema_warmup', 'model_ema_force_cpu'),
     'amp': ('amp_dtype',),
@@ -88,6 +98,8 @@ def check_train_combinations(values: Mapping[str, Any], parser: argparse.Argumen
         raise UsageError(f'--experiment {values["experiment"]} is no name of a folder in --output: leave out the path')
     if values['gpd'] and values['gpd_ratio'] == values['gpd_branches'] == 1:
         _logger.warning('with --gpd-ratio 1 and --gpd-branches 1 the dynamic teacher is the student again')
+    if values['gpd_weight_end'] != parser.get_default('gpd_weight_end') and values['gpd_weight_schedule'] == 'constant':
+        raise UsageError('--gpd-weight-end is where a schedule ends: add --gpd-weight-schedule linear or cosine')
     if values['dataset'] == 'glyphs':
         idle = [name for name in _IDLE_OF_GLYPHS if values[name] != parser.get_default(name)]
         if idle:

@@ -6,6 +6,7 @@ from timm.utils import ParseKwargs
 
 from ...distillers import DISTILLERS
 from ...losses import GPD_LOSSES
+from ...task.gpd_loss import WEIGHT_SCHEDULES
 from ...teacher.dynamic_teacher import SCALES
 
 __all__ = ['add_gpd', 'add_static_teacher']
@@ -33,7 +34,24 @@ def add_gpd(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         '--gpd-loss', default='sce', choices=list(GPD_LOSSES), help='how the student learns from the dynamic teacher'
     )
+    group.add_argument(
+        '--gpd-loss-args',
+        nargs='*',
+        default={},
+        action=ParseKwargs,
+        metavar='NAME=VALUE',
+        help='its hyperparameters, such as temperature=4 or standardize=true',
+    )
     group.add_argument('--gpd-weight', type=float, default=3.0, metavar='W', help='weight of that loss')
+    group.add_argument(
+        '--gpd-weight-schedule',
+        default='constant',
+        choices=WEIGHT_SCHEDULES,
+        help='how the weight goes to --gpd-weight-end by the end of training',
+    )
+    group.add_argument(
+        '--gpd-weight-end', type=float, default=0.0, metavar='W', help='weight of that loss at the end, with a schedule'
+    )
 
 
 def add_static_teacher(parser: argparse.ArgumentParser) -> None:

@@ -1,0 +1,41 @@
+"""Distillation losses: each a mean over the batch, with no parameters of its own. Teachers receive no gradient.
+
+Targets are class indices of shape (B,) or class probabilities of shape (B, num_classes), as smoothing and mixup make
+them. DKD, NKD and OFA single out one target class: for them probabilities stand for their most probable class, which is
+what the code published with OFA-KD does for DKD and OFA.
+"""
+
+from .embeddings import nd_loss, rkd_loss
+from .feature_maps import at_loss, hcl_loss
+from .finite import check_finite
+from .from_dynamic_teacher import GPD_LOSSES, needs_target
+from .logits import (
+    dist_loss,
+    dkd_loss,
+    kd_loss,
+    nkd_loss,
+    ofa_loss,
+    soft_target_cross_entropy,
+    standardize_logits,
+    wttm_loss,
+)
+from .targets import target_classes
+
+__all__ = [
+    'GPD_LOSSES',
+    'at_loss',
+    'check_finite',
+    'dist_loss',
+    'dkd_loss',
+    'hcl_loss',
+    'kd_loss',
+    'nd_loss',
+    'needs_target',
+    'nkd_loss',
+    'ofa_loss',
+    'rkd_loss',
+    'soft_target_cross_entropy',
+    'standardize_logits',
+    'target_classes',
+    'wttm_loss',
+]

@@ -1,0 +1,93 @@
+"""Losses of what classifiers receive."""
+
+import torch
+import torch.nn.functional as F
+
+from .targets import are_indices
+
+__all__ = ['nd_loss', 'rkd_loss']
+
+
+def nd_loss(
+    student_embedding: torch.Tensor,
+    teacher_embedding: torch.Tensor,
+    class_centers: torch.Tensor,
+    target: torch.Tensor,
+) -> torch.Tensor:
+    """Norm and direction of KD++ (arXiv 2305.17007, Eq. 8): a long embedding along the centre of its class.
+
+    With e the unit vector of the teacher's class centre: ``1 - <s, e> / max(|s|, |t|)``. Probabilities as targets mix
+    the centres, as the code published with KD++ does for mixup.
+
+    Args:
+        student_embedding: shape (B, D).
+        teacher_embedding: shape (B, D). Gradients do not flow into it.
+        class_centers: the teacher's mean embedding of every class, shape (num_classes, D). A class without one is 0.
+        target: class indices, shape (B,), or class probabilities, shape (B, num_classes).
+
+    Returns:
+        A scalar in [0, 2].
+
+    Raises:
+        ValueError: if the shapes do not fit.
+    """
+    if not student_embedding.shape[-1] == teacher_embedding.shape[-1] == class_centers.shape[-1]:
+        raise ValueError(
+            f'nd_loss compares embeddings of one width, but they have {student_embedding.shape[-1]} (student), '
+            f"{teacher_embedding.shape[-1]} (teacher) and {class_centers.shape[-1]} (centres): project the student's"
+        )
+    centers = class_centers.detach()
+    if are_indices(target, len(student_embedding), len(centers)):
+        center = centers[target]
+    else:
+        center = target.to(centers.dtype) @ centers
+    longest = torch.maximum(student_embedding.norm(dim=-1), teacher_embedding.detach().norm(dim=-1))
+    along = (student_embedding * F.normalize(center, dim=-1)).sum(-1)
+    return (1 - along / longest.clamp(min=1e-12)).mean()
+
+
+def rkd_loss(
+    student_embedding: torch.Tensor,
+    teacher_embedding: torch.Tensor,
+    distance_weight: float = 25.0,
+    angle_weight: float = 50.0,
+) -> torch.Tensor:
+    """Relational knowledge distillation (arXiv 1904.05068, Eq. 7 and 10): distances of pairs and angles of triplets.
+
+    Widths may differ. Memory grows with B ** 2 * D and B ** 3. Default weights as in mdistiller.
+
+    Args:
+        student_embedding: shape (B, D) or (B, ...).
+        teacher_embedding: shape (B, E) or (B, ...). Gradients do not flow into it.
+        distance_weight: weight of the distance part.
+        angle_weight: weight of the angle part.
+
+    Returns:
+        A scalar of at least 0.
+
+    Raises:
+        ValueError: if there is only one image, which has no relations.
+    """
+    if len(student_embedding) < 2:
+        raise ValueError('rkd_loss compares the images of a batch: give it at least 2')
+    # dot products of unit vectors need more than half precision to tell small angles
+    with torch.autocast(student_embedding.device.type, enabled=False):
+        student, teacher = (
+            (e.float() if e.dtype in (torch.float16, torch.bfloat16) else e).flatten(1)
+            for e in (student_embedding, teacher_embedding.detach())
+        )
+        distance = F.smooth_l1_loss(_relative_distances(student), _relative_distances(teacher))
+        angle = F.smooth_l1_loss(_angles(student), _angles(teacher))
+    return distance_weight * distance + angle_weight * angle
+
+
+def _relative_distances(embedding: torch.Tensor) -> torch.Tensor:
+    """Euclidean distances of all pairs, shape (B, B), in units of the mean of those that are not 0."""
+    distances = torch.cdist(embedding, embedding, compute_mode='donot_use_mm_for_euclid_dist')
+    return distances * (distances > 0).sum() / distances.sum()
+
+
+def _angles(embedding: torch.Tensor) -> torch.Tensor:
+    """Cosines of the angles at i between the directions to j and to k, shape (B, B, B)."""
+    directions = F.normalize(embedding.unsqueeze(0) - embedding.unsqueeze(1), dim=2)
+    return directions @ directions.transpose(1, 2)

@@ -1,0 +1,248 @@
+"""Losses of logits."""
+
+from typing import Tuple
+
+import torch
+import torch.nn.functional as F
+
+from .targets import target_classes
+
+__all__ = [
+    'dist_loss',
+    'dkd_loss',
+    'kd_loss',
+    'nkd_loss',
+    'ofa_loss',
+    'soft_target_cross_entropy',
+    'standardize_logits',
+    'wttm_loss',
+]
+
+
+def soft_target_cross_entropy(
+    student_logits: torch.Tensor,
+    teacher_logits: torch.Tensor,
+    smoothing: float = 0.1,
+) -> torch.Tensor:
+    """Cross-entropy with the teacher's softened probabilities as labels.
+
+    The loss between dynamic teacher and student of the authors' recipes (Eq. 3 of arXiv 2410.04140, with L_KD a
+    label-smoothed cross-entropy).
+
+    Args:
+        student_logits: shape (B, num_classes).
+        teacher_logits: shape (B, num_classes). Gradients do not flow into them.
+        smoothing: share of the uniform distribution in the labels, in [0, 1].
+
+    Returns:
+        A scalar, at least the entropy of the labels.
+    """
+    labels = teacher_logits.detach().softmax(-1) * (1 - smoothing) + smoothing / teacher_logits.shape[-1]
+    return F.cross_entropy(student_logits, labels)
+
+
+def standardize_logits(logits: torch.Tensor) -> torch.Tensor:
+    """Each image's logits minus their mean, over their standard deviation plus 1e-7 (arXiv 2403.01427).
+
+    The student then learns the relations of logits, not their size, which is the teacher's.
+
+    Args:
+        logits: shape (B, num_classes), of at least two classes.
+
+    Returns:
+        A tensor of the same shape; every row has mean 0 and deviation 1.
+    """
+    return (logits - logits.mean(-1, keepdim=True)) / (logits.std(-1, keepdim=True) + 1e-7)
+
+
+def kd_loss(
+    student_logits: torch.Tensor,
+    teacher_logits: torch.Tensor,
+    temperature: float = 4.0,
+    standardize: bool = False,
+) -> torch.Tensor:
+    """Kullback-Leibler divergence of softened probabilities, times temperature squared (arXiv 1503.02531, Sec. 2).
+
+    Args:
+        student_logits: shape (B, num_classes).
+        teacher_logits: shape (B, num_classes). Gradients do not flow into them.
+        temperature: divides both logits.
+        standardize: compare standardised logits, see :func:`standardize_logits`.
+
+    Returns:
+        A scalar of at least 0.
+    """
+    if standardize:
+        student_logits, teacher_logits = standardize_logits(student_logits), standardize_logits(teacher_logits)
+    student = F.log_softmax(student_logits / temperature, dim=-1)
+    teacher = F.log_softmax(teacher_logits.detach() / temperature, dim=-1)
+    return _kl_divergence(student, teacher) * temperature**2
+
+
+def dkd_loss(
+    student_logits: torch.Tensor,
+    teacher_logits: torch.Tensor,
+    target: torch.Tensor,
+    alpha: float = 1.0,
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    standardize: bool = False,
+) -> torch.Tensor:
+    """Decoupled knowledge distillation (arXiv 2203.08679, Eq. 7): target class and other classes apart.
+
+    ``alpha`` times the divergence of (target, rest) plus ``beta`` times that of the other classes among themselves,
+    times temperature squared. Evaluated in log space, so that a saturated softmax stays finite.
+
+    Args:
+        student_logits: shape (B, num_classes).
+        teacher_logits: shape (B, num_classes). Gradients do not flow into them.
+        target: class indices, shape (B,), or class probabilities, shape (B, num_classes), for their largest.
+        alpha: weight of the target class part.
+        beta: weight of the non-target class part.
+        temperature: divides both logits.
+        standardize: compare standardised logits, see :func:`standardize_logits`.
+
+    Returns:
+        A scalar of at least 0 for weights of at least 0.
+
+    Raises:
+        ValueError: if the target's shape is neither.
+    """
+    if standardize:
+        student_logits, teacher_logits = standardize_logits(student_logits), standardize_logits(teacher_logits)
+    index = target_classes(target, student_logits).unsqueeze(1)
+
+    def split(logits: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+        log_probabilities = F.log_softmax(logits / temperature, dim=-1)
+        others = log_probabilities.scatter(1, index, float('-inf'))
+        rest = others.logsumexp(-1, keepdim=True)
+        # log 1 instead of log 0 at the target: both sides' are the same and add nothing to the divergence
+        return torch.cat([log_probabilities.gather(1, index), rest], 1), (others - rest).scatter(1, index, 0.0)
+
+    student_binary, student_others = split(student_logits)
+    teacher_binary, teacher_others = split(teacher_logits.detach())
+    target_part = _kl_divergence(student_binary, teacher_binary)
+    other_part = _kl_divergence(student_others, teacher_others)
+    return (alpha * target_part + beta * other_part) * temperature**2
+
+
+def nkd_loss(
+    student_logits: torch.Tensor,
+    teacher_logits: torch.Tensor,
+    target: torch.Tensor,
+    gamma: float = 1.5,
+    temperature: float = 1.0,
+) -> torch.Tensor:
+    """Normalised knowledge distillation (arXiv 2303.13005) without the task loss.
+
+    Cross-entropy of the target class weighted by the teacher's probability of it, plus ``gamma`` times temperature
+    squared times the cross-entropy of the other classes, whose probabilities sum to one in both models.
+
+    Args:
+        student_logits: shape (B, num_classes), of at least two classes.
+        teacher_logits: shape (B, num_classes). Gradients do not flow into them.
+        target: class indices, shape (B,), or class probabilities, shape (B, num_classes), for their largest.
+        gamma: weight of the other classes.
+        temperature: divides both logits where the other classes are compared.
+
+    Returns:
+        A scalar of at least 0.
+
+    Raises:
+        ValueError: if the target's shape is neither.
+    """
+    index = target_classes(target, student_logits).unsqueeze(1)
+    teacher_logits = teacher_logits.detach()
+    of_target = teacher_logits.softmax(-1).gather(1, index) * F.log_softmax(student_logits, -1).gather(1, index)
+    others = torch.ones_like(teacher_logits, dtype=torch.bool).scatter(1, index, False)
+    student, teacher = (x[others].view(len(x), -1) / temperature for x in (student_logits, teacher_logits))
+    of_others = (teacher.softmax(-1) * F.log_softmax(student, -1)).sum(-1)
+    return -of_target.mean() - gamma * temperature**2 * of_others.mean()
+
+
+def wttm_loss(student_logits: torch.Tensor, teacher_logits: torch.Tensor, gamma: float = 0.2) -> torch.Tensor:
+    """Weighted transformed teacher matching (arXiv 2402.11148): only the teacher is softened.
+
+    The teacher's probabilities to the power ``gamma``, renormalised, against the student's untempered ones. An image
+    counts as much as what the powers summed to, which is more where the teacher is less sure.
+
+    Args:
+        student_logits: shape (B, num_classes).
+        teacher_logits: shape (B, num_classes). Gradients do not flow into them.
+        gamma: the power, 1 over a temperature of the teacher's logits.
+
+    Returns:
+        A scalar of at least 0.
+    """
+    powers = gamma * F.log_softmax(teacher_logits.detach(), dim=-1)
+    normaliser = powers.logsumexp(-1, keepdim=True)
+    teacher, student = powers - normaliser, F.log_softmax(student_logits, dim=-1)
+    divergence = F.kl_div(student, teacher, reduction='none', log_target=True).sum(-1)
+    return (normaliser.exp().squeeze(-1) * divergence).mean()
+
+
+def dist_loss(
+    student_logits: torch.Tensor,
+    teacher_logits: torch.Tensor,
+    beta: float = 1.0,
+    gamma: float = 1.0,
+    temperature: float = 1.0,
+) -> torch.Tensor:
+    """DIST (arXiv 2205.10536, Eq. 10): Pearson distance of probabilities within images and within classes.
+
+    Args:
+        student_logits: shape (B, num_classes).
+        teacher_logits: shape (B, num_classes). Gradients do not flow into them.
+        beta: weight of the inter-class part, the distance between two rows.
+        gamma: weight of the intra-class part, the distance between two columns.
+        temperature: divides both logits; the loss is multiplied by its square.
+
+    Returns:
+        A scalar in [0, 2 * (beta + gamma) * temperature ** 2].
+    """
+    student = (student_logits / temperature).softmax(-1)
+    teacher = (teacher_logits.detach() / temperature).softmax(-1)
+    inter = _pearson_distance(student, teacher)
+    intra = _pearson_distance(student.T, teacher.T)
+    return (beta * inter + gamma * intra) * temperature**2
+
+
+def ofa_loss(
+    student_logits: torch.Tensor,
+    teacher_logits: torch.Tensor,
+    target: torch.Tensor,
+    eps: float = 1.0,
+    temperature: float = 1.0,
+) -> torch.Tensor:
+    """OFA-KD (arXiv 2310.19444, Eq. 6) without its hard-label part, which the task loss is.
+
+    Cross-entropy with the teacher's probabilities p as labels, where that of the target class is ``(1 + p) ** eps - 1``
+    and that of another class ``p ** eps``. For ``eps`` of 1 these are p.
+
+    Args:
+        student_logits: shape (B, num_classes).
+        teacher_logits: shape (B, num_classes). Gradients do not flow into them.
+        target: class indices, shape (B,), or class probabilities, shape (B, num_classes), for their largest.
+        eps: how much more a confident teacher counts.
+        temperature: divides both logits. The loss is not multiplied by its square.
+
+    Returns:
+        A scalar of at least 0.
+
+    Raises:
+        ValueError: if the target's shape is neither.
+    """
+    student = F.log_softmax(student_logits / temperature, dim=-1)
+    teacher = (teacher_logits.detach() / temperature).softmax(-1)
+    mask = torch.zeros_like(teacher).scatter(1, target_classes(target, student_logits).unsqueeze(1), 1.0)
+    return -(((teacher + mask) ** eps - mask) * student).sum(-1).mean()
+
+
+def _kl_divergence(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    return F.kl_div(student, teacher, reduction='batchmean', log_target=True)
+
+
+def _pearson_distance(a: torch.Tensor, b: torch.Tensor, eps: float = 1e-8) -> torch.Tensor:
+    """1 - correlation, a mean over rows. ``eps`` matters: the product of two columns' norms is often as small."""
+    a, b = a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True)
+    return 1 - ((a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1) + eps)).mean()
