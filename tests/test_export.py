@@ -92,7 +92,9 @@ def test_published_card_differs_in_its_name_only(tiny_student, tmp_path):
     assert published.replace('hf-hub:me/digits', 'local-dir:path/to/this/folder') == local
 
 
-def test_weights_and_arguments_come_back(tiny_student, tmp_path):
+@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
+def test_weights_and_arguments_come_back(tiny_student, tmp_path, memory_format):
+    tiny_student.to(memory_format=memory_format)
     save_student(
         tiny_student, str(tmp_path / 'student'), recipe('--model-kwargs', 'channels=[8,16,32,64]', 'stem_width=4'), {}
     )

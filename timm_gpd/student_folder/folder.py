@@ -8,6 +8,7 @@ import tempfile
 from contextlib import contextmanager
 from typing import Any, Dict, Iterator, Optional, cast
 
+import torch
 import torch.nn as nn
 from timm.models import save_for_hf
 
@@ -68,7 +69,7 @@ def save_student(
         for key, value in cast(Dict[str, Any], student.pretrained_cfg).items()
         if key not in _OF_OTHER_WEIGHTS
     }
-    published = copy.copy(student)
+    published = copy.deepcopy(student).to(memory_format=torch.contiguous_format)  # safetensors takes no other
     published.__dict__['pretrained_cfg'] = config
     if plot is not None and not os.path.isfile(plot):
         plot = None
