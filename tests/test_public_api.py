@@ -21,6 +21,7 @@ from timm_gpd import (
     Rule,
     UnsupportedModelError,
     expand,
+    hand_over,
     plan_expansion,
     register_rule,
 )
@@ -36,6 +37,7 @@ FACES = {
         'Rule',
         'UnsupportedModelError',
         'expand',
+        'hand_over',
         'plan_expansion',
         'register_rule',
     ],
@@ -65,7 +67,7 @@ FACES = {
         'tap_learner',
         'tap_teacher',
     ],
-    'timm_gpd.task': ['DistillationTask', 'GapPreservingTask'],
+    'timm_gpd.task': ['DistillationTask', 'GapPreservingTask', 'hand_over'],
     'timm_gpd.hub': ['convert', 'main', 'pull', 'push'],
     'timm_gpd.coverage': ['main'],
 }
@@ -116,6 +118,9 @@ def test_tasks() -> None:
         torch.autograd.backward(terms['loss'])
     teacher: DynamicTeacher = gpd.get_dynamic_teacher()
     assert all(parameter.grad is not None for parameter in teacher.parameters())
+    alone = DistillationTask(gpd.get_student(), static, distill_type='dkd', verbose=False)
+    optimizers = [torch.optim.SGD(task.get_learners().parameters(), lr=0.1) for task in (gpd, alone)]
+    hand_over(gpd, optimizers[0], alone, optimizers[1])
 
 
 def test_losses_and_rules() -> None:

@@ -5,7 +5,7 @@ from .errors import UnsupportedModelError
 from .expansion import plan_expansion
 from .plan import ExpansionPlan
 from .rules import Rule, register_rule
-from .task import DistillationTask, GapPreservingTask
+from .task import DistillationTask, GapPreservingTask, hand_over
 from .teacher import DynamicTeacher, expand
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     'Rule',
     'UnsupportedModelError',
     'expand',
+    'hand_over',
     'plan_expansion',
     'register_rule',
 ]

@@ -2,5 +2,6 @@
 
 from .distillation import DistillationTask
 from .gap_preserving import GapPreservingTask
+from .handing_over import hand_over
 
-__all__ = ['DistillationTask', 'GapPreservingTask']
+__all__ = ['DistillationTask', 'GapPreservingTask', 'hand_over']
