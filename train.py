@@ -8,7 +8,6 @@ import sys
 from timm.utils import random_seed, setup_default_logging
 
 from timm_gpd.command_line import run_program
-from timm_gpd.errors import usage_errors
 from timm_gpd.training.args import parse_train_args
 from timm_gpd.training.args.arguments import Arguments
 from timm_gpd.training.args.combinations import check_batch_norm
@@ -22,7 +21,8 @@ from timm_gpd.training.evaluation import Evaluation, evaluator_of
 from timm_gpd.training.interruption import end_at_once, keep_workers, listen
 from timm_gpd.training.loop import LoopSettings, TrainingLoop
 from timm_gpd.training.memory import memory_errors
-from timm_gpd.training.optimizer import check_optimizer, create_optimizer
+from timm_gpd.training.optimizer import check_optimizer
+from timm_gpd.training.phases import Phases
 from timm_gpd.training.processes import Processes, start_processes
 from timm_gpd.training.report.image_log import ImageLog
 from timm_gpd.training.report.log_file import LogFile
@@ -32,7 +32,6 @@ from timm_gpd.training.report.run_folder import RunFolder
 from timm_gpd.training.report.tracking import Tracker, check_tracking
 from timm_gpd.training.resume import find_checkpoint, resume_run
 from timm_gpd.training.run import Run
-from timm_gpd.training.schedule import create_schedule, restore_schedule
 from timm_gpd.training.student import check_image_sizes, create_student, recorded_classes, resolve_input, set_input
 from timm_gpd.training.task import check_task, create_task
 
@@ -80,25 +79,31 @@ def train(args: Arguments, compute: Compute, processes: Processes, log: LogFile)
         task = create_task(args, student, compute.device)
 
     batch_size = mean_batch_size(args, loader_train)
-    optimizer = create_optimizer(args, task, batch_size * processes.world_size * args.grad_accum_steps)
+    updates_per_epoch = -(-len(loader_train) // args.grad_accum_steps)
+    phases = Phases(
+        args, compute, processes, updates_per_epoch, batch_size * processes.world_size * args.grad_accum_steps
+    )
+    last_epoch = args.stop_epoch or phases.num_epochs
+    overview = describe(task, input_config, phases.joint_epochs, last_epoch) if processes.is_primary else []
+    checkpoint = processes.share(find_checkpoint(args, folder.path))
+    trained = phases.begin(task, student, checkpoint)
+    del task  # another phase frees what it held
     lower_is_better = args.eval_metric.endswith('loss')
     checkpoints = Checkpoints(
-        folder.path, task, optimizer, args, processes, compute.loss_scaler, lower_is_better, args.checkpoint_hist
+        folder.path,
+        trained.task,
+        trained.optimizer,
+        args,
+        processes,
+        compute.loss_scaler,
+        lower_is_better,
+        args.checkpoint_hist,
     )
-    checkpoint = processes.share(find_checkpoint(args, folder.path))
-    if args.model_ema:
-        task.setup_ema(
-            decay=args.model_ema_decay,
-            use_warmup=args.model_ema_warmup,
-            device='cpu' if args.model_ema_force_cpu else None,
-        )
-    position = resume_run(args, checkpoint, task, checkpoints) if checkpoint else Position()
+    position = resume_run(args, checkpoint, trained.task, checkpoints) if checkpoint else Position()
     if args.start_epoch is not None:
         position = Position(args.start_epoch, rewinds=position.rewinds)
-    updates_per_epoch = -(-len(loader_train) // args.grad_accum_steps)
-    lr_scheduler, num_epochs = create_schedule(args, optimizer, updates_per_epoch, position.epoch, lower_is_better)
-    restore_schedule(lr_scheduler, optimizer, position.learning_rates, position.schedule)
-    last_epoch = args.stop_epoch or num_epochs
+    phases.check(trained, position)
+    phases.schedule(trained, position)
     progress = Progress(
         last_epoch,
         updates_per_epoch,
@@ -106,11 +111,7 @@ def train(args: Arguments, compute: Compute, processes: Processes, log: LogFile)
         position.epoch * updates_per_epoch + position.batch // args.grad_accum_steps,
         processes.is_primary,
     )
-    overview = describe(task, input_config) if processes.is_primary else []
-    if args.torchcompile:
-        with usage_errors('check --torchcompile and --torchcompile-mode', RuntimeError):
-            task.compile(backend=args.torchcompile, mode=args.torchcompile_mode)
-    processes.wrap(task, broadcast_buffers=not args.no_ddp_bb)
+    phases.prepare(trained)
 
     tracker = Tracker(args, folder.path, position.epoch, processes.is_primary)
     folder.open()
@@ -118,7 +119,7 @@ def train(args: Arguments, compute: Compute, processes: Processes, log: LogFile)
     for line in overview:
         _logger.info(line)
     evaluate = Evaluation(
-        task,
+        trained.task,
         loader_eval,
         compute,
         args.log_interval,
@@ -128,26 +129,25 @@ def train(args: Arguments, compute: Compute, processes: Processes, log: LogFile)
     folder.truncate(position.epoch)
     with listen(processes) as interruption, tracker, progress:
         loop = TrainingLoop(
-            task,
+            trained.task,
             ReplayedLoader(loader_train, args.seed, processes),
-            optimizer,
+            trained.optimizer,
             compute,
             processes,
             LoopSettings.from_args(args),
-            lr_scheduler,
+            trained.lr_scheduler,
             checkpoints,
             interruption,
             mixup_fn,
             progress,
             batch_size,
             ImageLog(folder.path, args.log_interval) if args.save_images and processes.is_primary else None,
-            num_epochs,
+            phases.num_epochs,
         )
         run = Run(
             args,
-            task,
-            optimizer,
-            lr_scheduler,
+            trained,
+            phases,
             loop,
             evaluate,
             checkpoints,

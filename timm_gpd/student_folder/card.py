@@ -156,6 +156,7 @@ def _details(student: nn.Module, recipe: Dict[str, Any]) -> Dict[str, str]:
         details['Dynamic teacher'] = (
             f'ratio {recipe["gpd_ratio"]}, branches per convolution: {recipe["gpd_branches"]}; '
             f'its loss `{recipe["gpd_loss"]}` has weight {recipe["gpd_weight"]:g}'
+            + (f'; in the epochs {recipe["gpd_epochs"]} only' if recipe.get('gpd_epochs') else '')
         )
     if recipe.get('kd_model_name'):
         details['Static teacher'] = (

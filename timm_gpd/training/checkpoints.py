@@ -21,7 +21,7 @@ from ..errors import UsageError, first_line, one_line, why_unwritable
 from .processes import Processes
 from .report.files import find_files, replaced_file
 
-__all__ = ['Checkpoints', 'Position', 'newest_checkpoint', 'read_checkpoint']
+__all__ = ['Checkpoints', 'Position', 'has_dynamic_teacher', 'newest_checkpoint', 'read_checkpoint']
 
 EXTENSION = '.pth.tar'
 
@@ -308,6 +308,11 @@ def read_checkpoint(path: str) -> Dict[str, Any]:
     if not isinstance(checkpoint, dict):
         raise UsageError(f'{path} is no checkpoint, but holds a {type(checkpoint).__name__}')
     return checkpoint
+
+
+def has_dynamic_teacher(checkpoint: Dict[str, Any]) -> bool:
+    """Whether a training checkpoint is of an epoch with a dynamic teacher."""
+    return 'dynamic_teacher' in (checkpoint.get('task_state') or {})
 
 
 def newest_checkpoint(folder: str) -> Optional[str]:

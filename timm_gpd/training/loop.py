@@ -100,16 +100,20 @@ class TrainingLoop:
         image_log: Optional[ImageLog] = None,
         num_epochs: int = 1,
     ) -> None:
-        self.task, self.loader, self.optimizer, self.compute = task, loader, optimizer, compute
-        self.processes, self.settings, self.lr_scheduler = processes, settings, lr_scheduler
+        self.loader, self.compute, self.processes, self.settings = loader, compute, processes, settings
         self.checkpoints, self.interruption = checkpoints, interruption
         self.mixup_fn, self.progress = mixup_fn, progress
         self.batch_size, self.image_log = batch_size, image_log
         self.updates_per_epoch = -(-len(loader) // settings.grad_accum_steps)
         self.num_updates = num_epochs * self.updates_per_epoch
-        self.begin_update = getattr(task, 'begin_update', lambda update, progress: None)  # timm's tasks have none
         synchronized = settings.sync_bn and processes.is_distributed
         self.batch_norm = SynchronizedBatchNorm() if synchronized else nullcontext()
+        self.train_from_now_on(task, optimizer, lr_scheduler)
+
+    def train_from_now_on(self, task: TrainingTask, optimizer: torch.optim.Optimizer, lr_scheduler: Any) -> None:
+        """Takes another task, with its optimizer and schedule, between two epochs."""
+        self.task, self.optimizer, self.lr_scheduler = task, optimizer, lr_scheduler
+        self.begin_update = getattr(task, 'begin_update', lambda update, progress: None)  # timm's tasks have none
 
     def train_epoch(self, position: Position) -> Dict[str, float]:
         """Trains an epoch from a position on, which moves with it, to behind its last batch.

@@ -3,13 +3,13 @@
 import argparse
 import logging
 import os
-from typing import Any, Dict
+from typing import Callable
 
 from timm.task import TrainingTask, load_task_ema_checkpoint, resume_task_checkpoint
 
 from ..command_line import flag_of
 from ..errors import UsageError, is_bug, one_line
-from .checkpoints import Checkpoints, Position, newest_checkpoint, read_checkpoint
+from .checkpoints import Checkpoints, Position, has_dynamic_teacher, newest_checkpoint, read_checkpoint
 from .non_finite import NonFiniteError
 
 __all__ = ['find_checkpoint', 'resume_run', 'rewind']
@@ -63,9 +63,10 @@ def resume_run(
     checkpoint = read_checkpoint(path)
     if 'optimizer' not in checkpoint or 'epoch' not in checkpoint:
         raise UsageError(f'{path} is no checkpoint of a run: to start from its weights, use --initial-checkpoint')
-    if _has_dynamic_teacher(checkpoint) != args.gpd:
+    was_joint = has_dynamic_teacher(checkpoint)
+    if was_joint != args.gpd and not (args.gpd and args.gpd_epochs):
         raise UsageError(
-            f'{path} is of a run {"with" if _has_dynamic_teacher(checkpoint) else "without"} --gpd, and this one is '
+            f'{path} is of a run {"with" if was_joint else "without"} --gpd, and this one is '
             f'{"with" if args.gpd else "without"}: resume it as it was, or start from its student with '
             '--initial-checkpoint'
         )
@@ -104,7 +105,7 @@ def resume_run(
 def rewind(
     error: NonFiniteError,
     args: argparse.Namespace,
-    task: TrainingTask,
+    task_of: Callable[[str], TrainingTask],
     checkpoints: Checkpoints,
     position: Position,
 ) -> Position:
@@ -113,7 +114,7 @@ def rewind(
     Args:
         error: what happened.
         args: arguments of ``train.py``.
-        task: what is trained.
+        task_of: gives what is trained, of the kind that a checkpoint is of.
         checkpoints: of the run.
         position: where it happened.
 
@@ -126,13 +127,9 @@ def rewind(
     path = checkpoints.processes.share(newest_checkpoint(checkpoints.folder))
     if path is None:
         raise NonFiniteError(f'{error}; there is no checkpoint to go back to')
-    restored = resume_run(args, path, task, checkpoints)
+    restored = resume_run(args, path, task_of(path), checkpoints)
     if position.rewinds - restored.rewinds >= REWINDS:
         raise NonFiniteError(f'{error}; going back to {path} has not helped {REWINDS} times')
     restored.rewinds = position.rewinds + 1
     _logger.warning(f'{error}; the run goes back to {path} and on with other random numbers')
     return restored
-
-
-def _has_dynamic_teacher(checkpoint: Dict[str, Any]) -> bool:
-    return 'dynamic_teacher' in (checkpoint.get('task_state') or {})

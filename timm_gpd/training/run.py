@@ -6,21 +6,21 @@ import math
 from dataclasses import dataclass
 from typing import Any, Dict, Tuple
 
-import torch
 from timm.task import TrainingTask
 
-from .checkpoints import Checkpoints, Position
+from .checkpoints import Checkpoints, Position, has_dynamic_teacher, read_checkpoint
 from .data.images import report_bad_images
 from .evaluation import Evaluation
 from .interruption import Interruption
 from .loop import TrainingLoop
 from .non_finite import NonFiniteError
+from .phases import Phases, Trained
 from .processes import Processes
 from .report.progress import Progress
 from .report.run_folder import RunFolder
 from .report.tracking import Tracker
 from .resume import rewind
-from .schedule import mean_lr, restore_schedule, schedule_state
+from .schedule import mean_lr, schedule_state
 
 __all__ = ['Run']
 
@@ -33,9 +33,8 @@ class Run:
 
     Attributes:
         args: arguments of ``train.py``.
-        task: what is trained.
-        optimizer: over its trainable module.
-        lr_scheduler: timm scheduler, or None.
+        trained: task, optimizer and schedule, which are others in another phase.
+        phases: in which epochs they are.
         loop: trains an epoch.
         evaluate: validates the models.
         checkpoints: saves where the run stands.
@@ -49,9 +48,8 @@ class Run:
     """
 
     args: argparse.Namespace
-    task: TrainingTask
-    optimizer: torch.optim.Optimizer
-    lr_scheduler: Any
+    trained: Trained
+    phases: Phases
     loop: TrainingLoop
     evaluate: Evaluation
     checkpoints: Checkpoints
@@ -74,26 +72,41 @@ class Run:
             RunEnded: if it was told to end.
         """
         while position.epoch < self.last_epoch:
+            if self.phases.enter(self.trained, position):
+                self._follow()
             try:
                 metrics = self.loop.train_epoch(position)
             except NonFiniteError as error:
                 if self.args.on_nan != 'rewind':
                     raise
-                position = rewind(error, self.args, self.task, self.checkpoints, position)
-                restore_schedule(self.lr_scheduler, self.optimizer, position.learning_rates, position.schedule)
+                position = rewind(error, self.args, self._task_of, self.checkpoints, position)
+                self.phases.schedule(self.trained, position)
+                self._follow()
                 continue
             position = self._end_epoch(position, metrics)
         if not self.processes.share(self.folder.has_results()):  # of a run that was complete, in another folder
-            found, lr = self.evaluate(), mean_lr(self.optimizer)
+            found, lr = self.evaluate(), mean_lr(self.trained.optimizer)
             self.folder.write_epoch(position.epoch - 1, {}, found, lr=lr)
             self.checkpoints.save_epoch(position.epoch - 1, position, found.get(self.args.eval_metric))
 
+    def _follow(self) -> None:
+        """Lets the parts of the run work on what is trained now."""
+        task, optimizer = self.trained.task, self.trained.optimizer
+        self.loop.train_from_now_on(task, optimizer, self.trained.lr_scheduler)
+        self.checkpoints.task, self.checkpoints.optimizer, self.evaluate.task = task, optimizer, task
+
+    def _task_of(self, path: str) -> TrainingTask:
+        """A task into which a checkpoint can be loaded: it may be of the phase before."""
+        self.phases.become(self.trained, has_dynamic_teacher(read_checkpoint(path)))
+        self._follow()
+        return self.trained.task
+
     def _end_epoch(self, position: Position, metrics: Dict[str, float]) -> Position:
         """Validates, saves and reports. Returns the beginning of the next epoch."""
-        epoch, lr, metric = position.epoch, mean_lr(self.optimizer), None
+        epoch, lr, metric = position.epoch, mean_lr(self.trained.optimizer), None
         if self.args.recovery_interval or self.interruption.check(wait=True):
             self.checkpoints.save_recovery(position)  # a validation may take longer than a cluster waits
-        self.processes.share_statistics(self.task, self.args.dist_bn)
+        self.processes.share_statistics(self.trained.task, self.args.dist_bn)
         done = epoch + 1
         if done % self.args.val_interval == 0 or done in (*self.args.save_epochs, self.last_epoch):
             found = self.evaluate()
@@ -103,9 +116,10 @@ class Run:
             if not math.isfinite(metric):
                 _logger.warning(f'epoch {epoch}: {self.args.eval_metric} is {metric}, which no checkpoint is ranked by')
                 metric = None
-        if self.lr_scheduler is not None:
-            self.lr_scheduler.step(done, metric)
-        position = position.next_epoch(schedule_state(self.lr_scheduler))
+        lr_scheduler = self.trained.lr_scheduler
+        if lr_scheduler is not None:
+            lr_scheduler.step(done, metric)
+        position = position.next_epoch(schedule_state(lr_scheduler))
         self.checkpoints.save_epoch(epoch, position, metric)
         if done in self.args.save_epochs:
             self.checkpoints.save_milestone(epoch)
@@ -118,4 +132,4 @@ class Run:
         """Logs the best epoch, and writes the last one's student."""
         if self.checkpoints.best_metric is not None:
             _logger.info(f'*** Best metric: {self.checkpoints.best_metric} (epoch {self.checkpoints.best_epoch})')
-        self.folder.finish(self.task)
+        self.folder.finish(self.trained.task)

@@ -9,7 +9,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from ..errors import UsageError, usage_errors
 
-__all__ = ['create_schedule', 'mean_lr', 'restore_schedule', 'schedule_state']
+__all__ = ['count_epochs', 'create_schedule', 'mean_lr', 'restore_schedule', 'schedule_state']
 
 COUNTERS = ('best', 'num_bad_epochs', 'cooldown_counter', 'last_epoch')  # of ReduceLROnPlateau
 
@@ -36,10 +36,7 @@ def create_schedule(
     Raises:
         UsageError: if the arguments make no schedule, or the run would stop behind its end.
     """
-    with usage_errors(f'check --sched {args.sched} and its arguments', ValueError, AssertionError, ZeroDivisionError):
-        scheduler, num_epochs = create_scheduler_v2(
-            optimizer, **scheduler_kwargs(args, decreasing_metric=lower_is_better), updates_per_epoch=updates_per_epoch
-        )
+    scheduler, num_epochs = _create(args, optimizer, updates_per_epoch, lower_is_better)
     if args.stop_epoch is not None and args.stop_epoch > num_epochs:
         raise UsageError(f'--stop-epoch {args.stop_epoch} is behind the {num_epochs} epochs of the schedule: lower it')
     late = [epoch for epoch in args.save_epochs if epoch > num_epochs]
@@ -52,6 +49,31 @@ def create_schedule(
     elif start_epoch > 0:
         scheduler.step(start_epoch)
     return scheduler, num_epochs
+
+
+def count_epochs(args: argparse.Namespace, updates_per_epoch: int) -> int:
+    """The number of epochs at whose end a schedule ends.
+
+    Args:
+        args: arguments of ``train.py``.
+        updates_per_epoch: updates of the optimizer in an epoch.
+
+    Raises:
+        UsageError: if the arguments make no schedule.
+    """
+    return _create(args, torch.optim.SGD([torch.zeros(1)]), updates_per_epoch)[1]
+
+
+def _create(
+    args: argparse.Namespace,
+    optimizer: torch.optim.Optimizer,
+    updates_per_epoch: int,
+    lower_is_better: bool = False,
+) -> Tuple[Any, int]:
+    with usage_errors(f'check --sched {args.sched} and its arguments', ValueError, AssertionError, ZeroDivisionError):
+        return create_scheduler_v2(
+            optimizer, **scheduler_kwargs(args, decreasing_metric=lower_is_better), updates_per_epoch=updates_per_epoch
+        )
 
 
 def mean_lr(optimizer: torch.optim.Optimizer) -> float:

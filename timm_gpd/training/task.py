@@ -14,7 +14,7 @@ from ..distillers import distill_settings
 from ..errors import UsageError, usage_errors
 from ..task import DistillationTask, GapPreservingTask
 from ..task.gpd_loss import GpdLoss
-from ..task.static_teacher import resolve_static_teacher
+from ..task.static_teacher import StaticTeacher, resolve_static_teacher
 from .criterion import create_criterion
 from .student import recorded_classes
 
@@ -58,13 +58,21 @@ def check_task(args: argparse.Namespace) -> None:
             raise UsageError(f'--kd-distill-type {name} {reason} of {", ".join(MULTILABEL_DISTILLERS)}')
 
 
-def create_task(args: argparse.Namespace, student: nn.Module, device: torch.device) -> TrainingTask:
+def create_task(
+    args: argparse.Namespace,
+    student: nn.Module,
+    device: torch.device,
+    is_joint: Optional[bool] = None,
+    static_teacher: Optional[StaticTeacher] = None,
+) -> TrainingTask:
     """What the run trains: gap preserving with ``--gpd``, else distillation or classification.
 
     Args:
         args: arguments of ``train.py``, checked by :func:`check_task`.
         student: timm model with a classifier, on ``device``. A static teacher gets its dtype.
         device: device of the task.
+        is_joint: whether the student trains with a dynamic teacher (default: with ``--gpd``).
+        static_teacher: that of another task, instead of the one that the arguments name.
 
     Returns:
         One of timm's training tasks. Its static teacher, where there is one, is frozen.
@@ -83,15 +91,15 @@ def create_task(args: argparse.Namespace, student: nn.Module, device: torch.devi
         temperature=args.kd_temperature,
     )
     with usage_errors('check --kd-model-name, --kd-model-path and --kd-distill-type' if args.kd_model_name else ''):
-        static_teacher: Optional[DistillationTeacher] = (
-            resolve_static_teacher(args.kd_model_name, student, device, dtype, args.kd_model_path)
-            if args.kd_model_name
-            else None
-        )
-        if args.gpd:
+        static: Optional[DistillationTeacher] = None
+        if static_teacher is not None:
+            static = static_teacher.teacher
+        elif args.kd_model_name:
+            static = resolve_static_teacher(args.kd_model_name, student, device, dtype, args.kd_model_path)
+        if args.gpd if is_joint is None else is_joint:
             return GapPreservingTask(
                 student,
-                static_teacher=static_teacher,
+                static_teacher=static,
                 ratio=args.gpd_ratio,
                 num_branches=args.gpd_branches,
                 noise=args.gpd_noise,
@@ -104,8 +112,8 @@ def create_task(args: argparse.Namespace, student: nn.Module, device: torch.devi
                 **distillation,
                 **common,
             )
-        if static_teacher is not None:
-            return DistillationTask(student, static_teacher, **distillation, **common)
+        if static is not None:
+            return DistillationTask(student, static, **distillation, **common)
     if args.task == 'multilabel':
         return MultiLabelClassificationTask(student, threshold=args.multilabel_threshold, **common)
     return ClassificationTask(student, **common)

@@ -13,6 +13,7 @@ from timm.optim import list_optimizers
 from ...errors import UsageError, first_line
 from ...models.variants import plain_name
 from ...teacher.branches import BRANCH_KINDS
+from ..joint_epochs import what_is_wrong
 from .value_kinds import Input, Names, Numbers, Output, Text
 
 __all__ = ['FLAGS', 'check_flags', 'check_model_name']
@@ -122,6 +123,7 @@ FLAGS: Mapping[str, Callable[[Any], Optional[str]]] = {
     'gpd_loss_args': KWARGS,
     'gpd_weight': AT_LEAST_0,
     'gpd_weight_end': AT_LEAST_0,
+    'gpd_epochs': what_is_wrong,
     'kd_model_name': Names('models', list_models, _is_model),
     'kd_model_path': PATH,
     'kd_distill_type': Text('by the task, which lists the losses'),

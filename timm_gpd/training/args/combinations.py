@@ -35,6 +35,7 @@ _ONLY_WITH = {
         'gpd_weight',
         'gpd_weight_schedule',
         'gpd_weight_end',
+        'gpd_epochs',
     ),
     'kd_model_name': ('kd_distill_type', 'kd_loss_args', 'distill_loss_weight', 'task_loss_weight', 'kd_temperature'),
     'model_ema': ('model_ema_decay', 'model_ema_warmup', 'model_ema_force_cpu'),
@@ -210,7 +211,7 @@ def _metrics(values: Mapping[str, Any]) -> Tuple[str, ...]:
     names = MULTILABEL_METRICS if values['task'] == 'multilabel' else METRICS
     lead = names[1]  # what the gap is the difference of
     found: List[str] = list(names)
-    if values['gpd']:
+    if values['gpd'] and values['gpd_epochs'] is None:  # else some epochs have no dynamic teacher
         found += [*(f'teacher_{name}' for name in names), 'gap']
     if values['kd_model_name']:
         found.append(f'static_{lead}')

@@ -52,6 +52,12 @@ def add_gpd(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         '--gpd-weight-end', type=float, default=0.0, metavar='W', help='weight of that loss at the end, with a schedule'
     )
+    group.add_argument(
+        '--gpd-epochs',
+        default=None,
+        metavar='A-B',
+        help='train with it from epoch A to before epoch B only, shares of all where there is a decimal point',
+    )
 
 
 def add_static_teacher(parser: argparse.ArgumentParser) -> None:

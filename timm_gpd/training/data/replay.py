@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDa
 
 from ..processes import Processes
 
-__all__ = ['ReplayedLoader', 'seed_for', 'seed_of']
+__all__ = ['ReplayedLoader', 'seed_for', 'seed_for_hand_over', 'seed_of']
 
 
 def seed_of(*what: int) -> int:
@@ -43,7 +43,17 @@ def seed_for(*what: int) -> None:
 
 
 # What seeds are for, besides the epoch and a number in it.
-_ORDER, _IMAGE, _LOADED, _STEP = range(4)
+_ORDER, _IMAGE, _LOADED, _STEP, _HAND_OVER = range(5)
+
+
+def seed_for_hand_over(seed: int, epoch: int) -> None:
+    """Seeds the global generators for what is made anew before an epoch, alike in all processes.
+
+    Args:
+        seed: seed of the run.
+        epoch: index of the epoch, from 0.
+    """
+    seed_for(seed, _HAND_OVER, epoch)
 
 
 class _Draw(NamedTuple):

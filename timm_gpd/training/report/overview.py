@@ -94,12 +94,19 @@ def expected_cost(sizes: Dict[str, ModelSize]) -> float:
     return (plain + 3 * forward.get('dynamic teacher', 0) + forward.get('static teacher', 0)) / max(plain, 1)
 
 
-def describe(task: TrainingTask, input_config: InputConfig) -> List[str]:
-    """What a person wants to know before a run: the models, their sizes, and what a step will cost.
+def describe(
+    task: TrainingTask,
+    input_config: InputConfig,
+    joint_epochs: Optional[range] = None,
+    num_epochs: int = 0,
+) -> List[str]:
+    """What a person wants to know before a run: the models, their sizes, and what a step and the run will cost.
 
     Args:
         task: any of timm's tasks or of this package's, not compiled.
         input_config: what images the student takes.
+        joint_epochs: indices of those in which a dynamic teacher is trained (default: all).
+        num_epochs: epochs of the run.
 
     Returns:
         The lines of a log.
@@ -115,6 +122,14 @@ def describe(task: TrainingTask, input_config: InputConfig) -> List[str]:
         if len(sizes) > 1
         else 'This is plain training.'
     )
+    joint = len(range(num_epochs)[slice(joint_epochs.start, joint_epochs.stop)]) if joint_epochs else num_epochs
+    if 'dynamic teacher' in sizes and joint < num_epochs:
+        alone = {name: size for name, size in sizes.items() if name != 'dynamic teacher'}
+        cost = (joint * expected_cost(sizes) + (num_epochs - joint) * expected_cost(alone)) / num_epochs
+        lines.append(
+            f'That is in {joint} of {num_epochs} epochs, and in the others {expected_cost(alone):.1f} x: '
+            f'the run is expected to cost {cost:.2f} x plain training of the student.'
+        )
     return lines
 
 

@@ -1,6 +1,7 @@
 """``gap.png``: accuracy of student and teachers over epochs, and the gap between them."""
 
 import logging
+import math
 import time
 from typing import Any, Dict, List, Sequence
 
@@ -106,19 +107,27 @@ def draw_gap(rows: Sequence[Dict[str, str]], path: str, title: str = '') -> Any:
 
 
 def _column(rows: Sequence[Dict[str, str]], name: str) -> List[float]:
-    return [float(row[name]) for row in rows] if rows[0].get(name) else []
+    """A column's values, NaN in epochs that have none; empty where no epoch has one."""
+    values = [float(row.get(name) or 'nan') for row in rows]
+    return [] if all(map(math.isnan, values)) else values
 
 
 def _curve(panel: Any, epochs: List[int], values: List[float], best: int, name: str, when: str) -> None:
     """A curve, with a star where the student was best and a dot at the end."""
-    color, label = COLORS[name], f'{name}: {values[-1]:.2f} at the end, {values[best]:.2f} {when}'
-    panel.plot(epochs, values, color=color, label=label)
+    last = max(index for index, value in enumerate(values) if not math.isnan(value))
+    end = 'at the end' if last == len(values) - 1 else f'in epoch {epochs[last]}'
+    then = '' if math.isnan(values[best]) else f', {values[best]:.2f} {when}'
+    color = COLORS[name]
+    panel.plot(epochs, values, color=color, label=f'{name}: {values[last]:.2f} {end}{then}')
     panel.plot(epochs[best], values[best], '*', color=color, markersize=13, markeredgecolor='white')
-    panel.plot(epochs[-1], values[-1], 'o', color=color, markersize=5)
+    panel.plot(epochs[last], values[last], 'o', color=color, markersize=5)
 
 
 def _show_last_epochs(panel: Any, curves: List[List[float]], best: int) -> None:
     """Fits the axis to the later half of all curves, and to their stars."""
-    shown = [value for curve in curves for value in (*curve[len(curve) // 2 :], curve[best])]
+    shown = []
+    for curve in curves:
+        known = [value for value in curve if not math.isnan(value)]
+        shown += [*known[len(known) // 2 :], *([] if math.isnan(curve[best]) else [curve[best]])]
     margin = 0.08 * (max(shown) - min(shown)) or 1.0
     panel.set_ylim(min(shown) - margin, max(shown) + margin)

@@ -57,7 +57,7 @@ class RunFolder:
         self.path = os.path.join(args.output or os.path.join('output', 'train'), name)
         self.args, self.given = dict(vars(args)), args.given
         self.results: List[Dict[str, Any]] = []
-        self.summary = Summary(self.file('summary.csv'))
+        self.summary = Summary(self.file('summary.csv'), has_phases=bool(args.gpd and args.gpd_epochs))
         self.plot = GapPlot(self.file(PLOT), args.model)
         if self.is_primary:
             self._prepare(args.resume)

@@ -40,10 +40,11 @@ class Summary:
 
     Args:
         path: of the file; it need not be there yet.
+        has_phases: whether epochs differ in what they tell: a column is then empty where an epoch has nothing.
     """
 
-    def __init__(self, path: str) -> None:
-        self.path = path
+    def __init__(self, path: str, has_phases: bool = False) -> None:
+        self.path, self.has_phases = path, has_phases
 
     def rows(self) -> List[Dict[str, str]]:
         """All rows, in the order of epochs, as text by column."""
@@ -62,14 +63,18 @@ class Summary:
             UsageError: if the rows that are there have other columns.
         """
         before = self._rows_before(int(row['epoch']))
-        if before and before[0].keys() != row.keys():
+        columns = list(before[0] if before else row)
+        if self.has_phases:
+            fewer, more = sorted((columns, list(row)), key=len)
+            columns = more + [column for column in fewer if column not in more]
+        elif before and before[0].keys() != row.keys():
             missing, new = before[0].keys() - row.keys(), row.keys() - before[0].keys()
             changes = [f'no {", ".join(sorted(missing))}'] * bool(missing) + [', '.join(sorted(new))] * bool(new)
             raise UsageError(
                 f'{self.path} has rows of a run with other columns, and this one has {" but ".join(changes)}: '
                 'resume with the arguments of that run, or into a folder of its own (--experiment)'
             )
-        self._replace([*before, row], list(before[0] if before else row))
+        self._replace([*before, row], columns)
 
     def truncate(self, epoch: int) -> None:
         """Forgets an epoch and all later ones, which will be run again.
