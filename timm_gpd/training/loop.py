@@ -113,7 +113,6 @@ class TrainingLoop:
     def train_from_now_on(self, task: TrainingTask, optimizer: torch.optim.Optimizer, lr_scheduler: Any) -> None:
         """Takes another task, with its optimizer and schedule, between two epochs."""
         self.task, self.optimizer, self.lr_scheduler = task, optimizer, lr_scheduler
-        self.begin_update = getattr(task, 'begin_update', lambda update, progress: None)  # timm's tasks have none
 
     def train_epoch(self, position: Position) -> Dict[str, float]:
         """Trains an epoch from a position on, which moves with it, to behind its last batch.
@@ -149,7 +148,8 @@ class TrainingLoop:
             accumulated = min(accumulation, batches - update * accumulation)
             is_update = index == batches - 1 or (index + 1) % accumulation == 0
             num_updates = epoch * self.updates_per_epoch + update + 1
-            self.begin_update(num_updates - 1, (num_updates - 1) / self.num_updates)
+            if hasattr(self.task, 'begin_update'):  # timm's tasks have none
+                self.task.begin_update(num_updates - 1, (num_updates - 1) / self.num_updates)
             images, target = self.compute.prepare(images, target)
             if self.mixup_fn is not None:
                 images, target = self.mixup_fn(images, target)
