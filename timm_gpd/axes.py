@@ -5,10 +5,13 @@ Nothing here knows about modules. A channel axis of the dynamic teacher is the s
 divided by their replication (inverse reparameterization, Sec. 3.2 of arXiv 2410.04140, in an interleaved layout).
 """
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import Iterator, List, NamedTuple, Optional, Tuple
 
 import torch
+
+from .errors import UnsupportedModelError
 
 __all__ = ['Segment', 'AxisMap', 'TensorMap']
 
@@ -124,6 +127,31 @@ class AxisMap(Tuple[Segment, ...]):
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts, axis)
 
+    def first_replicas(self, tensor: torch.Tensor, axis: int, ratio: int) -> torch.Tensor:
+        """Teacher axis to the axis of a narrower teacher: the first replicas of every entry. Differentiable.
+
+        Args:
+            tensor: has ``teacher_size`` entries along ``axis``.
+            axis: the axis, not negative.
+            ratio: how many replicas are kept; segments that have fewer stay as they are.
+
+        Returns:
+            A tensor with ``at_ratio(ratio).teacher_size`` entries along ``axis``.
+        """
+        parts = [
+            part
+            if segment.ratio <= ratio
+            else part.unflatten(axis, (-1, segment.ratio, segment.block))
+            .narrow(axis + 1, 0, ratio)
+            .flatten(axis, axis + 2)
+            for segment, part in self._split(tensor, axis, [segment.teacher_size for segment in self])
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, axis)
+
+    def at_ratio(self, ratio: int) -> 'AxisMap':
+        """The axis of a narrower teacher: what is replicated more than ``ratio`` times is replicated so many times."""
+        return AxisMap(segment._replace(ratio=min(segment.ratio, ratio)) for segment in self)
+
     def _split(self, tensor: torch.Tensor, axis: int, sizes: List[int]) -> Iterator[Tuple[Segment, torch.Tensor]]:
         return zip(self, tensor.split(sizes, axis) if len(self) > 1 else (tensor,))
 
@@ -182,6 +210,48 @@ class TensorMap:
         for axis, axis_map in reversed(self.axes):
             tensor = axis_map.first_replica(tensor, axis)
         return tensor
+
+    def first_replicas(self, tensor: torch.Tensor, ratio: int) -> torch.Tensor:
+        """Slices a narrower teacher's tensor out of a teacher's, without a divisor. Differentiable.
+
+        Args:
+            tensor: shape ``teacher_shape``.
+            ratio: how many replicas are kept, the first ones; what has fewer stays as it is.
+
+        Returns:
+            A tensor of shape ``at_ratio(ratio).teacher_shape``.
+        """
+        for position, (axis, axis_map) in enumerate(self.axes):
+            # Of several flattened axes, the later ones stand inside the blocks of the earlier ones.
+            inside = math.prod(inner.ratio for inner_axis, inner in self.axes[position + 1 :] if inner_axis == axis)
+            spread = AxisMap(Segment(s.size * inside, s.ratio, s.block * inside) for s in axis_map)
+            tensor = spread.first_replicas(tensor, axis, ratio)
+        return tensor
+
+    def at_ratio(self, ratio: int) -> 'TensorMap':
+        """How the tensor becomes that of a narrower teacher.
+
+        Args:
+            ratio: what is replicated more often is replicated so many times.
+
+        Returns:
+            The map; axes that no longer widen are left out.
+
+        Raises:
+            UnsupportedModelError: if an axis holds several flattened ones, of which a later one has several segments.
+        """
+        narrower: List[Tuple[int, AxisMap]] = []
+        for axis, axis_map in self.axes:
+            size = dict(narrower)[axis].teacher_size if axis in dict(narrower) else self.shape[axis]
+            if size != axis_map.size:
+                if len(axis_map) > 1:
+                    raise UnsupportedModelError(
+                        f'an axis of a tensor of shape {self.shape} holds several, with segments of their own: it has '
+                        f'no ratio between, only 1 and {axis_map.ratio}'
+                    )
+                axis_map = AxisMap((axis_map[0]._replace(size=size),))
+            narrower.append((axis, axis_map.at_ratio(ratio)))
+        return replace(self, axes=tuple(pair for pair in narrower if pair[1].ratio > 1))
 
     def noise_like(self, tensor: torch.Tensor, std: float) -> torch.Tensor:
         """Noise for a replicated tensor that changes neither the teacher's function nor the extracted student.

@@ -1,11 +1,12 @@
 """The expansion plan: one piece of data, two directions."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Dict, Mapping, Optional, Tuple
 
 import torch
 
 from .axes import TensorMap
+from .errors import InputError
 
 __all__ = ['ExpansionPlan']
 
@@ -90,6 +91,44 @@ class ExpansionPlan:
             student[name] = narrow * tensor_map.divisor if tensor_map.divisor > 1 else narrow
         return student
 
+    def at_ratio(self, ratio: int) -> 'ExpansionPlan':
+        """The plan of a narrower teacher inside that of this plan: replicas 0 to ``ratio`` - 1 of every axis.
+
+        Nested widths as in slimmable networks (arXiv 1812.08928), at whole multiples of the student's.
+
+        Args:
+            ratio: its expansion ratio k, from 1, the student's, to that of this plan.
+
+        Returns:
+            What :func:`timm_gpd.plan_expansion` gives for that ratio, worked out from this plan: an attribute is
+            multiplied or divided by k where it is by this plan's ratio; another number grows in equal steps, as one
+            does that counts entries of which some are replicated.
+
+        Raises:
+            InputError: if the plan holds no such ratio.
+            UnsupportedModelError: if a tensor has no ratio between.
+        """
+        if not isinstance(ratio, int) or isinstance(ratio, bool) or not 1 <= ratio <= self.ratio:
+            raise InputError(f'a ratio inside a dynamic teacher must be one of 1 to {self.ratio}, but is {ratio!r}')
+        if ratio == self.ratio:
+            return self
+        tensors = {name: tensor_map.at_ratio(ratio) for name, tensor_map in self.tensors.items()}
+        attributes = {
+            module: {
+                attribute: (before, _at_ratio(before, after, self.ratio, ratio))
+                for attribute, (before, after) in changes.items()
+            }
+            for module, changes in self.attributes.items()
+            if ratio > 1
+        }
+        return replace(
+            self,
+            ratio=ratio,
+            tensors={name: tensor_map for name, tensor_map in tensors.items() if tensor_map.axes},
+            attributes=attributes,
+            divided_inputs=dict.fromkeys(self.divided_inputs, ratio) if ratio > 1 else {},
+        )
+
     @staticmethod
     def _check(name: str, tensor: torch.Tensor, shape: Tuple[int, ...]) -> None:
         if tuple(tensor.shape) != shape:
@@ -125,3 +164,21 @@ class ExpansionPlan:
             )  # a table as long as the model
         lines += [f'  {module}: input divided by {ratio}' for module, ratio in self.divided_inputs.items()]
         return '\n'.join(lines + [f'  note: {note}' for note in self.notes])
+
+
+def _at_ratio(before: Any, after: Any, planned: int, ratio: int) -> Any:
+    """An attribute's value at a ratio between, from the student's and that of the ratio that was planned."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        return {key: _at_ratio(before.get(key), value, planned, ratio) for key, value in after.items()}
+    if isinstance(before, (list, tuple)) and isinstance(after, (list, tuple)) and len(before) == len(after):
+        values = [_at_ratio(*pair, planned, ratio) for pair in zip(before, after)]
+        return type(after)(*values) if hasattr(after, '_fields') else type(after)(values)
+    is_number = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in (before, after))
+    if not is_number or before == after:
+        return after
+    if after == before * planned:
+        return before * ratio
+    if after == before / planned:
+        return before / ratio
+    step = (after - before) / (planned - 1)
+    return before + (int(step) if step == int(step) else step) * (ratio - 1)

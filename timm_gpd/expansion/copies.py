@@ -12,6 +12,7 @@ from ..plan import ExpansionPlan
 from ..private_torch import forget_flat_weights, list_flat_weights
 
 __all__ = [
+    'INPUT_DIVISOR',
     'blank',
     'blank_copy',
     'copy_detached',
@@ -22,6 +23,8 @@ __all__ = [
     'plain_copy',
     'wide_copy',
 ]
+
+INPUT_DIVISOR = 'gpd_input_divisor'  # attribute of a layer of a wide model: what its input is divided by
 
 
 def copy_model(model: nn.Module, substitute: Callable[[str, torch.Tensor], torch.Tensor]) -> nn.Module:
@@ -144,7 +147,8 @@ def wide_copy(
         for attribute, (_, value) in changes.items():
             setattr(modules[name], attribute, value)
     for name, ratio in plan.divided_inputs.items():
-        modules[name].register_forward_pre_hook(_InputDivision(ratio), with_kwargs=True)
+        setattr(modules[name], INPUT_DIVISOR, ratio)
+        modules[name].register_forward_pre_hook(_InputDivision(), with_kwargs=True)
     return wide
 
 
@@ -156,19 +160,17 @@ def first_input(args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> Any:
 class _InputDivision:
     """A forward pre-hook that divides a layer's input. A class, so that the teacher can be pickled."""
 
-    def __init__(self, ratio: int) -> None:
-        self.ratio = ratio
-
     def __call__(
         self,
         module: nn.Module,
         args: Tuple[Any, ...],
         kwargs: Dict[str, Any],
     ) -> Tuple[Tuple[Any, ...], Dict[str, Any]]:
+        divisor = getattr(module, INPUT_DIVISOR)
         if args:
-            return (args[0] / self.ratio, *args[1:]), kwargs
+            return (args[0] / divisor, *args[1:]), kwargs
         name = next(iter(kwargs))
-        return args, {**kwargs, name: kwargs[name] / self.ratio}
+        return args, {**kwargs, name: kwargs[name] / divisor}
 
 
 @torch.no_grad()

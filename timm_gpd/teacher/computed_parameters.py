@@ -46,6 +46,23 @@ class ComputedParameters(nn.Module):
         tensor_map = self.plan.tensors.get(name) if shared else None
         return self._branched[name](self._teacher_multipliers.get(name, 1.0), tensor_map, memory_format)
 
+    def merged_tensors(self, memory_format: torch.memory_format = torch.contiguous_format) -> Dict[str, torch.Tensor]:
+        """The tensors that are stored, with kernels that have branches merged. Differentiable.
+
+        Args:
+            memory_format: of merged kernels.
+
+        Returns:
+            Tensors by the student's parameter names, tied ones by the first, in the teacher's shapes: merged kernels as
+            the teacher runs on them, all others in the convention of ``scale``.
+
+        Raises:
+            RuntimeError: in a replica of ``nn.DataParallel``.
+        """
+        stored = self._stored_tensors()
+        stored.update({name: self._merge(name, memory_format, shared=False)[0] for name in self._branched})
+        return stored
+
     def parameters_of_both(
         self,
         memory_format: torch.memory_format = torch.contiguous_format,

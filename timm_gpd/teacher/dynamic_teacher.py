@@ -19,9 +19,9 @@ from ..expansion.student import unwrap_student
 from ..plan import ExpansionPlan
 from .branches import branch_kinds
 from .branching import branch_convolutions
-from .computed_parameters import ComputedParameters
 from .early_backward import EarlyBackward
 from .functional import call_with_parameters, memory_format_of
+from .nested import NestedRatios
 from .parameter_layout import ParameterLayout
 from .shared_tensors import SharedTensors
 from .timm_model import TimmModel
@@ -42,7 +42,7 @@ class JointOutput(NamedTuple):
     teacher: Any
 
 
-class DynamicTeacher(ComputedParameters, TimmModel):
+class DynamicTeacher(NestedRatios, TimmModel):
     """A student's wide, multi-branch copy, with the student inside it.
 
     The only parameters are those of ``wide`` and ``branches``; the student's are computed from them whenever it runs.
@@ -116,6 +116,7 @@ class DynamicTeacher(ComputedParameters, TimmModel):
             self._teacher_multipliers,
             {} if stores_student else self._divisors,
         )
+        self._nested = {}
         self._record_config()
         self.train(student.training)
 

@@ -4,7 +4,7 @@ import copy
 from collections import deque
 from functools import partial
 from types import MethodType
-from typing import Any, Dict, Mapping
+from typing import Any, Dict, Mapping, Optional
 
 import torch
 import torch.nn as nn
@@ -15,7 +15,12 @@ from ..private_torch import COMPILED_CALL, list_flat_weights
 __all__ = ['call_with_parameters', 'memory_format_of']
 
 
-def call_with_parameters(model: nn.Module, parameters: Mapping[str, torch.Tensor], x: torch.Tensor) -> Any:
+def call_with_parameters(
+    model: nn.Module,
+    parameters: Mapping[str, torch.Tensor],
+    x: torch.Tensor,
+    attributes: Optional[Mapping[str, Mapping[str, Any]]] = None,
+) -> Any:
     """The model's output for ``x`` with other tensors in the place of its parameters.
 
     What runs is a twin: a copy of the module tree that shares everything with the model but its parameters. So the
@@ -25,15 +30,21 @@ def call_with_parameters(model: nn.Module, parameters: Mapping[str, torch.Tensor
 
     Args:
         model: any module; its own parameters stay as they are.
-        parameters: tensors by parameter name, tied ones under every name.
+        parameters: tensors by name, tied ones under every name; buffers among them are written to in their stead.
         x: images, shape (B, in_chans, H, W).
+        attributes: module name -> attribute -> what it is meanwhile.
 
     Returns:
         What the model returns for ``x``.
+
+    Raises:
+        RuntimeError: if it is compiled and ``attributes`` are given.
     """
     if torch.compiler.is_compiling():  # a compiler traces this, and no twins
+        if attributes:
+            raise RuntimeError('a ratio between student and dynamic teacher runs uncompiled: leave out torch.compile')
         return functional_call(model, parameters, (x,), tie_weights=False)
-    return _Twins(model, parameters).root(x)
+    return _Twins(model, parameters, attributes or {}).root(x)
 
 
 def memory_format_of(x: torch.Tensor) -> torch.memory_format:
@@ -47,16 +58,27 @@ _ATOMS = frozenset((bool, int, float, str, type(None), torch.Size))  # most attr
 
 
 class _Twins:
-    """Twins of all modules of a model, on given parameters."""
+    """Twins of all modules of a model, on given parameters and buffers, and with given attributes."""
 
-    def __init__(self, model: nn.Module, parameters: Mapping[str, torch.Tensor]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        parameters: Mapping[str, torch.Tensor],
+        attributes: Mapping[str, Mapping[str, Any]],
+    ) -> None:
         self.modules = {id(module): module for module in model.modules()}
         self.twins: Dict[int, nn.Module] = {}
         self.root = self.twin_of(model)
         owners = {name: self.twins[id(module)] for name, module in model.named_modules(remove_duplicate=False)}
         for name, tensor in parameters.items():
             path, _, key = name.rpartition('.')
-            owners[path]._parameters[key] = tensor
+            if key in owners[path]._buffers:
+                owners[path]._buffers = {**owners[path]._buffers, key: tensor}
+            else:
+                owners[path]._parameters[key] = tensor
+        for path, changes in attributes.items():
+            for key, value in changes.items():
+                setattr(owners[path], key, value)
         for twin in self.twins.values():
             if isinstance(twin, nn.RNNBase):
                 list_flat_weights(twin)

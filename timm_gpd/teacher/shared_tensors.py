@@ -8,7 +8,7 @@ from ..axes import AxisMap, Segment, TensorMap
 from ..private_torch import add_each_, multiply_each
 from .plain_operators import has_second_derivatives, needs_plain_operators
 
-__all__ = ['SharedTensors', 'add_to_first_replicas']
+__all__ = ['SharedTensors', 'add_to_first_replicas', 'refuse_shards']
 
 Axes = Tuple[Tuple[int, AxisMap], ...]  # of a TensorMap
 
@@ -59,7 +59,7 @@ class SharedTensors:
         Raises:
             RuntimeError: if a tensor is one shard of many.
         """
-        _refuse_shards(stored)
+        refuse_shards(stored)
         share = _share_plainly if needs_plain_operators() else _Share.apply
         teacher, student = dict(stored), dict(stored)
         for names, bucket in self.buckets:
@@ -77,7 +77,7 @@ class SharedTensors:
         return self._of_one(_students_plainly, stored)
 
     def _of_one(self, read: Callable, stored: Mapping[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
-        _refuse_shards(stored)
+        refuse_shards(stored)
         tensors = dict(stored)
         for names, bucket in self.buckets:
             tensors.update(zip(names, read(bucket, *[stored[name] for name in names])))
@@ -106,7 +106,12 @@ def _fill_buckets(tensor_maps: Mapping[str, TensorMap]) -> Iterable[Tuple[str, .
         yield tuple(names)
 
 
-def _refuse_shards(stored: Mapping[str, torch.Tensor]) -> None:
+def refuse_shards(stored: Mapping[str, torch.Tensor]) -> None:
+    """Refuses tensors that are one shard of many.
+
+    Raises:
+        RuntimeError: names one.
+    """
     if torch.compiler.is_compiling():
         return
     for name, tensor in stored.items():

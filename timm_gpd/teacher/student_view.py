@@ -5,8 +5,6 @@ from typing import Any, Dict
 import torch
 import torch.nn as nn
 
-from .dynamic_teacher import DynamicTeacher
-
 __all__ = ['StudentView']
 
 
@@ -15,12 +13,17 @@ class StudentView(nn.Module):
 
     ``forward`` gives the student's logits, ``state_dict`` a plain student's, and ``load_state_dict`` expands one into
     the dynamic teacher. It owns nothing.
+
+    Args:
+        dynamic_teacher: a :class:`DynamicTeacher`; the mode of the student in it is the view's.
     """
 
-    def __init__(self, dynamic_teacher: DynamicTeacher) -> None:
+    dynamic_teacher: Any
+
+    def __init__(self, dynamic_teacher: nn.Module) -> None:
         super().__init__()
         object.__setattr__(self, 'dynamic_teacher', dynamic_teacher)  # a reference, not a submodule
-        self.training = dynamic_teacher.student.training
+        self.training = self.dynamic_teacher.student.training
         # As a part of a task its state comes with the dynamic teacher's.
         self.register_load_state_dict_pre_hook(_take_out)
 

@@ -12,7 +12,8 @@ from .functional import call_with_parameters, memory_format_of
 __all__ = ['TimmModel']
 
 _MODELS = ('wide', 'branches', 'student')  # the children of a dynamic teacher
-_READINGS = ('plan', '_divisors', '_layout', '_branched', '_teacher_multipliers', '_shared')  # what follows from a plan
+# What follows from a plan.
+_READINGS = ('plan', '_divisors', '_layout', '_branched', '_teacher_multipliers', '_shared', '_nested')
 
 
 class TimmModel(nn.Module):
