@@ -174,6 +174,9 @@ def test_optimizers_by_the_names_that_timm_reads(name):
         ('--eval-metric top-1', '--eval-metric top-1 is unknown: this run has loss, top1, top5'),
         ('--eval-metric gap', 'is unknown: this run has loss, top1, top5'),
         ('--gpd --eval-metric lap', 'this run has loss, top1, top5, teacher_loss, teacher_top1, teacher_top5, gap'),
+        ('--gpd --gpd-method netaug --gpd-ratio 1', '--gpd-method netaug trains wider models than the student: raise'),
+        ('--gpd --gpd-method netaug --kd-model-name resnet18', '--gpd-method netaug distils nothing'),
+        ('--gpd --gpd-method sandwich --gpd-ratio 3 --torchcompile', 'runs ratios between 1 and --gpd-ratio 3 uncomp'),
         ('--task multilabel --eval-metric top1', 'this run has loss, map, micro_f1, macro_f1, sample_f1'),
     ],
 )
@@ -201,6 +204,10 @@ def test_what_does_not_go_together_in_validation(flags, message, tmp_path):
     [
         ('--epochs 3', '--warmup-epochs 5 of --epochs 3: the learning rate never reaches its value'),
         ('--gpd-ratio 4', '--gpd-ratio does nothing without --gpd'),
+        ('--gpd-method netaug', '--gpd-method does nothing without --gpd'),
+        ('--gpd --gpd-between 1', '--gpd-between does nothing with --gpd-method joint'),
+        ('--gpd --gpd-method netaug --gpd-weight 1', '--gpd-weight does nothing with --gpd-method netaug'),
+        ('--gpd --gpd-method sandwich', '--gpd-method sandwich is --gpd-method joint where --gpd-ratio is 2'),
         ('--kd-temperature 2 --amp-dtype bfloat16', '--kd-temperature does nothing without --kd-model-name'),
     ],
 )

@@ -14,7 +14,8 @@ from ..teacher.branches import branch_kinds
 from ..teacher.early_backward import refuse_gradients
 from .base import BaseTask
 from .gpd_loss import GpdLoss, WeightSchedule
-from .learners import JointLearners, example_batch
+from .learners import example_batch
+from .nested import create_learners, draw_ratios_for
 from .static_teacher import StaticTeacher, resolve_static_teacher
 from .step_loss import StepLoss, loss_weights
 
@@ -44,7 +45,8 @@ class GapPreservingTask(BaseTask):
             module has are trained and saved.
         ratio: expansion ratio r.
         num_branches: branches per convolution.
-        noise: function-preserving noise, see :func:`timm_gpd.expand`.
+        noise: function-preserving noise, see :func:`timm_gpd.expand`; by default 0 with a ``method`` that runs ratios
+            between, which start exact without it alone.
         scale: ``'student'`` or ``'teacher'``, see :func:`timm_gpd.expand`.
         gpd_loss: how the student learns from the dynamic teacher, a key of ``timm_gpd.losses.GPD_LOSSES``.
         gpd_weight: weight w of that loss, at the start.
@@ -63,6 +65,11 @@ class GapPreservingTask(BaseTask):
         gpd_weight_schedule: how the weight w goes to ``gpd_weight_end`` by the end of training, of which
             :meth:`begin_update` hears: ``'constant'`` (not at all), ``'linear'`` or ``'cosine'``.
         gpd_weight_end: the weight w at the end.
+        method: what a step trains: ``'joint'``, or with other ratios that the dynamic teacher holds, see
+            :mod:`timm_gpd.task.nested`, ``'sandwich'``, or ``'netaug'``, whose T is a random one and which has no
+            L_GPD and no static teacher.
+        between: how many ratios between a step of ``'sandwich'`` has, at most; each adds its L_GPD(<- T).
+        seed: of the ratios that are drawn.
 
     Raises:
         ValueError: if an argument is out of range, or the static teacher has other classes than the student or not the
@@ -94,12 +101,19 @@ class GapPreservingTask(BaseTask):
         gpd_loss_args: Optional[Mapping[str, Any]] = None,
         gpd_weight_schedule: str = 'constant',
         gpd_weight_end: float = 0.0,
+        method: str = 'joint',
+        between: int = 2,
+        seed: int = 0,
     ) -> None:
         super().__init__(device=device, dtype=dtype, verbose=verbose)
         student = unwrap_student(student)
         if static_teacher is not None and static_teacher is student:
             raise InputError('the static teacher is the student itself: give another model, which is frozen')
-        self.gpd_loss = GpdLoss(gpd_loss, gpd_loss_args, getattr(student, 'num_classes', None))
+        self.ratios = draw_ratios_for(method, ratio, between, seed)
+        if method == 'netaug' and static_teacher is not None:
+            raise InputError('method netaug distils nothing: leave out the static teacher, or take another method')
+        is_distilled, classes = method != 'netaug', getattr(student, 'num_classes', None)
+        self.gpd_loss = GpdLoss(gpd_loss, gpd_loss_args, classes) if is_distilled else None
         self.gpd_weight, self.gpd_weights = gpd_weight, WeightSchedule(gpd_weight_schedule, gpd_weight, gpd_weight_end)
         self.task_loss_weight, self.distill_loss_weight = loss_weights(task_loss_weight, distill_loss_weight)
         self.criterion = criterion if criterion is not None else nn.CrossEntropyLoss()
@@ -113,14 +127,16 @@ class GapPreservingTask(BaseTask):
                 resolve_static_teacher(static_teacher, student, self.device, self.dtype), student, distillers
             )
         )
+        if noise is None and self.ratios is not None:
+            noise = 0.0  # ratios between start exact without it, and tell replicas apart themselves
         dynamic_teacher = expand(student, ratio, num_branches, noise, scale, branches, classifier)
         step_loss = StepLoss(self.criterion, self.task_loss_weight, self.distill_loss_weight)
         if self.static_teacher is None:
-            self.trainable_module = JointLearners(dynamic_teacher, {}, step_loss)
+            self.trainable_module = create_learners(method, dynamic_teacher, {}, step_loss, self.gpd_loss)
         else:
             self.settings['distillers'] = distillers
             example = example_batch(student, self.static_teacher, distillers, dynamic_teacher.plan.input_shape)
-            self.trainable_module = JointLearners(dynamic_teacher, distillers, step_loss)
+            self.trainable_module = create_learners(method, dynamic_teacher, distillers, step_loss, self.gpd_loss)
             self.trainable_module.add_distillers(distillers, *example)
         self.eval_model = StudentView(dynamic_teacher)
         if verbose:
@@ -148,9 +164,12 @@ class GapPreservingTask(BaseTask):
             is there to be read: its backward pass has run, and a loss on it raises a RuntimeError in ``backward()``.
         """
         static_output = None if self.static_teacher is None else self.static_teacher(input)
-        student, teacher = self.trainable_module(input, target, static_output)
-        student['gpd_loss'] = self.gpd_loss(student['output'], teacher['output'], target)
-        loss = student.pop('loss') + teacher.pop('loss') + self.gpd_weight * student['gpd_loss']
+        drawn = () if self.ratios is None else (self.ratios.draw(),)
+        student, teacher = self.trainable_module(input, target, static_output, *drawn)
+        loss = student.pop('loss') + teacher.pop('loss')
+        if self.gpd_loss is not None:
+            student['gpd_loss'] = self.gpd_loss(student['output'], teacher['output'], target)
+            loss = loss + self.gpd_weight * student['gpd_loss']
         loss = loss + teacher.pop('gradients')
         return {
             'loss': loss,
@@ -159,7 +178,7 @@ class GapPreservingTask(BaseTask):
         }
 
     def begin_update(self, update: int, progress: float) -> None:
-        """Sets the weight w.
+        """Sets the weight w, and the ratios that are drawn.
 
         Args:
             update: see :meth:`BaseTask.begin_update`.
@@ -167,6 +186,8 @@ class GapPreservingTask(BaseTask):
         """
         super().begin_update(update, progress)
         self.gpd_weight = self.gpd_weights.at(progress)
+        if self.ratios is not None:
+            self.ratios.begin_update(update)
 
     def get_dynamic_teacher(self, ema: bool = False) -> DynamicTeacher:
         """The dynamic teacher itself, without wrappers: calling it gives the teacher's logits.

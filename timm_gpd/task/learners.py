@@ -130,9 +130,7 @@ class JointLearners(Learners):
             *self._runs(),
             teacher_loss,
             self.step_loss.parameters_of('dynamic_teacher'),
-            are_all=(
-                isinstance(self.step_loss.criterion, nn.Module) and not target.requires_grad and self.knows_all_sources
-            ),
+            are_all=self._are_all(target),
         )
         return JointOutput(self.step_loss('student', output, target, static_output), teacher)
 
@@ -146,6 +144,10 @@ class JointLearners(Learners):
         with evaluation_mode(self.model), torch.enable_grad():
             logits = self.run(x)['dynamic_teacher'].logits
         self.knows_all_sources = not reaches_others(logits, self.model.parameters())
+
+    def _are_all(self, target: torch.Tensor) -> bool:
+        """Whether it is known what the dynamic teacher's loss computes with."""
+        return isinstance(self.step_loss.criterion, nn.Module) and not target.requires_grad and self.knows_all_sources
 
     def _runs(self) -> List[ModelRun]:
         """Student and dynamic teacher through their taps, as functions of parameters."""

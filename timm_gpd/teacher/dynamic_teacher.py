@@ -21,7 +21,7 @@ from .branches import branch_kinds
 from .branching import branch_convolutions
 from .early_backward import EarlyBackward
 from .functional import call_with_parameters, memory_format_of
-from .nested import NestedRatios
+from .nested import NestedRatios, RatioView
 from .parameter_layout import ParameterLayout
 from .shared_tensors import SharedTensors
 from .timm_model import TimmModel
@@ -144,6 +144,7 @@ class DynamicTeacher(NestedRatios, TimmModel):
         teacher_loss: Optional[Callable[[Any], Dict[str, torch.Tensor]]] = None,
         loss_parameters: Iterable[torch.Tensor] = (),
         are_all: bool = True,
+        wider: Optional[RatioView] = None,
     ) -> 'JointOutput':
         """Student and dynamic teacher on one batch, from one shared set of parameters.
 
@@ -158,6 +159,7 @@ class DynamicTeacher(NestedRatios, TimmModel):
             loss_parameters: tensors besides the parameters and ``x`` that ``teacher_loss`` computes with and that want
                 gradients.
             are_all: whether these are all, as far as anybody knows.
+            wider: a ratio between, from :meth:`at_ratio`, that runs in the dynamic teacher's place.
 
         Returns:
             Logits of both, each of shape (B, num_classes), or what the taps return. With ``teacher_loss`` the second is
@@ -166,9 +168,10 @@ class DynamicTeacher(NestedRatios, TimmModel):
         Raises:
             RuntimeError: in a replica of ``nn.DataParallel``, or if parameters are shards.
         """
-        teacher, student = self.parameters_of_both(memory_format_of(x))
+        teacher, student = (self if wider is None else wider).parameters_of_both(memory_format_of(x))
         run_student = partial(call_with_parameters, self.student) if student_tap is None else student_tap
-        run_teacher = partial(call_with_parameters, self.wide) if teacher_tap is None else teacher_tap
+        run_wide = partial(call_with_parameters, self.wide) if wider is None else wider.run
+        run_teacher = run_wide if teacher_tap is None else teacher_tap
         if teacher_loss is None:
             teacher_output = run_teacher(teacher, x)
             return JointOutput(run_student(student, x), teacher_output)

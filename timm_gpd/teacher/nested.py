@@ -114,7 +114,7 @@ class RatioView(nn.Module):
     Its running statistics are no statistics of its own. In training mode it normalises by its batches, and what a layer
     would record of them is dropped: neither student nor dynamic teacher sees it. In evaluation mode it reads the
     dynamic teacher's, of the same replicas: right as long as replicas are equal, and afterwards to be replaced by
-    statistics of this ratio, as universally slimmable networks do (arXiv 1903.05134, Sec. 3.3).
+    statistics of this ratio, as universally slimmable networks do after training (arXiv 1903.05134).
 
     Args:
         dynamic_teacher: a :class:`DynamicTeacher`; the wide model's mode is the view's.

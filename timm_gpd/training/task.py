@@ -51,7 +51,7 @@ def check_task(args: argparse.Namespace) -> None:
             raise UsageError('--target-format multihot needs --task multilabel')
         return
     reason = 'compares probabilities of classes that exclude each other, and with --task multilabel they do not: choose'
-    if args.gpd and args.gpd_loss not in MULTILABEL_GPD_LOSSES:
+    if args.gpd and args.gpd_method != 'netaug' and args.gpd_loss not in MULTILABEL_GPD_LOSSES:
         raise UsageError(f'--gpd-loss {args.gpd_loss} {reason} {" or ".join(MULTILABEL_GPD_LOSSES)}')
     for name in distillers if args.kd_model_name else ():
         if name not in MULTILABEL_DISTILLERS:
@@ -109,6 +109,9 @@ def create_task(
                 gpd_weight=args.gpd_weight,
                 gpd_weight_schedule=args.gpd_weight_schedule,
                 gpd_weight_end=args.gpd_weight_end,
+                method=args.gpd_method,
+                between=args.gpd_between,
+                seed=args.seed,
                 **distillation,
                 **common,
             )

@@ -36,6 +36,8 @@ _ONLY_WITH = {
         'gpd_weight_schedule',
         'gpd_weight_end',
         'gpd_epochs',
+        'gpd_method',
+        'gpd_between',
     ),
     'kd_model_name': ('kd_distill_type', 'kd_loss_args', 'distill_loss_weight', 'task_loss_weight', 'kd_temperature'),
     'model_ema': ('model_ema_decay', 'model_ema_warmup', 'model_ema_force_cpu'),
@@ -101,6 +103,8 @@ def check_train_combinations(values: Mapping[str, Any], parser: argparse.Argumen
         _logger.warning('with --gpd-ratio 1 and --gpd-branches 1 the dynamic teacher is the student again')
     if values['gpd_weight_end'] != parser.get_default('gpd_weight_end') and values['gpd_weight_schedule'] == 'constant':
         raise UsageError('--gpd-weight-end is where a schedule ends: add --gpd-weight-schedule linear or cosine')
+    if values['gpd']:
+        _check_method(values, parser)
     if values['dataset'] == 'glyphs':
         idle = [name for name in _IDLE_OF_GLYPHS if values[name] != parser.get_default(name)]
         if idle:
@@ -205,6 +209,26 @@ def _check_schedule(values: Mapping[str, Any]) -> None:
             f'--warmup-epochs {warmup} of --epochs {epochs}: the learning rate never reaches its value '
             '(--warmup-prefix puts the warmup before them)'
         )
+
+
+def _check_method(values: Mapping[str, Any], parser: argparse.ArgumentParser) -> None:
+    method, ratio = values['gpd_method'], values['gpd_ratio']
+    idle = {'joint': ['gpd_between'], 'netaug': ['gpd_between', 'gpd_loss', 'gpd_weight'], 'sandwich': []}[method]
+    for name in idle:
+        if values[name] != parser.get_default(name):
+            _logger.warning(f'{flag_of(name)} does nothing with --gpd-method {method}')
+    if method == 'joint':
+        return
+    if ratio < 2:
+        raise UsageError(f'--gpd-method {method} trains wider models than the student: raise --gpd-ratio {ratio}')
+    if method == 'netaug' and values['kd_model_name']:
+        raise UsageError('--gpd-method netaug distils nothing: leave out --kd-model-name, or take another method')
+    if ratio > 2 and values['torchcompile']:
+        raise UsageError(
+            f'--gpd-method {method} runs ratios between 1 and --gpd-ratio {ratio} uncompiled: leave out --torchcompile'
+        )
+    if ratio == 2 and method == 'sandwich':
+        _logger.warning('--gpd-method sandwich is --gpd-method joint where --gpd-ratio is 2: no ratio is between')
 
 
 def _metrics(values: Mapping[str, Any]) -> Tuple[str, ...]:

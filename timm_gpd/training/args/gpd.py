@@ -7,6 +7,7 @@ from timm.utils import ParseKwargs
 from ...distillers import DISTILLERS
 from ...losses import GPD_LOSSES
 from ...task.gpd_loss import WEIGHT_SCHEDULES
+from ...task.nested import METHODS
 from ...teacher.dynamic_teacher import SCALES
 
 __all__ = ['add_gpd', 'add_static_teacher']
@@ -57,6 +58,16 @@ def add_gpd(parser: argparse.ArgumentParser) -> None:
         default=None,
         metavar='A-B',
         help='train with it from epoch A to before epoch B only, shares of all where there is a decimal point',
+    )
+    group.add_argument(
+        '--gpd-method',
+        default='joint',
+        choices=METHODS,
+        help='what a step trains: student and dynamic teacher, also random ratios between them ("sandwich"), or the '
+        'student and one random ratio without distillation ("netaug")',
+    )
+    group.add_argument(
+        '--gpd-between', type=int, default=2, metavar='N', help='ratios between in a step of "sandwich", at most'
     )
 
 
