@@ -22,6 +22,12 @@ TASKS = {
     'gpd and static': lambda: GapPreservingTask(
         make_student(), make_static_teacher(), distill_type='kd,dkd', num_branches=3, noise=0.1, verbose=False
     ),
+    **{
+        method: lambda method=method: GapPreservingTask(
+            make_student(), ratio=3, num_branches=2, method=method, noise=0.1, verbose=False
+        )
+        for method in ('sandwich', 'netaug')
+    },
     'static': lambda: DistillationTask(make_student(), make_static_teacher(), distill_type='kd,dkd', verbose=False),
 }
 # Batch norm and centres of classes: each process has a batch of its own, and gradients are still shared.
