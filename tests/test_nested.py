@@ -90,7 +90,7 @@ def test_narrower_plans_are_what_the_planner_finds(name):
 def unchecked(student, ratio, monkeypatch, **kwargs):
     """A dynamic teacher, and its ratios between, without the checks of a plan, which take time."""
     monkeypatch.setattr(nested, 'verify_plan', lambda student, plan: 0.0)
-    return DynamicTeacher(student, plan_expansion(student, ratio), **kwargs)
+    return DynamicTeacher(student, plan_expansion(student, ratio), noise=0.0, **kwargs)
 
 
 @pytest.mark.parametrize('name', STUDENTS)
