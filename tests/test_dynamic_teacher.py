@@ -72,8 +72,9 @@ def joint_gradients(teacher, x):
     return {name: parameter.grad for name, parameter in teacher.named_parameters()}
 
 
-@pytest.mark.parametrize('scale', ['student', 'teacher'])
-@pytest.mark.parametrize('branches', [1, 6])
+@pytest.mark.parametrize(
+    'scale, branches', [('student', 1), ('teacher', 1), ('balanced', 1), ('student', 6), ('teacher', 6)]
+)
 def test_gradient_checkpointing_changes_no_gradient(tiny_student, scale, branches):
     teacher = expand(tiny_student, scale=scale, num_branches=branches).train()
     recomputing = copy.deepcopy(teacher)
@@ -225,8 +226,17 @@ def test_kernels_are_merged_once_a_step(tiny_student, branches, monkeypatch):
     assert bool(calls) == (branches > 1)
 
 
-@pytest.mark.parametrize('scale', ['student', 'teacher'])
-@pytest.mark.parametrize('name, branches', [('test_resnet', 6), ('test_vit', 1)])
+@pytest.mark.parametrize(
+    'name, branches, scale',
+    [
+        ('test_resnet', 6, 'student'),
+        ('test_resnet', 6, 'teacher'),
+        ('test_resnet', 1, 'balanced'),
+        ('test_vit', 1, 'student'),
+        ('test_vit', 1, 'teacher'),
+        ('test_vit', 1, 'balanced'),
+    ],
+)
 def test_extracted_models_are_ordinary_ones_with_the_same_functions(name, branches, scale):
     dynamic_teacher = expand(timm.create_model(name, num_classes=5), num_branches=branches, noise=0.5, scale=scale)
     optimizer = torch.optim.SGD(dynamic_teacher.parameters(), lr=0.1)

@@ -11,7 +11,9 @@ from timm.optim import create_optimizer_v2
 
 from conftest import TINY_RESNET
 from timm_gpd import GapPreservingTask, expand
+from timm_gpd.errors import InputError
 from timm_gpd.expansion.verify import randomize_, relative_error
+from timm_gpd.teacher.shared_tensors import add_to_first_replicas
 
 
 def batches(count, batch_size=8):
@@ -29,12 +31,13 @@ OPTIMIZERS = [
 ]
 
 
+@pytest.mark.parametrize('scale', ['student', 'balanced'])
 @pytest.mark.parametrize('opt, hyperparameters', OPTIMIZERS, ids=[opt for opt, _ in OPTIMIZERS])
-def test_student_scale_without_teacher_losses_is_plain_training(opt, hyperparameters):
+def test_without_teacher_losses_the_student_is_in_plain_training(opt, hyperparameters, scale):
     # Smooth activations: at ReLU's kink a rounding error of 1e-17 changes the gradient.
     student = timm.create_model('test_resnet', act_layer='silu', zero_init_last=False, **TINY_RESNET).double()
     plain = copy.deepcopy(student).train()
-    teacher = expand(student, ratio=2, noise=0.1, scale='student').train()
+    teacher = expand(student, ratio=2, noise=0.1, scale=scale).train()
     plain_optimizer = create_optimizer_v2(plain, opt=opt, **hyperparameters)
     optimizer = create_optimizer_v2(teacher, opt=opt, **hyperparameters)
     for x, target in batches(5):
@@ -48,6 +51,71 @@ def test_student_scale_without_teacher_losses_is_plain_training(opt, hyperparame
         extracted = teacher.extract_student().state_dict()
         for name, tensor in plain.state_dict().items():
             torch.testing.assert_close(extracted[name], tensor, rtol=1e-9, atol=1e-12, msg=name)
+
+
+@pytest.mark.parametrize('ratio', [2, 3])
+def test_balanced_without_student_losses_is_plain_training_of_the_wide_model(ratio):
+    """Its shared entries, too, with momentum and weight decay; stored as the student's they learn at 1/r² of it."""
+    student = timm.create_model('test_resnet', act_layer='silu', zero_init_last=False, **TINY_RESNET).double()
+    difference = {}
+    for scale in ('student', 'balanced'):
+        teacher = expand(student, ratio=ratio, noise=0.1, scale=scale).train()
+        plain = teacher.extract_teacher().train()
+        optimizers = [torch.optim.SGD(m.parameters(), 0.1, 0.9, weight_decay=1e-2) for m in (plain, teacher)]
+        for x, target in batches(5):
+            for model, optimizer in zip((plain, teacher), optimizers):
+                logits = model(x.double()) if model is plain else model.joint(x.double()).teacher
+                optimizer.zero_grad()
+                F.cross_entropy(logits, target).backward()
+                optimizer.step()
+        extracted = teacher.extract_teacher().state_dict()
+        difference[scale] = max(relative_error(extracted[n], t) for n, t in plain.state_dict().items() if t.dim() > 0)
+    assert difference['balanced'] < 1e-9 and difference['student'] > 1e-2
+
+
+@pytest.mark.parametrize('branches', [1, 3])
+@pytest.mark.parametrize('scale', ['student', 'teacher', 'balanced'])
+def test_the_share_weight_scales_what_the_teacher_gives_the_students_entries(scale, branches):
+    """An entry's gradient is that of the student's loss and the teacher's, the latter times the factor on replica 0."""
+    if scale == 'balanced' and branches > 1:
+        with pytest.raises(InputError, match='scale balanced .* take one branch'):
+            expand(timm.create_model('test_resnet', **TINY_RESNET), 2, branches, scale=scale)
+        return
+    student = randomize_(timm.create_model('test_resnet', **TINY_RESNET)).double()
+    task = GapPreservingTask(student, num_branches=branches, scale=scale, noise=0.1, verbose=False).train()
+    teacher = task.get_dynamic_teacher()
+    x, target = next(batches(1))
+
+    def gradients(share_weight, of):
+        teacher.share_weight = share_weight
+        output = getattr(teacher.joint(x.double()), of)
+        parameters = dict(teacher.wide.named_parameters())
+        found = torch.autograd.grad(F.cross_entropy(output, target), list(parameters.values()), allow_unused=True)
+        return {name: torch.zeros_like(parameters[name]) if g is None else g for name, g in zip(parameters, found)}
+
+    alone, whole = gradients(1.0, 'student'), gradients(1.0, 'teacher')
+    for share_weight in (0.0, 0.25):
+        assert all(map(torch.equal, gradients(share_weight, 'student').values(), alone.values()))
+        for name, gradient in gradients(share_weight, 'teacher').items():
+            tensor_map = teacher.plan.tensors.get(name)
+            is_student = torch.ones_like(gradient)
+            if tensor_map is not None:
+                is_student = torch.zeros_like(gradient)
+                add_to_first_replicas([is_student], [gradient.new_ones(tensor_map.shape)], [tensor_map])
+            expected = torch.where(is_student > 0, share_weight * whole[name], whole[name])
+            torch.testing.assert_close(gradient, expected, rtol=1e-12, atol=1e-15, msg=name)
+    # A task's early backward pass goes the same way.
+    teacher.share_weight = 0.25
+    task(x.double(), target)['loss'].backward()
+    static, joint = gradients(0.25, 'teacher'), teacher.joint(x.double())
+    gap = task.gpd_weight * task.gpd_loss(joint.student, joint.teacher.detach())
+    parameters = dict(teacher.wide.named_parameters())
+    of_student = torch.autograd.grad(
+        F.cross_entropy(joint.student, target) + gap, parameters.values(), allow_unused=True
+    )
+    for (name, parameter), gradient in zip(parameters.items(), of_student):
+        expected = static[name] if gradient is None else static[name] + gradient
+        torch.testing.assert_close(parameter.grad, expected, rtol=1e-8, atol=1e-10, msg=name)
 
 
 def test_teacher_scale_moves_the_student_r_squared_times_as_fast(tiny_student):

@@ -85,7 +85,7 @@ def test_any_input_and_classes(name, kwargs, size):
     assert max(errors.values()) <= 1e-12, errors
 
 
-@pytest.mark.parametrize('scale', ('student', 'teacher'))
+@pytest.mark.parametrize('scale', ('student', 'teacher', 'balanced'))
 @pytest.mark.parametrize('name', ('resnet18', 'mobilenetv3_small_100', 'convnext_atto', 'vit_tiny_patch16_224'))
 def test_float32(name, scale):
     student = timm.create_model(name, num_classes=10).eval()

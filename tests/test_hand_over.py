@@ -95,13 +95,21 @@ def assert_same(actual, expected, factors=None):
 # -- the defining property --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize('name, clip, ratio', [('momentum', None, 3), ('adamw', 1.0, 2), ('lion', None, 2)])
-def test_the_next_step_is_that_of_joint_training_without_the_teachers_losses(student, name, clip, ratio):
-    task, optimizer = train_jointly(student, name, ratio=ratio)
+@pytest.mark.parametrize(
+    'name, clip, ratio, scale',
+    [
+        ('momentum', None, 3, 'student'),
+        ('momentum', 1.0, 2, 'balanced'),
+        ('adamw', 1.0, 2, 'student'),
+        ('lion', None, 2, 'student'),
+    ],
+)
+def test_the_next_step_is_that_of_joint_training_without_the_teachers_losses(student, name, clip, ratio, scale):
+    task, optimizer = train_jointly(student, name, ratio=ratio, scale=scale)
     plain, alone = go_on_alone(task, optimizer, name, lr=1.0)  # the group's rate goes over
     assert_same(step(plain, alone, 7, clip), step(task, optimizer, 7, clip))
 
-    joint, both = go_on_jointly(plain, alone, name, ratio=ratio, noise=0.1)
+    joint, both = go_on_jointly(plain, alone, name, ratio=ratio, noise=0.1, scale=scale)
     assert_same(step(joint, both, 8, clip), step(plain, alone, 8, clip))
 
 
@@ -122,7 +130,7 @@ def test_with_the_teachers_scale_joint_training_moves_the_student_further(studen
     assert_same(step(plain, alone, 8), step(joint, both, 8), further)
 
 
-@pytest.mark.parametrize('scale, num_branches', [('student', 1), ('teacher', 3)])
+@pytest.mark.parametrize('scale, num_branches', [('student', 1), ('balanced', 1), ('teacher', 3)])
 def test_there_and_back_is_the_same_optimizer(student, scale, num_branches):
     plain = plain_task(student)
     optimizer = optimizer_of(plain, 'adamw')
@@ -140,7 +148,7 @@ def test_there_and_back_is_the_same_optimizer(student, scale, num_branches):
         assert alone.state[parameter]['step'] is not optimizer.state[before]['step']
 
 
-@pytest.mark.parametrize('scale', ['student', 'teacher'])
+@pytest.mark.parametrize('scale', ['student', 'teacher', 'balanced'])
 def test_other_replicas_begin_with_what_they_would_have_gathered(student, scale):
     """After one step momentum is its gradient; that of the teacher's own loss, of the same function, is this one."""
     plain = plain_task(student)

@@ -211,7 +211,7 @@ def test_the_teacher_is_what_would_be_built_wider(name, ratio):
         assert found == sizes, module_name
 
 
-@pytest.mark.parametrize('scale', ('student', 'teacher'))
+@pytest.mark.parametrize('scale', ('student', 'teacher', 'balanced'))
 @pytest.mark.parametrize('name', ('lstm', 'transformer', 'cross attention', 'weight standardisation'))
 def test_layer_trains(name, scale):
     """One optimizer step moves teacher and student, and the step is the student's own function of what is stored."""

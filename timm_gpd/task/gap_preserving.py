@@ -7,7 +7,7 @@ import torch
 import torch.nn as nn
 
 from ..distillers import distill_settings
-from ..errors import InputError
+from ..errors import InputError, check_number
 from ..expansion.student import unwrap_student
 from ..teacher import DynamicTeacher, StudentView, expand
 from ..teacher.branches import branch_kinds
@@ -47,7 +47,7 @@ class GapPreservingTask(BaseTask):
         num_branches: branches per convolution.
         noise: function-preserving noise, see :func:`timm_gpd.expand`; by default 0 with a ``method`` that runs ratios
             between, which start exact without it alone.
-        scale: ``'student'`` or ``'teacher'``, see :func:`timm_gpd.expand`.
+        scale: ``'student'``, ``'teacher'`` or ``'balanced'``, see :func:`timm_gpd.expand`.
         gpd_loss: how the student learns from the dynamic teacher, a key of ``timm_gpd.losses.GPD_LOSSES``.
         gpd_weight: weight w of that loss, at the start.
         distill_type: how both learn from the static teacher: names of losses, separated by commas, keys of
@@ -65,6 +65,9 @@ class GapPreservingTask(BaseTask):
         gpd_weight_schedule: how the weight w goes to ``gpd_weight_end`` by the end of training, of which
             :meth:`begin_update` hears: ``'constant'`` (not at all), ``'linear'`` or ``'cosine'``.
         gpd_weight_end: the weight w at the end.
+        share_weight: factor, from 0 to 1, of the gradient that wider models' losses give to the entries that are the
+            student's, too. With ``scale='balanced'`` 1 is what moves them as a plain wide model's under SGD: the square
+            of a weight's divisor times the gradient of the sum of losses.
         method: what a step trains: ``'joint'``, or with other ratios that the dynamic teacher holds, see
             :mod:`timm_gpd.task.nested`, ``'sandwich'``, or ``'netaug'``, whose T is a random one and which has no
             L_GPD and no static teacher.
@@ -101,6 +104,7 @@ class GapPreservingTask(BaseTask):
         gpd_loss_args: Optional[Mapping[str, Any]] = None,
         gpd_weight_schedule: str = 'constant',
         gpd_weight_end: float = 0.0,
+        share_weight: float = 1.0,
         method: str = 'joint',
         between: int = 2,
         seed: int = 0,
@@ -109,6 +113,9 @@ class GapPreservingTask(BaseTask):
         student = unwrap_student(student)
         if static_teacher is not None and static_teacher is student:
             raise InputError('the static teacher is the student itself: give another model, which is frozen')
+        check_number('share_weight', share_weight)
+        if not 0 <= share_weight <= 1:
+            raise InputError(f'share_weight must be from 0 to 1, but is {share_weight!r}')
         self.ratios = draw_ratios_for(method, ratio, between, seed)
         if method == 'netaug' and static_teacher is not None:
             raise InputError('method netaug distils nothing: leave out the static teacher, or take another method')
@@ -130,6 +137,7 @@ class GapPreservingTask(BaseTask):
         if noise is None and self.ratios is not None:
             noise = 0.0  # ratios between start exact without it, and tell replicas apart themselves
         dynamic_teacher = expand(student, ratio, num_branches, noise, scale, branches, classifier)
+        dynamic_teacher.share_weight = share_weight
         step_loss = StepLoss(self.criterion, self.task_loss_weight, self.distill_loss_weight)
         if self.static_teacher is None:
             self.trainable_module = create_learners(method, dynamic_teacher, {}, step_loss, self.gpd_loss)

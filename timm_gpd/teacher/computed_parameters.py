@@ -1,15 +1,17 @@
 """What student and dynamic teacher run on, computed from the tensors that are stored."""
 
-from typing import Dict, Tuple
+from typing import Dict, Mapping, Tuple
 
 import torch
 import torch.nn as nn
 
+from ..axes import TensorMap
 from ..plan import ExpansionPlan
 from ..private_torch import is_replica
 from .branches import BranchedKernel
+from .gradient_shares import scale_gradients_of_first_replicas
 from .parameter_layout import ParameterLayout
-from .shared_tensors import SharedTensors
+from .shared_tensors import SharedTensors, multiply_first_replicas
 
 __all__ = ['ComputedParameters']
 
@@ -20,6 +22,7 @@ class ComputedParameters(nn.Module):
     wide: nn.Module
     plan: ExpansionPlan
     scale: str
+    share_weight: float
     _layout: ParameterLayout
     _shared: SharedTensors
     _branched: Dict[str, BranchedKernel]
@@ -30,8 +33,12 @@ class ComputedParameters(nn.Module):
         tensor_map = self.plan.tensors.get(name)
         if tensor_map is None:
             return tensor.clone()
-        divides = self.scale == 'teacher' and tensor_map.divisor > 1
-        return tensor_map.replicate(tensor / tensor_map.divisor if divides else tensor)
+        if self.scale == 'student' or tensor_map.divisor == 1:
+            return tensor_map.replicate(tensor)
+        stored = tensor_map.replicate(tensor / tensor_map.divisor)
+        if self.scale == 'balanced':
+            multiply_first_replicas([stored], [tensor_map.divisor], [tensor_map])
+        return stored
 
     def _stored_tensors(self) -> Dict[str, torch.Tensor]:
         if is_replica(self):
@@ -69,6 +76,8 @@ class ComputedParameters(nn.Module):
     ) -> Tuple[Dict[str, torch.Tensor], Dict[str, torch.Tensor]]:
         """:meth:`teacher_parameters` and :meth:`student_parameters`, from kernels that are merged once.
 
+        What the teacher's tensors give the student's entries as gradient is scaled by ``share_weight``.
+
         Args:
             memory_format: of merged kernels.
 
@@ -81,7 +90,31 @@ class ComputedParameters(nn.Module):
         teacher, student = self._shared(self._stored_tensors())
         for name in self._branched:
             teacher[name], student[name] = self._merge(name, memory_format)
+        teacher = self.share_gradients(teacher, self.plan.tensors)
         return self._layout.under_all_names(teacher), self._layout.under_all_names(student)
+
+    def share_gradients(
+        self,
+        teacher: Mapping[str, torch.Tensor],
+        tensor_maps: Mapping[str, TensorMap],
+    ) -> Dict[str, torch.Tensor]:
+        """A teacher's tensors, whose gradients go into the student's entries by ``share_weight``.
+
+        Args:
+            teacher: tensors by the first of the student's names, of this teacher or a narrower one.
+            tensor_maps: how they widen.
+
+        Returns:
+            Tensors of the same values. With ``scale='balanced'`` and a weight of 1 the student's entries move by them
+            as those of a plain wide model would under SGD: stored as the student's they are the divisor times as
+            large, and their gradient of the teacher's loss one over it.
+        """
+        maps = {name: tensor_maps.get(name, TensorMap(tuple(tensor.shape), ())) for name, tensor in teacher.items()}
+        factors = {
+            name: self.share_weight * (tensor_map.divisor**2 if self.scale == 'balanced' else 1)
+            for name, tensor_map in maps.items()
+        }
+        return scale_gradients_of_first_replicas(teacher, maps, factors)
 
     def teacher_parameters(
         self,

@@ -28,7 +28,7 @@ from .timm_model import TimmModel
 
 __all__ = ['SCALES', 'DynamicTeacher', 'JointOutput', 'check_storage']
 
-SCALES = ('student', 'teacher')
+SCALES = ('student', 'teacher', 'balanced')
 NOISE = 0.1  # where there are replicas besides the student's that would receive equal gradients for ever
 
 # Runs a model: from parameters, by the model's names, and images to its output.
@@ -66,7 +66,8 @@ class DynamicTeacher(NestedRatios, TimmModel):
             their own. They merge, in the convention of ``wide``, into the teacher's kernel, which both models read.
         student: the student's class without parameters.
         plan: how one maps to the other.
-        scale: ``'student'`` or ``'teacher'``, see :func:`expand`.
+        scale: ``'student'``, ``'teacher'`` or ``'balanced'``, see :func:`expand`.
+        share_weight: factor of the gradient that the teacher gives in :meth:`joint` to entries that are the student's.
         branch_kinds: the kinds of branch that every convolution with a square odd kernel larger than 1 has.
     """
 
@@ -79,7 +80,7 @@ class DynamicTeacher(NestedRatios, TimmModel):
         branches: Sequence[str] = ('kxk',),
     ) -> None:
         super().__init__()
-        check_storage(scale, noise)
+        check_storage(scale, noise, branches)
         student = unwrap_student(student)
         tensors = dict(student.named_parameters(remove_duplicate=False))
         tensors.update(student.named_buffers(remove_duplicate=False))
@@ -88,6 +89,7 @@ class DynamicTeacher(NestedRatios, TimmModel):
                 raise InputError(f'the plan is of another student: {name} is not there, or has another shape')
         self.plan = plan
         self.scale = scale
+        self.share_weight = 1.0
         self.branch_kinds = branch_kinds(1, branches)
         self._divisors = {
             name: tensor_map.divisor for name, tensor_map in plan.tensors.items() if tensor_map.divisor > 1
@@ -99,14 +101,12 @@ class DynamicTeacher(NestedRatios, TimmModel):
         if noise is None:
             noise = NOISE if plan.ratio > 2 else 0.0
         if noise:
-            _add_noise_(self.wide, plan, noise)
+            _add_noise_(self.wide, plan, noise, scale)
         self.branches, self._branched = branch_convolutions(
             self.wide, plan.tensors, self._layout.is_trained, self.branch_kinds, scale
         )
-        stores_student = scale == 'student'
-        self._teacher_multipliers = (
-            {name: 1 / divisor for name, divisor in self._divisors.items()} if stores_student else {}
-        )
+        inverse = {name: 1 / divisor for name, divisor in self._divisors.items()}
+        self._teacher_multipliers = inverse if scale == 'student' else {}
         self._shared = SharedTensors(
             {
                 name: plan.tensors[name]
@@ -114,7 +114,8 @@ class DynamicTeacher(NestedRatios, TimmModel):
                 if name in plan.tensors and name not in self._branched
             },
             self._teacher_multipliers,
-            {} if stores_student else self._divisors,
+            self._divisors if scale == 'teacher' else {},
+            inverse if scale == 'balanced' else {},
         )
         self._nested = {}
         self._record_config()
@@ -272,10 +273,14 @@ class DynamicTeacher(NestedRatios, TimmModel):
 
 
 @torch.no_grad()
-def _add_noise_(wide: nn.Module, plan: ExpansionPlan, noise: float) -> None:
+def _add_noise_(wide: nn.Module, plan: ExpansionPlan, noise: float, scale: str) -> None:
     for name, parameter in wide.named_parameters():
-        if name in plan.tensors and plan.tensors[name].divisor > 1:
-            parameter += plan.tensors[name].noise_like(parameter, noise * parameter.std().item())
+        tensor_map = plan.tensors.get(name)
+        if tensor_map is not None and tensor_map.divisor > 1:
+            own = parameter
+            if scale == 'balanced':  # the entries that get noise are the teacher's
+                own = tensor_map.first_replica(parameter) / tensor_map.divisor
+            parameter += tensor_map.noise_like(parameter, noise * own.std().item())
 
 
 def _forget_computed_tensors(dynamic_teacher: DynamicTeacher) -> None:
@@ -284,9 +289,14 @@ def _forget_computed_tensors(dynamic_teacher: DynamicTeacher) -> None:
     forget_computed_tensors_(dynamic_teacher.student)
 
 
-def check_storage(scale: str, noise: Optional[float]) -> None:
+def check_storage(scale: str, noise: Optional[float], branches: Sequence[str]) -> None:
     if scale not in SCALES:
         raise InputError(f'scale must be one of {", ".join(SCALES)}, but is {scale!r}')
+    if scale == 'balanced' and len(branches) > 1:
+        raise InputError(
+            "scale balanced stores a kernel's entries by whose they are, and branches of it are both models': take one "
+            'branch, or another scale'
+        )
     if noise is None:
         return
     check_number('noise', noise)

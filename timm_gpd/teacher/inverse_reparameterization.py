@@ -41,7 +41,9 @@ def expand(
             noise is no wider than one of r = 2.
         scale: what is stored. ``'student'`` stores the student's own weights in replica 0, and the student's learning
             rate and weight decay mean what they mean in plain training. ``'teacher'`` (the authors') stores the
-            teacher's weights, and the student's are r times a slice of them.
+            teacher's weights, and the student's are r times a slice of them. ``'balanced'`` stores the student's in
+            replica 0 and the teacher's elsewhere, and both models learn at the rate that they would have alone, see
+            ``share_weight`` of :class:`timm_gpd.GapPreservingTask`; without branches.
         branches: names the kinds of branch instead of their number, see ``timm_gpd.teacher.branches.BRANCH_KINDS``.
         classifier: dotted names of the modules that give logits, where the model has no ``get_classifier()``, see
             :func:`timm_gpd.plan_expansion`.
@@ -54,7 +56,7 @@ def expand(
         UnsupportedModelError: if a module cannot be widened exactly.
     """
     kinds = branch_kinds(num_branches, branches)
-    check_storage(scale, noise)
+    check_storage(scale, noise, kinds)
     student = unwrap_student(student)
     if isinstance(student, DynamicTeacher):
         raise InputError('this is a dynamic teacher already: give the plain student, as extract_student() returns it')

@@ -4,11 +4,12 @@ A dynamic teacher of ratio r starts with r equal replicas of every channel, so t
 of r, are a teacher of ratio k of the same function: nested widths, as in slimmable networks (arXiv 1812.08928).
 """
 
-from typing import Any, Callable, Dict, Mapping, Tuple
+from typing import Any, Callable, Dict, Mapping, Optional, Tuple
 
 import torch
 import torch.nn as nn
 
+from ..axes import TensorMap
 from ..expansion.copies import INPUT_DIVISOR
 from ..expansion.verify import verify_plan
 from ..plan import ExpansionPlan
@@ -20,6 +21,8 @@ from .student_view import StudentView
 
 __all__ = ['NestedRatios', 'NestedTensors', 'RatioView']
 
+ShareGradients = Callable[[Mapping[str, torch.Tensor], Mapping[str, TensorMap]], Dict[str, torch.Tensor]]
+
 
 class NestedTensors:
     """Reads stored tensors as a narrower teacher's, and as the student's inside it.
@@ -28,7 +31,7 @@ class NestedTensors:
         plan: the dynamic teacher's.
         layout: the names of the student's parameters.
         ratio: the narrower teacher's expansion ratio k, between 1 and that of the plan.
-        stored_scales: whose numbers each parameter holds, ``'student'`` or ``'teacher'``, by its first name.
+        stored_scales: whose numbers each parameter holds, see :func:`timm_gpd.expand`, by its first name.
 
     Attributes:
         attributes: what the wide model's modules are changed to: module name -> attribute -> value.
@@ -52,33 +55,43 @@ class NestedTensors:
             self.attributes.setdefault(module, {})[INPUT_DIVISOR] = divisor
         multipliers: Dict[str, float] = {}
         student_multipliers: Dict[str, float] = {}
+        first_multipliers: Dict[str, float] = {}
         for name, scale in stored_scales.items():
             if name not in plan.tensors:
                 continue
-            student_multipliers[name] = plan.tensors[name].divisor if scale == 'teacher' else 1
-            multipliers[name] = student_multipliers[name] / narrower.tensors[name].divisor
-        self._shared = SharedTensors(
-            {name: narrower.tensors[name] for name in multipliers}, multipliers, student_multipliers
-        )
+            divisor = plan.tensors[name].divisor
+            student_multipliers[name] = divisor if scale == 'teacher' else 1
+            first_multipliers[name] = 1 / divisor if scale == 'balanced' else 1
+            multipliers[name] = (1 if scale == 'student' else divisor) / narrower.tensors[name].divisor
+        self._maps = {name: narrower.tensors[name] for name in multipliers}
+        self._shared = SharedTensors(self._maps, multipliers, student_multipliers, first_multipliers)
 
     def __call__(
         self,
         stored: Mapping[str, torch.Tensor],
+        share: ShareGradients,
     ) -> Tuple[Dict[str, torch.Tensor], Dict[str, torch.Tensor]]:
         """The narrower teacher's and the student's tensors, by all their names. Differentiable.
 
         Args:
             stored: the dynamic teacher's stored tensors, by their first names.
+            share: scales the narrower teacher's gradients, :meth:`ComputedParameters.share_gradients`.
 
         Raises:
             RuntimeError: if a tensor is one shard of many.
         """
         wider, student = self._shared(self._slice(stored))
+        wider = share(wider, self._maps)
         return self._layout.under_all_names(wider), self._layout.under_all_names(student)
 
-    def of_teacher(self, stored: Mapping[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
-        """The narrower teacher's tensors alone, see :meth:`__call__`."""
-        return self._layout.under_all_names(self._shared.of_teacher(self._slice(stored)))
+    def of_teacher(
+        self,
+        stored: Mapping[str, torch.Tensor],
+        share: Optional[ShareGradients] = None,
+    ) -> Dict[str, torch.Tensor]:
+        """The narrower teacher's tensors alone, see :meth:`__call__`; without ``share`` gradients are as they are."""
+        wider = self._shared.of_teacher(self._slice(stored))
+        return self._layout.under_all_names(wider if share is None else share(wider, self._maps))
 
     def buffers(self, wide: nn.Module) -> Dict[str, torch.Tensor]:
         """Buffers for one run, by all their names: the wide model's, of the replicas that are kept, on other memory.
@@ -129,18 +142,24 @@ class RatioView(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Logits, shape (B, num_classes), of images of shape (B, in_chans, H, W). Differentiable to stored tensors."""
-        return self.run(self.computed_parameters(memory_format_of(x)), x)
+        stored = self.dynamic_teacher.merged_tensors(memory_format_of(x))
+        return self.run(self.tensors.of_teacher(stored), x)
 
     def computed_parameters(self, memory_format: torch.memory_format) -> Dict[str, torch.Tensor]:
-        """What it runs on, by the student's parameter names; merged kernels in this order in memory."""
-        return self.tensors.of_teacher(self.dynamic_teacher.merged_tensors(memory_format))
+        """What it trains on, by the student's parameter names; merged kernels in this order in memory.
+
+        Its loss goes into the student's entries by ``share_weight``.
+        """
+        stored = self.dynamic_teacher.merged_tensors(memory_format)
+        return self.tensors.of_teacher(stored, self.dynamic_teacher.share_gradients)
 
     def parameters_of_both(
         self,
         memory_format: torch.memory_format,
     ) -> Tuple[Dict[str, torch.Tensor], Dict[str, torch.Tensor]]:
         """:meth:`computed_parameters`, and the student's, read from them in one go."""
-        return self.tensors(self.dynamic_teacher.merged_tensors(memory_format))
+        stored = self.dynamic_teacher.merged_tensors(memory_format)
+        return self.tensors(stored, self.dynamic_teacher.share_gradients)
 
     def run(self, parameters: Mapping[str, torch.Tensor], x: torch.Tensor) -> Any:
         """Runs the wide model as this ratio's.

@@ -82,7 +82,8 @@ def replicate_states(
         tensor_map, multiplier = _map_of(dynamic_teacher, name)
         state: Optional[State] = states.get(name, {})
         if tensor_map is not None and state is not None:
-            change = partial(_replicate, tensor_map, multiplier)
+            balanced = dynamic_teacher.scale == 'balanced'
+            change = partial(_replicate, tensor_map, multiplier, tensor_map.divisor if balanced else 1)
             state = _convert(state, tensor_map.shape, change, powers, multiplier > 1)
         if kernel is not None and state is not None:
             state = _convert(state, kernel.shape, lambda value, power: inputs_last(value), powers, is_scaled=False)
@@ -140,12 +141,18 @@ def _slice(tensor_map: TensorMap, multiplier: int, value: torch.Tensor, power: i
     return tensor_map.first_replica(value) / multiplier**power
 
 
-def _replicate(tensor_map: TensorMap, multiplier: int, value: torch.Tensor, power: int) -> torch.Tensor:
+def _replicate(
+    tensor_map: TensorMap,
+    multiplier: int,
+    others_multiplier: int,
+    value: torch.Tensor,
+    power: int,
+) -> torch.Tensor:
     """For every replica of each of the student's entries; their number divides all but the first."""
     whole = tensor_map.replicate(value * multiplier**power)
     is_student = torch.zeros_like(whole)
     add_to_first_replicas([is_student], [torch.ones_like(value)], [tensor_map])
-    return torch.where(is_student > 0, whole, whole / (whole.numel() / value.numel()) ** power)
+    return torch.where(is_student > 0, whole, whole * (others_multiplier * value.numel() / whole.numel()) ** power)
 
 
 def _of_merged_kernel(kernel: BranchedKernel, value: torch.Tensor, power: int) -> torch.Tensor:

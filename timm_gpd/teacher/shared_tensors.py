@@ -1,6 +1,6 @@
 """One set of stored tensors, read as the dynamic teacher's and as the student's."""
 
-from typing import Callable, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 
@@ -26,6 +26,7 @@ class SharedTensors:
         tensor_maps: how each stored tensor widens, by name.
         teacher_multipliers: what the stored tensor is multiplied by to be the teacher's, where that is not 1.
         student_multipliers: what its slice is multiplied by to be the student's, where that is not 1.
+        first_multipliers: what its first replicas are multiplied by besides to be the teacher's, where that is not 1.
     """
 
     def __init__(
@@ -33,6 +34,7 @@ class SharedTensors:
         tensor_maps: Mapping[str, TensorMap],
         teacher_multipliers: Mapping[str, float],
         student_multipliers: Mapping[str, float],
+        first_multipliers: Mapping[str, float] = {},
     ) -> None:
         self.buckets: List[Tuple[Tuple[str, ...], _Bucket]] = []
         for names in _fill_buckets(tensor_maps):
@@ -43,6 +45,7 @@ class SharedTensors:
                         tuple(tensor_maps[name] for name in names),
                         tuple(teacher_multipliers.get(name, 1.0) for name in names),
                         tuple(student_multipliers.get(name, 1.0) for name in names),
+                        tuple(first_multipliers.get(name, 1.0) for name in names),
                     ),
                 )
             )
@@ -90,6 +93,7 @@ class _Bucket(NamedTuple):
     tensor_maps: Tuple[TensorMap, ...]
     teacher_multipliers: Tuple[float, ...]
     student_multipliers: Tuple[float, ...]
+    first_multipliers: Tuple[float, ...]
 
 
 def _fill_buckets(tensor_maps: Mapping[str, TensorMap]) -> Iterable[Tuple[str, ...]]:
@@ -123,7 +127,11 @@ def refuse_shards(stored: Mapping[str, torch.Tensor]) -> None:
 
 
 def _teachers_plainly(bucket: _Bucket, *stored: torch.Tensor) -> List[torch.Tensor]:
-    return [tensor if by == 1 else tensor * by for tensor, by in zip(stored, bucket.teacher_multipliers)]
+    tensors = [tensor if by == 1 else tensor * by for tensor, by in zip(stored, bucket.teacher_multipliers)]
+    return [
+        tensor if by == 1 else tensor * first_replica_mask(tensor, tensor_map, by)
+        for tensor, tensor_map, by in zip(tensors, bucket.tensor_maps, bucket.first_multipliers)
+    ]
 
 
 def _students_plainly(bucket: _Bucket, *stored: torch.Tensor) -> List[torch.Tensor]:
@@ -144,6 +152,10 @@ class _Share(torch.autograd.Function):
         ctx.bucket = bucket
         ctx.set_materialize_grads(False)
         teacher = _multiply(stored, bucket.teacher_multipliers)
+        of_two_scales = [i for i, by in enumerate(bucket.first_multipliers) if by != 1]
+        for i in of_two_scales:
+            teacher[i] = teacher[i].clone() if bucket.teacher_multipliers[i] == 1 else teacher[i]
+        _multiply_first_replicas(teacher, bucket, of_two_scales)
         student = [tensor_map.first_replica(tensor).clone() for tensor_map, tensor in zip(bucket.tensor_maps, stored)]
         return *teacher, *_multiply(student, bucket.student_multipliers)
 
@@ -164,6 +176,7 @@ class _Share(torch.autograd.Function):
         stored = multiply_each([result[i] for i in used], [bucket.teacher_multipliers[i] for i in used])
         for i, grad in zip(used, stored):
             result[i] = grad
+        _multiply_first_replicas(result, bucket, [i for i in used if bucket.first_multipliers[i] != 1])
 
         used = [i for i in used if student[i] is not None]
         add_to_first_replicas(
@@ -186,6 +199,14 @@ def _share_backward_plainly(bucket: _Bucket, grads: Sequence[Optional[torch.Tens
     )
 
 
+def _multiply_first_replicas(tensors: List[Any], bucket: _Bucket, indices: Sequence[int]) -> None:
+    multiply_first_replicas(
+        [tensors[i] for i in indices],
+        [bucket.first_multipliers[i] for i in indices],
+        [bucket.tensor_maps[i] for i in indices],
+    )
+
+
 def add_to_first_replicas(
     teacher: Sequence[torch.Tensor],
     student: Sequence[torch.Tensor],
@@ -194,6 +215,23 @@ def add_to_first_replicas(
     """Adds student tensors to the first replicas in teacher tensors, in place, in one call for all."""
     if teacher:
         _add_to_first_replicas(list(teacher), list(student), _encode_axes(tensor_maps))
+
+
+def multiply_first_replicas(
+    teacher: Sequence[torch.Tensor],
+    by: Sequence[float],
+    tensor_maps: Sequence[TensorMap],
+) -> None:
+    """Multiplies the first replicas in teacher tensors by numbers, in place, in one call for all."""
+    if teacher:
+        _multiply_in_first_replicas(list(teacher), list(by), _encode_axes(tensor_maps))
+
+
+def first_replica_mask(tensor: torch.Tensor, tensor_map: TensorMap, number: float) -> torch.Tensor:
+    """A number where a teacher tensor holds first replicas, and 1 elsewhere; of its shape and dtype."""
+    mask = torch.ones_like(tensor, requires_grad=False)
+    add_to_first_replicas([mask], [mask.new_full(tensor_map.shape, number - 1)], [tensor_map])
+    return mask
 
 
 @torch.library.custom_op('timm_gpd::add_to_first_replicas', mutates_args=('into',))
@@ -207,6 +245,13 @@ def _add_to_first_replicas(into: List[torch.Tensor], parts: List[torch.Tensor], 
         replicas += _first_replica_views(whole, tensor_axes)
         entries += _student_views(part, tensor_axes)
     add_each_(replicas, entries)
+
+
+@torch.library.custom_op('timm_gpd::multiply_in_first_replicas', mutates_args=('into',))
+def _multiply_in_first_replicas(into: List[torch.Tensor], by: List[float], axes: List[int]) -> None:
+    for whole, number, tensor_axes in zip(into, by, _decode_axes(axes)):
+        for view in _first_replica_views(whole, tensor_axes):
+            view.mul_(number)
 
 
 def _encode_axes(tensor_maps: Iterable[TensorMap]) -> List[int]:

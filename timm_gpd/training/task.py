@@ -104,6 +104,7 @@ def create_task(
                 num_branches=args.gpd_branches,
                 noise=args.gpd_noise,
                 scale=args.gpd_scale,
+                share_weight=args.gpd_share_weight,
                 gpd_loss=args.gpd_loss,
                 gpd_loss_args=args.gpd_loss_args,
                 gpd_weight=args.gpd_weight,

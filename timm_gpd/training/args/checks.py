@@ -120,6 +120,7 @@ FLAGS: Mapping[str, Callable[[Any], Optional[str]]] = {
     'gpd_ratio': COUNT,
     'gpd_branches': Numbers(1, len(BRANCH_KINDS)),
     'gpd_noise': AT_LEAST_0,
+    'gpd_share_weight': SHARE,
     'gpd_loss_args': KWARGS,
     'gpd_weight': AT_LEAST_0,
     'gpd_weight_end': AT_LEAST_0,

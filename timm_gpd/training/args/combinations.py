@@ -30,6 +30,7 @@ _ONLY_WITH = {
         'gpd_branches',
         'gpd_noise',
         'gpd_scale',
+        'gpd_share_weight',
         'gpd_loss',
         'gpd_loss_args',
         'gpd_weight',
@@ -103,6 +104,8 @@ def check_train_combinations(values: Mapping[str, Any], parser: argparse.Argumen
         _logger.warning('with --gpd-ratio 1 and --gpd-branches 1 the dynamic teacher is the student again')
     if values['gpd_weight_end'] != parser.get_default('gpd_weight_end') and values['gpd_weight_schedule'] == 'constant':
         raise UsageError('--gpd-weight-end is where a schedule ends: add --gpd-weight-schedule linear or cosine')
+    if values['gpd_scale'] == 'balanced' and values['gpd_branches'] > 1:
+        raise UsageError('--gpd-scale balanced goes with one branch: leave out --gpd-branches, or take another scale')
     if values['gpd']:
         _check_method(values, parser)
     if values['dataset'] == 'glyphs':

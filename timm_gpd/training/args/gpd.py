@@ -30,7 +30,14 @@ def add_gpd(parser: argparse.ArgumentParser) -> None:
         '--gpd-scale',
         default='student',
         choices=SCALES,
-        help='whose weights are stored: learning rates keep their meaning for "student"',
+        help='whose weights are stored: learning rates keep their meaning for "student", with "balanced" for both',
+    )
+    group.add_argument(
+        '--gpd-share-weight',
+        type=float,
+        default=1.0,
+        metavar='F',
+        help="factor, from 0 to 1, of the gradient that wider models' losses give to the student's own entries",
     )
     group.add_argument(
         '--gpd-loss', default='sce', choices=list(GPD_LOSSES), help='how the student learns from the dynamic teacher'
