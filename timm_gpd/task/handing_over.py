@@ -46,9 +46,9 @@ def hand_over(
         plain_optimizer = create_optimizer_v2(plain.get_trainable_module(), opt='sgd', lr=0.1)
         hand_over(task, optimizer, plain, plain_optimizer)
 
-    With ``scale='student'`` and one branch the step after it is, but for rounding, the one that joint training would
-    take without the teacher's losses: with SGD, Lion and the Adam family, momentum, weight decay and clipping by norm.
-    By nature it is another one
+    With ``scale='student'`` or ``'balanced'`` and one branch the step after it is, but for rounding, the one that joint
+    training would take without the teacher's losses: with SGD, Lion and the Adam family, momentum, weight decay and
+    clipping by norm. By nature it is another one
 
     - with ``scale='teacher'``, where joint training moves the student by the square of a weight's divisor times as much
       with SGD, and by the divisor times as much with Adam: what goes over are averages of the student's gradients;
