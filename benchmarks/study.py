@@ -1,0 +1,300 @@
+#!/usr/bin/env python3
+"""Looks for ways of training that make a student better than plain training: at equal epochs, and at equal cost.
+
+    python -m timm_gpd.data.glyphs data/glyphs
+    python benchmarks/study.py search   # successive halving over ways and learning rates, on the validation split
+    python benchmarks/study.py confirm  # the winners and plain training, fresh seeds, on the test split
+    python benchmarks/study.py report   # a table
+
+What counts was said before it was run. A way gains at equal epochs if over at least five fresh seeds, paired by seed
+and each at its own best learning rate, its students' mean top-1 on the test split is above that of plain training by
+half a point and by two standard errors of the difference. It gains at equal cost if the same holds against plain
+training that took as much processor time, or more. Plain training is a line, not a point: it is confirmed for 1, 2, 4
+and 8 times the epochs.
+
+Every run is one ``train.py`` process, and one line of JSON in ``--results``: what it was, what came out, its processor
+time, the command, commit, processor and versions. Lines that are there are not run again, so an interrupted study goes
+on where it stopped. Exit codes: 0 done, 1 a run failed.
+"""
+
+import argparse
+import csv
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Dict, List, NamedTuple, Sequence
+
+import timm
+import torch
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parents[1]
+
+PLAIN = 'plain'
+# Ways of training: flags behind the configuration of plain training.
+WAYS: Dict[str, str] = {
+    PLAIN: '',
+    'gpd': '--gpd',
+    'weight 1': '--gpd --gpd-weight 1',
+    'weight falls': '--gpd --gpd-weight-schedule cosine',
+    'teacher scale': '--gpd --gpd-scale teacher',
+    'balanced': '--gpd --gpd-scale balanced',
+    'balanced, share 1/4': '--gpd --gpd-scale balanced --gpd-share-weight 0.25',
+    'share 0': '--gpd --gpd-share-weight 0',
+    'kl, T = 2': '--gpd --gpd-loss kl --gpd-loss-args temperature=2',
+    'kl, standardized': '--gpd --gpd-loss kl --gpd-loss-args temperature=2 standardize=true',
+    'dkd': '--gpd --gpd-loss dkd --gpd-weight 1',
+    'wttm': '--gpd --gpd-loss wttm --gpd-weight 1',
+    'first half': '--gpd --gpd-epochs 0.0-0.5',
+    'second half': '--gpd --gpd-epochs 0.5-1.0',
+    'last quarter': '--gpd --gpd-epochs 0.75-1.0',
+    'ratio 3': '--gpd --gpd-ratio 3',
+    'sandwich': '--gpd --gpd-ratio 3 --gpd-method sandwich --gpd-between 1',
+    'netaug': '--gpd --gpd-method netaug',
+    'netaug, ratio 3': '--gpd --gpd-ratio 3 --gpd-method netaug',
+}
+LEARNING_RATES = (0.05, 0.1, 0.2, 0.4)
+LENGTHS = (1, 2, 4, 8)  # of plain training, over the others'
+SEARCH_SEED, FIRST_FRESH_SEED = 0, 100
+
+Record = Dict[str, Any]
+
+
+class Trial(NamedTuple):
+    """One run.
+
+    Attributes:
+        way: a key of ``WAYS``.
+        lr: learning rate.
+        epochs: of the schedule.
+        seed: of the run.
+        split: on which the student is measured.
+    """
+
+    way: str
+    lr: float
+    epochs: int
+    seed: int
+    split: str
+
+
+class Results:
+    """The lines of a study, and the runs that add to them.
+
+    Args:
+        path: file of JSON lines.
+        config: configuration of plain training, a file.
+        data_dir: folder of the data.
+        jobs: runs at a time.
+    """
+
+    def __init__(self, path: Path, config: Path, data_dir: str, jobs: int) -> None:
+        self.path, self.config, self.data_dir, self.jobs = path, config, data_dir, jobs
+        self.lock = threading.Lock()
+        lines = path.read_text().splitlines() if path.exists() else []
+        self.records: Dict[Trial, Record] = {}
+        for record in map(json.loads, lines):
+            self.records[Trial(**{name: record[name] for name in Trial._fields})] = record
+
+    def measure(self, trials: Sequence[Trial]) -> Dict[Trial, Record]:
+        """Runs what has no line yet. Returns the records of all."""
+        missing = [trial for trial in trials if trial not in self.records]
+        with ThreadPoolExecutor(self.jobs) as pool:
+            for _ in tqdm(pool.map(self._run, missing), total=len(missing), unit='run', disable=None):
+                pass
+        return {trial: self.records[trial] for trial in trials}
+
+    def _run(self, trial: Trial) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            command = self.command(trial)
+            seconds = _call([*command, '--output', folder, '--experiment', 'run'])
+            with open(Path(folder, 'run', 'summary.csv'), newline='') as file:
+                row = list(csv.DictReader(file))[-1]
+        record = {
+            **trial._asdict(),
+            'top1': float(row['eval_top1']),
+            'teacher_top1': float(row['eval_teacher_top1']) if row.get('eval_teacher_top1') else None,
+            'processor_seconds': round(seconds, 1),
+            'command': ' '.join(os.path.relpath(part, ROOT) if os.path.isabs(part) else part for part in command[1:]),
+            'commit': subprocess.run(
+                ['git', 'rev-parse', '--short', 'HEAD'], cwd=ROOT, capture_output=True, text=True
+            ).stdout.strip(),
+            'processor': _processor(),
+            'versions': {'torch': torch.__version__, 'timm': timm.__version__, 'python': platform.python_version()},
+        }
+        with self.lock:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.path, 'a') as file:
+                file.write(json.dumps(record) + '\n')
+            self.records[trial] = record
+
+    def command(self, trial: Trial) -> List[str]:
+        """The command of a run, without where it writes to."""
+        return [
+            sys.executable,
+            *(str(ROOT / 'train.py'), '--config', str(self.config), '--data-dir', self.data_dir),
+            *('--lr', str(trial.lr), '--epochs', str(trial.epochs), '--seed', str(trial.seed)),
+            *('--val-split', trial.split, '--val-interval', str(trial.epochs)),
+            *WAYS[trial.way].split(),
+        ]
+
+
+def _call(command: Sequence[str]) -> float:
+    """Runs a command on one core. Returns its processor time in seconds."""
+    with tempfile.TemporaryFile('w+') as log:
+        environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)}
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            log.seek(0)
+            sys.exit(f'{" ".join(command)} failed with exit code {process.returncode}: {log.read()[-500:]}')
+    return usage.ru_utime + usage.ru_stime
+
+
+def _processor() -> str:
+    if Path('/proc/cpuinfo').exists():
+        for line in Path('/proc/cpuinfo').read_text().splitlines():
+            if line.startswith('model name'):
+                return line.partition(':')[2].strip()
+    return platform.processor()
+
+
+def search(results: Results, ways: Sequence[str], rungs: Sequence[int], keep: float) -> List[Trial]:
+    """Successive halving: all ways at all learning rates for few epochs, the best share of them for more, and so on.
+
+    Plain training stays at all its learning rates: it is what the others are compared with.
+
+    Args:
+        results: where lines go.
+        ways: keys of ``WAYS``.
+        rungs: epochs of each round.
+        keep: the share of candidates that goes on.
+
+    Returns:
+        The last round's trials, the best first.
+    """
+    candidates = [(way, lr) for way in ways for lr in LEARNING_RATES]
+    ranked: List[Trial] = []
+    for number, epochs in enumerate(rungs):
+        trials = [Trial(way, lr, epochs, SEARCH_SEED, 'validation') for way, lr in candidates]
+        found = results.measure(trials)
+        ranked = sorted(trials, key=lambda trial: -found[trial]['top1'])
+        print(f'round {number}, {epochs} epochs:')
+        for trial in ranked:
+            print(f'  {found[trial]["top1"]:6.2f}  {trial.way}, lr {trial.lr}')
+        others = [(trial.way, trial.lr) for trial in ranked if trial.way != PLAIN]
+        kept = others[: max(1, round(len(others) * keep))]
+        candidates = [(PLAIN, lr) for lr in LEARNING_RATES] + kept
+    return ranked
+
+
+def best_learning_rates(results: Results) -> Dict[str, Trial]:
+    """The best trial of every way in the longest round of the search that it took part in."""
+    best: Dict[str, Trial] = {}
+    for trial, record in results.records.items():
+        if trial.split != 'validation':
+            continue
+        other = best.get(trial.way)
+        if other is None or (trial.epochs, record['top1']) > (other.epochs, results.records[other]['top1']):
+            best[trial.way] = trial
+    return best
+
+
+def confirm(results: Results, count: int, seeds: int, epochs: int) -> None:
+    """Trains the best ways and plain training with fresh seeds, and measures them on the test split.
+
+    Args:
+        results: with a search's lines.
+        count: ways besides plain training.
+        seeds: fresh seeds of each.
+        epochs: of each way; plain training also for ``LENGTHS`` times as many.
+    """
+    best = best_learning_rates(results)
+    order = sorted(best, key=lambda way: (-best[way].epochs, -results.records[best[way]]['top1']))
+    ways = [way for way in order if way != PLAIN][:count]
+    fresh = range(FIRST_FRESH_SEED, FIRST_FRESH_SEED + seeds)
+    trials = [Trial(way, best[way].lr, epochs, seed, 'test') for seed in fresh for way in ways]
+    # A longer schedule may want another learning rate; neighbours of the best are tried, and the best of all counts.
+    lrs = [lr for lr in LEARNING_RATES if best[PLAIN].lr / 2 <= lr <= best[PLAIN].lr * 2]
+    trials += [Trial(PLAIN, lr, epochs * length, seed, 'test') for seed in fresh for length in LENGTHS for lr in lrs]
+    results.measure(trials)
+
+
+def report(results: Results) -> str:
+    """Tables of what was confirmed: means over seeds, and paired differences from plain training."""
+    groups: Dict[Any, Dict[int, Record]] = {}
+    for trial, record in results.records.items():
+        if trial.split == 'test':
+            groups.setdefault((trial.way, trial.lr, trial.epochs), {})[trial.seed] = record
+    if not groups:
+        return 'Nothing is confirmed yet.'
+    shortest = min(epochs for _, _, epochs in groups)
+    plain = {key: group for key, group in groups.items() if key[0] == PLAIN}
+    base = max((key for key in plain if key[2] == shortest), key=lambda key: _mean(plain[key], 'top1'))
+    unit = _mean(plain[base], 'processor_seconds')
+    lines = [
+        '| way | learning rate | epochs | seeds | student | dynamic teacher | cost | over plain, equal epochs | '
+        'over plain, equal cost |',
+        '|---|---|---|---|---|---|---|---|---|',
+    ]
+    for key, group in sorted(groups.items(), key=lambda item: -_mean(item[1], 'top1')):
+        cost = _mean(group, 'processor_seconds') / unit
+        longer = [other for other in plain if _mean(plain[other], 'processor_seconds') / unit >= cost * 0.95]
+        rival = max(longer, key=lambda other: _mean(plain[other], 'top1'), default=None)
+        teacher = [record['teacher_top1'] for record in group.values() if record['teacher_top1'] is not None]
+        lines.append(
+            f'| {key[0]} | {key[1]:g} | {key[2]} | {len(group)} | {_spread([r["top1"] for r in group.values()])} | '
+            f'{_spread(teacher) if teacher else ""} | {cost:.2f} | '
+            f'{"" if key[0] == PLAIN else _difference(group, plain[base])} | '
+            f'{"" if key[0] == PLAIN or rival is None else _difference(group, plain[rival])} |'
+        )
+    return '\n'.join(lines)
+
+
+def _mean(group: Dict[int, Record], key: str) -> float:
+    return statistics.mean(record[key] for record in group.values())
+
+
+def _spread(values: Sequence[float]) -> str:
+    error = f' ± {statistics.stdev(values) / len(values) ** 0.5:.2f}' if len(values) > 1 else ''
+    return f'{statistics.mean(values):.2f}{error}'
+
+
+def _difference(group: Dict[int, Record], other: Dict[int, Record]) -> str:
+    pairs = [group[seed]['top1'] - other[seed]['top1'] for seed in sorted(group.keys() & other.keys())]
+    return f'{_spread(pairs)}, better in {sum(pair > 0 for pair in pairs)} of {len(pairs)}' if pairs else ''
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('step', choices=['search', 'confirm', 'report'])
+    parser.add_argument('--results', type=Path, default=ROOT / 'docs' / 'results' / 'glyphs.jsonl', metavar='FILE')
+    parser.add_argument('--config', type=Path, default=ROOT / 'configs' / 'glyphs.yaml', metavar='FILE')
+    parser.add_argument('--data-dir', default='data/glyphs', metavar='DIR')
+    parser.add_argument('--jobs', type=int, default=2, metavar='N', help='runs at a time, one core each')
+    parser.add_argument('--ways', nargs='+', default=list(WAYS), choices=list(WAYS), metavar='WAY')
+    parser.add_argument('--rungs', nargs='+', type=int, default=[2, 6, 18], metavar='N', help='epochs of each round')
+    parser.add_argument('--keep', type=float, default=1 / 4, metavar='SHARE', help='of the candidates of a round')
+    parser.add_argument('--winners', type=int, default=4, metavar='N', help='ways that are confirmed')
+    parser.add_argument('--seeds', type=int, default=5, metavar='N', help='fresh seeds')
+    parser.add_argument('--epochs', type=int, default=18, metavar='N', help='of a run that confirms')
+    args = parser.parse_args()
+    results = Results(args.results, args.config, args.data_dir, args.jobs)
+    if args.step == 'search':
+        search(results, args.ways, args.rungs, args.keep)
+    elif args.step == 'confirm':
+        confirm(results, args.winners, args.seeds, args.epochs)
+    else:
+        print(report(results))
+
+
+if __name__ == '__main__':
+    main()

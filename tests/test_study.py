@@ -1,0 +1,76 @@
+"""The study of ways to train: which runs it makes, and what it makes of them."""
+
+import json
+import sys
+
+import pytest
+
+from programs import ROOT
+
+sys.path.insert(0, f'{ROOT}/benchmarks')
+import study
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    """Results whose runs are a formula: the best rate is 0.2, netaug gains 2 points at 1.5 times the cost."""
+    ran = []
+
+    def run(self, trial):
+        ran.append(trial)
+        gain = {'plain': 0.0, 'netaug': 2.0}.get(trial.way, -1.0)
+        top1 = 50 + gain - 10 * abs(trial.lr - 0.2) + trial.epochs**0.5 + 0.1 * (trial.seed % 7)
+        cost = trial.epochs * (1.0 if trial.way == 'plain' else 1.5)
+        record = {**trial._asdict(), 'top1': top1, 'teacher_top1': None, 'processor_seconds': cost}
+        with open(self.path, 'a') as file:
+            file.write(json.dumps(record) + '\n')
+        self.records[trial] = record
+
+    monkeypatch.setattr(study.Results, '_run', run)
+
+    def create():
+        ran.clear()
+        return study.Results(tmp_path / 'lines.jsonl', tmp_path / 'c.yaml', 'data', 1), ran
+
+    return create
+
+
+def test_a_search_keeps_the_best_and_plain_training_and_goes_on_where_it_stopped(results):
+    first, ran = results()
+    ranked = study.search(first, ['plain', 'gpd', 'netaug'], rungs=(1, 4), keep=0.25)
+    assert (ranked[0].way, ranked[0].lr, ranked[0].epochs) == ('netaug', 0.2, 4)
+    assert len(ran) == 12 + 4 + 2 and {trial.split for trial in ran} == {'validation'}
+    assert {(trial.way, trial.lr) for trial in ran if trial.epochs == 4 and trial.way != 'plain'} == {
+        ('netaug', 0.2),
+        ('netaug', 0.1),
+    }
+    again, ran = results()
+    assert study.search(again, ['plain', 'gpd', 'netaug'], rungs=(1, 4), keep=0.25) == ranked and not ran
+
+
+def test_what_is_confirmed_is_compared_at_equal_epochs_and_at_equal_cost(results):
+    found, ran = results()
+    study.search(found, ['plain', 'gpd', 'netaug'], rungs=(1, 4), keep=0.25)
+    ran.clear()
+    study.confirm(found, count=1, seeds=3, epochs=4)
+    assert {trial.split for trial in ran} == {'test'} and {trial.seed for trial in ran} == {100, 101, 102}
+    assert {(t.way, t.lr, t.epochs) for t in ran} == {('netaug', 0.2, 4)} | {
+        ('plain', lr, epochs) for lr in (0.1, 0.2, 0.4) for epochs in (4, 8, 16, 32)
+    }
+    (row,) = [line for line in study.report(found).splitlines() if line.startswith('| netaug |')]
+    cells = [cell.strip() for cell in row.split('|')]
+    assert cells[2:5] == ['0.2', '4', '3'] and cells[7] == '1.50'
+    assert cells[8] == '2.00 ± 0.00, better in 3 of 3'  # plain training of 4 epochs at its best rate
+    longer = 32**0.5 - 4**0.5  # the best plain training that costs as much or more has 32 epochs
+    assert cells[9] == f'{2 - longer:.2f} ± 0.00, better in 0 of 3'
+
+
+def test_every_way_is_a_command_that_train_understands(tmp_path):
+    from timm_gpd.training.args import parse_train_args
+
+    lines = study.Results(tmp_path / 'lines.jsonl', study.ROOT / 'configs' / 'glyphs.yaml', 'data', 1)
+    for way in study.WAYS:
+        command = lines.command(study.Trial(way, 0.2, 4, 7, 'validation'))
+        args = parse_train_args(command[2:])
+        assert (args.lr, args.epochs, args.seed, args.val_split) == (0.2, 4, 7, 'validation')
+        assert args.gpd == (way != 'plain')
