@@ -122,7 +122,7 @@ class Results:
             'top1': float(row['eval_top1']),
             'teacher_top1': float(row['eval_teacher_top1']) if row.get('eval_teacher_top1') else None,
             'processor_seconds': round(seconds, 1),
-            'command': ' '.join(os.path.relpath(part, ROOT) if os.path.isabs(part) else part for part in command[1:]),
+            'command': ' '.join(part.removeprefix(f'{ROOT}{os.sep}') for part in command[1:]),
             'commit': subprocess.run(
                 ['git', 'rev-parse', '--short', 'HEAD'], cwd=ROOT, capture_output=True, text=True
             ).stdout.strip(),
