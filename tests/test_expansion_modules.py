@@ -252,8 +252,8 @@ def test_the_smallest_architecture_of_a_new_module_is_found(monkeypatch):
         ('edgenext_xx_small', {'num_classes': 3}),
         ('convnext_zepto_rms', {'global_pool': 'avgmax'}),
         ('efficientvit_m0', {'img_size': 96}),
-        ('focalnet_tiny_srf', {'num_classes': 4}),
-        ('lambda_resnet26rpt_256', {'img_size': 64}),
+        ('focalnet_tiny_srf', {'num_classes': 4, 'mlp_ratio': 1}),
+        ('lambda_resnet26rpt_256', {'img_size': 64, 'width_factor': 0.5}),
         ('efficientnet_cc_b0_4e', {'num_classes': 2}),
     ],
 )

@@ -168,10 +168,14 @@ def test_what_is_shared_stays_shared():
 # -- computed tensors that a module keeps ---------------------------------------------------------------------------
 
 CACHING = {
-    'levit': partial(timm.create_model, 'levit_128s'),
+    'levit': partial(timm.create_model, 'levit_128s', depth=(1, 1, 1)),
     'tiny_vit': partial(timm.create_model, 'tiny_vit_5m_224', depths=(1, 1, 1, 1)),
-    'efficientformer': partial(timm.create_model, 'efficientformer_l1', depths=(1, 1, 1, 2)),
-    'efficientformer_v2': partial(timm.create_model, 'efficientformerv2_s0'),
+    'efficientformer': partial(
+        timm.create_model, 'efficientformer_l1', depths=(1, 1, 1, 2), embed_dims=(24, 48, 112, 224)
+    ),
+    'efficientformer_v2': partial(
+        timm.create_model, 'efficientformerv2_s0', depths=(1, 1, 2, 2), num_vit=1, img_size=64
+    ),
     'efficientvit_msra': partial(timm.create_model, 'efficientvit_m0', img_size=64),
 }
 
