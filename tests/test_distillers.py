@@ -336,7 +336,9 @@ class TestND:
             assert projected.shape == teacher.embedding.shape
 
     def test_centres_are_of_all_processes(self, tmp_path):
-        mp.spawn(_count_in_process, args=(str(tmp_path / 'store'), str(tmp_path)), nprocs=2)
+        mp.start_processes(
+            _count_in_process, args=(str(tmp_path / 'store'), str(tmp_path)), nprocs=2, start_method='fork'
+        )
         centers = [torch.load(tmp_path / f'{rank}.pt') for rank in range(2)]
         expected = torch.zeros(CLASSES, 2)
         expected[:3] = torch.tensor([1.0, 1.5, 2.0])[:, None]  # class 1 was seen by both

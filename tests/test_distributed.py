@@ -104,7 +104,7 @@ def train_half(rank, names, folder):
 def halves(tmp_path_factory):
     """Folder of what two processes found for every task: starting them takes longer than they run."""
     folder = tmp_path_factory.mktemp('distributed')
-    mp.spawn(train_half, args=([*TASKS, WITH_STATE], str(folder)), nprocs=2)
+    mp.start_processes(train_half, args=([*TASKS, WITH_STATE], str(folder)), nprocs=2, start_method='fork')
     return folder
 
 

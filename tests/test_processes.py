@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from programs import ROOT, summary, train
+from programs import ROOT, quick_arguments, run_on_two, summary, train
 from timm_gpd.training.sync_batch_norm import SynchronizedBatchNorm
 
-STEPS = 5
+STEPS = 3
 # One update an epoch, and a checkpoint of each. Images are augmented, and not mixed: each process has half of them.
 COMMON = [
     '--digits-train-size',
@@ -35,24 +35,6 @@ RUNS = {
 }
 
 
-def torchrun(tmp_path, *arguments, script='train.py', code=0, processes=2):
-    """Runs a script on several processes, as a user does."""
-    result = subprocess.run(
-        [
-            *(sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', str(processes)),
-            *(os.path.join(ROOT, script), '-c', os.path.join(ROOT, 'configs', 'digits_gpd.yaml')),
-            *('--data-dir', str(tmp_path.parent / 'data'), '--output', str(tmp_path), '--warmup-epochs', '0'),
-            *map(str, arguments),
-        ],
-        env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': ROOT},
-        capture_output=True,
-        text=True,
-        timeout=90,
-    )
-    assert (result.returncode == 0) == (code == 0), result.stderr[-3000:]
-    return result
-
-
 def distance(actual, expected):
     """Relative, of all floating point tensors of a state together."""
     names = [name for name, tensor in expected.items() if tensor.is_floating_point()]
@@ -65,7 +47,8 @@ def distance(actual, expected):
 def test_two_processes_are_one_with_twice_the_batch(tmp_path, name):
     arguments, whole, half = RUNS[name]
     train(tmp_path, *COMMON, *arguments, '-b', whole, '--experiment', 'one')
-    result = torchrun(tmp_path, *COMMON, *arguments, '-b', half, '--experiment', 'two')
+    arguments = [*quick_arguments(tmp_path), *COMMON, *arguments, '-b', half, '--experiment', 'two']
+    result = run_on_two(tmp_path, 'train.py', *arguments)
     assert result.stderr.count('Model ') == 1 and result.stdout.count('--result') == 1  # one process reports
     for step in range(STEPS):
         one, two = (
@@ -79,8 +62,8 @@ def test_two_processes_are_one_with_twice_the_batch(tmp_path, name):
     for one, two in zip(summary(tmp_path / 'one'), summary(tmp_path / 'two')):
         assert one.keys() == two.keys()
         for column in one:
-            # Of 1733 validation images one more or less may be right.
-            tolerance = {'abs': 0.06} if 'top' in column or column == 'eval_gap' else {'rel': 1e-4}
+            # Of 200 validation images one more or less may be right.
+            tolerance = {'abs': 0.51} if 'top' in column or column == 'eval_gap' else {'rel': 1e-4}
             assert float(two[column]) == pytest.approx(float(one[column]), **tolerance), column
     assert sorted(os.listdir(tmp_path / 'one')) == sorted(os.listdir(tmp_path / 'two'))
 
@@ -106,8 +89,18 @@ runpy.run_path({script!r}, run_name='__main__')
 def test_a_process_that_fails_ends_the_run(tmp_path):
     script = tmp_path / 'failing.py'
     script.write_text(FAILING.format(root=ROOT, script=os.path.join(ROOT, 'train.py')))
-    result = torchrun(tmp_path, *COMMON, '-b', '32', '--experiment', 'failed', script=script, code=1)
-    assert 'the second process is out of paper' in result.stderr
+    arguments = [*quick_arguments(tmp_path), *COMMON, '-b', '32', '--experiment', 'failed']
+    result = subprocess.run(
+        [
+            *(sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', script),
+            *map(str, arguments),
+        ],
+        env={**os.environ, 'PYTHONPATH': ROOT},
+        capture_output=True,
+        text=True,
+        timeout=90,
+    )
+    assert result.returncode and 'the second process is out of paper' in result.stderr
     assert not [name for name in os.listdir(tmp_path / 'failed') if name.startswith('.')]
     checkpoint = torch.load(tmp_path / 'failed' / 'last.pth.tar', weights_only=False)
     assert checkpoint['epoch'] == 1 and len(summary(tmp_path / 'failed')) == 2
@@ -133,7 +126,7 @@ def norm_and_images():
 
 def test_synchronized_batch_norm_is_batch_norm_of_all_images(tmp_path):
     """Also of processes with different numbers of images: outputs, gradients and running statistics."""
-    torch.multiprocessing.spawn(synchronized, args=(str(tmp_path),), nprocs=2)
+    torch.multiprocessing.start_processes(synchronized, args=(str(tmp_path),), nprocs=2, start_method='fork')
     norm, x = norm_and_images()
     x.requires_grad_()
     y = norm(x)

@@ -3,15 +3,13 @@
 import csv
 import json
 import os
-import subprocess
-import sys
 
 import pytest
 import timm
 import torch
 from sklearn.metrics import f1_score, precision_score, recall_score
 
-from programs import ROOT, run, summary, train
+from programs import run, run_on_two, summary, train
 from test_datasets import damage, write_folder, write_image
 from timm_gpd.training.data import loaders
 from timm_gpd.training.validation_metrics import read_valid_labels
@@ -242,15 +240,7 @@ def test_two_processes_have_the_metrics_of_one(pets, tmp_path):
     common = [*MODEL, '--data-dir', root, '--checkpoint', root / 'model.pth', '-b', '4', '--metrics-avg', 'micro']
     common += ['--real-labels', tmp_path / 'real.json', '--device', 'cpu', '--workers', '0']
     one = validate(*common)
-    torchrun = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2']
-    result = subprocess.run(
-        [*torchrun, os.path.join(ROOT, 'validate.py'), *map(str, common), '--results-file', tmp_path / 'two.csv'],
-        capture_output=True,
-        text=True,
-        env={**os.environ, 'PYTHONPATH': ROOT, 'OMP_NUM_THREADS': '1'},
-        timeout=120,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
+    result = run_on_two(tmp_path, 'validate.py', *common, '--results-file', tmp_path / 'two.csv')
     two = json.loads(result.stdout.partition('--result\n')[2])
     assert two == pytest.approx(one, abs=1e-3)
     assert result.stdout.count('--result') == 1 and result.stderr.count('Model test_vit created') == 1
