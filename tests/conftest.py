@@ -1,5 +1,6 @@
 """Shared by the tests: small models, randomised weights, the definition of exactness."""
 
+import gc
 import os
 import random
 
@@ -30,6 +31,12 @@ def pytest_configure(config):
     """pytest-randomly shuffles the tests; their random numbers do not depend on its seed."""
     if hasattr(config.option, 'randomly_reset_seed'):
         config.option.randomly_reset_seed = False
+
+
+def pytest_collection_finish():
+    """What has been imported stays: garbage is looked for many times, and need not be looked for there."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope='session', autouse=True)
