@@ -205,6 +205,8 @@ def test_what_does_not_go_together_in_validation(flags, message, tmp_path):
         ('--epochs 3', '--warmup-epochs 5 of --epochs 3: the learning rate never reaches its value'),
         ('--gpd-ratio 4', '--gpd-ratio does nothing without --gpd'),
         ('--gpd-method netaug', '--gpd-method does nothing without --gpd'),
+        ('--gpd-switch', '--gpd-switch does nothing without --gpd'),
+        ('--gpd --gpd-gap-scales distillation', '--gpd-gap-scales does nothing without --gpd-gap-target'),
         ('--gpd --gpd-between 1', '--gpd-between does nothing with --gpd-method joint'),
         ('--gpd --gpd-method netaug --gpd-weight 1', '--gpd-weight does nothing with --gpd-method netaug'),
         ('--gpd --gpd-method sandwich', '--gpd-method sandwich is --gpd-method joint where --gpd-ratio is 2'),

@@ -14,8 +14,10 @@ from torch.distributed.tensor import DTensor
 
 from conftest import TINY_RESNET
 from timm_gpd import DistillationTask, GapPreservingTask
+from timm_gpd.task.gap_control import GapTarget, Switch
 
 STEPS = 2
+APART = 0.3  # standard deviation
 # Neither batch norm nor relations between images: all losses are means over images.
 TASKS = {
     'gpd': lambda: GapPreservingTask(make_student(), num_branches=3, noise=0.1, verbose=False),
@@ -28,10 +30,14 @@ TASKS = {
         )
         for method in ('sandwich', 'netaug')
     },
+    'switch': lambda: make_apart(Switch()),
+    'gap target': lambda: make_apart(GapTarget(0.5, 'distillation')),
     'static': lambda: DistillationTask(make_student(), make_static_teacher(), distill_type='kd,dkd', verbose=False),
 }
 # Batch norm and centres of classes: each process has a batch of its own, and gradients are still shared.
 WITH_STATE = 'with state'
+# The same, and the dynamic teacher's loss, with distillers that no other loss has, is always left out.
+PAUSED = 'with state, paused'
 # The first of them, each parameter in two shards: fully_shard of all that is trained.
 SHARDED = 'sharded'
 
@@ -48,14 +54,34 @@ def make_static_teacher():
     return teacher
 
 
+class AlwaysPaused(Switch):
+    def decide(self, *batch):
+        return {**super().decide(*batch), 'paused': torch.ones(())}
+
+
+def make_apart(gap_control):
+    """A task whose dynamic teacher is far from its student."""
+    task = GapPreservingTask(make_student(), gap_control=gap_control, verbose=False)
+    with torch.no_grad():
+        for parameter in task.get_dynamic_teacher().parameters():
+            parameter += APART * torch.randn_like(parameter)
+    return task
+
+
 def make_task(name):
     torch.manual_seed(0)
-    if name != WITH_STATE:
+    if name not in (WITH_STATE, PAUSED):
         return TASKS[name]().double().train()
     student = timm.create_model('test_resnet', **TINY_RESNET)
     student.pretrained_cfg.update(input_size=(1, 32, 32), mean=(0.5,), std=(0.5,))
     return (
-        GapPreservingTask(student, make_static_teacher(), distill_type='reviewkd,ofa,nd', verbose=False)
+        GapPreservingTask(
+            student,
+            make_static_teacher(),
+            distill_type='reviewkd,ofa,nd',
+            gap_control=AlwaysPaused() if name == PAUSED else None,
+            verbose=False,
+        )
         .double()
         .train()
     )
@@ -104,7 +130,7 @@ def train_half(rank, names, folder):
 def halves(tmp_path_factory):
     """Folder of what two processes found for every task: starting them takes longer than they run."""
     folder = tmp_path_factory.mktemp('distributed')
-    mp.start_processes(train_half, args=([*TASKS, WITH_STATE], str(folder)), nprocs=2, start_method='fork')
+    mp.start_processes(train_half, args=([*TASKS, WITH_STATE, PAUSED], str(folder)), nprocs=2, start_method='fork')
     return folder
 
 
@@ -124,10 +150,26 @@ def test_two_processes_train_as_one(halves, name):
     assert not all(torch.allclose(alone[key], expected[0][key], rtol=1e-3) for key in alone), 'half a batch is no whole'
 
 
-def test_every_parameter_gets_one_gradient_for_both_processes(halves):
+def decisions(part):
+    """Which steps are paused where one process trains on these images."""
+    task = make_task('switch')
+    found, decide = [], task.gap_control.decide
+    task.gap_control.decide = lambda *batch: found.append(decide(*batch)) or found[-1]
+    train(task, part)
+    return [bool(terms['paused']) for terms in found]
+
+
+def test_a_process_alone_would_decide_otherwise():
+    """So the gradients above are of what both have decided together."""
+    together, alone = decisions(slice(None)), decisions(slice(4))
+    assert sorted(together) == [False, True] and together != alone
+
+
+@pytest.mark.parametrize('name', [WITH_STATE, PAUSED])
+def test_every_parameter_gets_one_gradient_for_both_processes(halves, name):
     """The reducer refuses a second step if a parameter had no gradient in the first."""
-    first, second = (torch.load(halves / f'{WITH_STATE} {rank}.pt') for rank in range(2))
-    alone = train(make_task(WITH_STATE), slice(4))
+    first, second = (torch.load(halves / f'{name} {rank}.pt') for rank in range(2))
+    alone = train(make_task(name), slice(4))
     assert len(first) == STEPS and first[0].keys() == alone[0].keys()
     for step in range(STEPS):
         assert all(torch.equal(second[step][name], gradient) for name, gradient in first[step].items())

@@ -157,6 +157,25 @@ def test_the_plot_has_the_gap_in_a_panel_of_its_own(tmp_path):
     assert os.listdir(tmp_path) == ['gap.png']
 
 
+@pytest.mark.parametrize(
+    'column, name, label, unit',
+    [
+        ('train_paused', 'paused', 'paused steps (%)', 100),
+        ('train_gap_factor', 'factor', 'factor for the gap', 1),
+    ],
+)
+def test_what_controls_the_gap_has_a_panel_below_it(tmp_path, column, name, label, unit):
+    rows = measured(STUDENT, TEACHER)
+    shares = [0.0, 0.25, 0.5, 0.75, 0.5, 0.5, 0.25, 0.125]
+    for row, share in zip(rows[1:], shares[1:]):  # the first epoch was of the student alone
+        row[column] = str(share)
+    panels = draw_gap(rows, str(tmp_path / 'gap.png')).axes
+    assert len(panels) == 3 and panels[2].get_ylabel() == label
+    ((_, values),) = curves(panels[2])[name]
+    assert values[1:] == [unit * share for share in shares[1:]]
+    assert len(draw_gap(measured(STUDENT, TEACHER), str(tmp_path / 'gap.png')).axes) == 2
+
+
 def test_the_plot_of_a_plain_run_and_of_one_that_was_best_early(tmp_path):
     (panel,) = draw_gap(measured([90.0, 20.0, 30.0, 31.0]), str(tmp_path / 'gap.png')).axes
     low, high = panel.get_ylim()

@@ -13,6 +13,7 @@ from ..teacher import DynamicTeacher, StudentView, expand
 from ..teacher.branches import branch_kinds
 from ..teacher.early_backward import refuse_gradients
 from .base import BaseTask
+from .gap_control import GapControl, resolve_gap_control
 from .gpd_loss import GpdLoss, WeightSchedule
 from .learners import example_batch
 from .nested import create_learners, draw_ratios_for
@@ -73,6 +74,8 @@ class GapPreservingTask(BaseTask):
             L_GPD and no static teacher.
         between: how many ratios between a step of ``'sandwich'`` has, at most; each adds its L_GPD(<- T).
         seed: of the ratios that are drawn.
+        gap_control: what keeps the dynamic teacher near its student, a :class:`timm_gpd.task.gap_control.Switch` or
+            ``GapTarget``; None for nothing.
 
     Raises:
         ValueError: if an argument is out of range, or the static teacher has other classes than the student or not the
@@ -108,6 +111,7 @@ class GapPreservingTask(BaseTask):
         method: str = 'joint',
         between: int = 2,
         seed: int = 0,
+        gap_control: Optional[GapControl] = None,
     ) -> None:
         super().__init__(device=device, dtype=dtype, verbose=verbose)
         student = unwrap_student(student)
@@ -120,6 +124,7 @@ class GapPreservingTask(BaseTask):
         if method == 'netaug' and static_teacher is not None:
             raise InputError('method netaug distils nothing: leave out the static teacher, or take another method')
         is_distilled, classes = method != 'netaug', getattr(student, 'num_classes', None)
+        self.gap_control = resolve_gap_control(gap_control, method, classes).to(self.device)
         self.gpd_loss = GpdLoss(gpd_loss, gpd_loss_args, classes) if is_distilled else None
         self.gpd_weight, self.gpd_weights = gpd_weight, WeightSchedule(gpd_weight_schedule, gpd_weight, gpd_weight_end)
         self.task_loss_weight, self.distill_loss_weight = loss_weights(task_loss_weight, distill_loss_weight)
@@ -127,13 +132,10 @@ class GapPreservingTask(BaseTask):
         self.settings = dict(ratio=ratio, branches=list(branch_kinds(num_branches, branches)), scale=scale)
         distillers = distill_settings(distill_type, distill_args, temperature)
 
-        self.static_teacher = (
-            None
-            if static_teacher is None
-            else StaticTeacher(
-                resolve_static_teacher(static_teacher, student, self.device, self.dtype), student, distillers
-            )
-        )
+        self.static_teacher = None
+        if static_teacher is not None:
+            static_teacher = resolve_static_teacher(static_teacher, student, self.device, self.dtype)
+            self.static_teacher = StaticTeacher(static_teacher, student, distillers)
         if noise is None and self.ratios is not None:
             noise = 0.0  # ratios between start exact without it, and tell replicas apart themselves
         dynamic_teacher = expand(student, ratio, num_branches, noise, scale, branches, classifier)
@@ -173,11 +175,13 @@ class GapPreservingTask(BaseTask):
         """
         static_output = None if self.static_teacher is None else self.static_teacher(input)
         drawn = () if self.ratios is None else (self.ratios.draw(),)
-        student, teacher = self.trainable_module(input, target, static_output, *drawn)
+        control = self.gap_control
+        student, teacher = self.trainable_module(input, target, static_output, *drawn, **control.arguments())
         loss = student.pop('loss') + teacher.pop('loss')
         if self.gpd_loss is not None:
             student['gpd_loss'] = self.gpd_loss(student['output'], teacher['output'], target)
-            loss = loss + self.gpd_weight * student['gpd_loss']
+            loss = loss + self.gpd_weight * control.distillation_factor() * student['gpd_loss']
+        student.update(control.observe(student, teacher))
         loss = loss + teacher.pop('gradients')
         return {
             'loss': loss,
@@ -265,10 +269,12 @@ class GapPreservingTask(BaseTask):
         Returns:
             The model that is validated, which is not compiled.
         """
+        self.gap_control.check_compilation()
         learners = self.get_learners()
         parameter = next(learners.model.parameters())
         learners.look_for_other_sources(parameter.new_zeros(1, *learners.model.plan.input_shape))
         return super().compile(*args, **kwargs)
 
     def get_state_modules(self, ema: bool = False) -> Dict[str, nn.Module]:
-        return {'dynamic_teacher': self.get_dynamic_teacher(ema), **super().get_state_modules(ema)}
+        modules = {'dynamic_teacher': self.get_dynamic_teacher(ema), **super().get_state_modules(ema)}
+        return {**modules, 'gap_control': self.gap_control} if self.gap_control.state_dict() else modules

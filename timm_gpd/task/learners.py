@@ -12,6 +12,7 @@ from ..teacher import DynamicTeacher, JointOutput
 from ..teacher.dynamic_teacher import ModelRun
 from ..teacher.early_backward import reaches_others
 from ..teacher.functional import call_with_parameters
+from .gap_control import Switch
 from .static_teacher import StaticTeacher
 from .step_loss import StepLoss
 
@@ -111,6 +112,8 @@ class JointLearners(Learners):
         x: torch.Tensor,
         target: torch.Tensor,
         static_output: Optional[ModelOutput] = None,
+        switch: Optional[Switch] = None,
+        teacher_weight: Optional[torch.Tensor] = None,
     ) -> JointOutput:
         """What :meth:`StepLoss.forward` returns for both; the dynamic teacher's is detached, with ``gradients`` to add.
 
@@ -120,19 +123,19 @@ class JointLearners(Learners):
             x: images, shape (B, in_chans, H, W).
             target: see :meth:`StepLoss.forward`.
             static_output: the static teacher's output for the images.
+            switch: decides whether the dynamic teacher's loss is left out; what it found is among the student's terms.
+            teacher_weight: a scalar that the dynamic teacher's loss is multiplied by.
         """
-
-        def teacher_loss(output: ModelOutput) -> Dict[str, torch.Tensor]:
-            return self.step_loss('dynamic_teacher', output, target, static_output)
-
+        terms: Dict[str, torch.Tensor] = {}
         output, teacher = self.model.joint(
             x,
             *self._runs(),
-            teacher_loss,
+            partial(self._teacher_loss, target, static_output, teacher_weight),
             self.step_loss.parameters_of('dynamic_teacher'),
             are_all=self._are_all(target),
+            pauses=self._pauses(switch, target, terms),
         )
-        return JointOutput(self.step_loss('student', output, target, static_output), teacher)
+        return JointOutput({**self.step_loss('student', output, target, static_output), **terms}, teacher)
 
     def look_for_other_sources(self, x: torch.Tensor) -> None:
         """Before a compiler comes, which cannot look at graphs: does the dynamic teacher compute with tensors that want
@@ -144,6 +147,32 @@ class JointLearners(Learners):
         with evaluation_mode(self.model), torch.enable_grad():
             logits = self.run(x)['dynamic_teacher'].logits
         self.knows_all_sources = not reaches_others(logits, self.model.parameters())
+
+    def _teacher_loss(
+        self,
+        target: torch.Tensor,
+        static_output: Optional[ModelOutput],
+        weight: Optional[torch.Tensor],
+        output: ModelOutput,
+    ) -> Dict[str, torch.Tensor]:
+        result = self.step_loss('dynamic_teacher', output, target, static_output)
+        return result if weight is None else {**result, 'loss': weight * result['loss']}
+
+    def _pauses(
+        self,
+        switch: Optional[Switch],
+        target: torch.Tensor,
+        terms: Dict[str, torch.Tensor],
+    ) -> Optional[Callable[[ModelOutput, Mapping[str, torch.Tensor]], bool]]:
+        """A switch as :meth:`DynamicTeacher.joint` takes one, which puts what it found into ``terms``."""
+        if switch is None:
+            return None
+
+        def pauses(student: ModelOutput, teacher: Mapping[str, torch.Tensor]) -> bool:
+            terms.update(switch.decide(student.logits, teacher['output'], target))
+            return bool(terms['paused'])
+
+        return pauses
 
     def _are_all(self, target: torch.Tensor) -> bool:
         """Whether it is known what the dynamic teacher's loss computes with."""

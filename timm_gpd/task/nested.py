@@ -17,6 +17,7 @@ from ..errors import InputError
 from ..teacher import DynamicTeacher, JointOutput
 from ..teacher.early_backward import EarlyBackward
 from ..teacher.functional import memory_format_of
+from .gap_control import Switch
 from .gpd_loss import GpdLoss
 from .learners import JointLearners
 from .step_loss import StepLoss
@@ -116,6 +117,8 @@ class SandwichLearners(_NestedLearners):
         target: torch.Tensor,
         static_output: Optional[ModelOutput] = None,
         ratios: Sequence[int] = (),
+        switch: Optional[Switch] = None,
+        teacher_weight: Optional[torch.Tensor] = None,
     ) -> JointOutput:
         """What :meth:`JointLearners.forward` returns, with the sum of the losses between in the teacher's ``loss``.
 
@@ -127,6 +130,8 @@ class SandwichLearners(_NestedLearners):
             target: see :meth:`StepLoss.forward`.
             static_output: the static teacher's output for the images.
             ratios: the ratios between.
+            switch: decides about the dynamic teacher's loss, and not about those of ratios between.
+            teacher_weight: a scalar that the dynamic teacher's loss is multiplied by, and not those.
 
         Returns:
             The student's, and the dynamic teacher's; the student's has ``between_loss``, the mean over the ratios
@@ -135,10 +140,11 @@ class SandwichLearners(_NestedLearners):
         labels: List[torch.Tensor] = []
         losses: List[torch.Tensor] = []
         passes: List[EarlyBackward] = []
+        terms: Dict[str, torch.Tensor] = {}
         run_student, run_teacher = self._runs()
 
         def teacher_loss(output: ModelOutput) -> Dict[str, torch.Tensor]:
-            result = self.step_loss('dynamic_teacher', output, target, static_output)
+            result = self._teacher_loss(target, static_output, teacher_weight, output)
             labels.append(result['output'].detach())
             return result
 
@@ -156,8 +162,9 @@ class SandwichLearners(_NestedLearners):
             teacher_loss,
             self.step_loss.parameters_of('dynamic_teacher'),
             are_all=self._are_all(target),
+            pauses=self._pauses(switch, target, terms),
         )
-        student = self.step_loss('student', output, target, static_output)
+        student = {**self.step_loss('student', output, target, static_output), **terms}
         if ratios:
             total = torch.stack(losses).sum()
             student['between_loss'] = total / len(ratios)
@@ -206,15 +213,12 @@ class NetAugLearners(_NestedLearners):
             x,
             run_student,
             lambda parameters, x: ModelOutput(wider.run(parameters, x)),
-            partial(self._wider_loss, target),
+            partial(self._teacher_loss, target, None, None),
             self.step_loss.parameters_of('dynamic_teacher'),
             are_all=self._are_all(target),
             wider=wider,
         )
         return JointOutput(self.step_loss('student', output, target), teacher)
-
-    def _wider_loss(self, target: torch.Tensor, output: ModelOutput) -> Dict[str, torch.Tensor]:
-        return self.step_loss('dynamic_teacher', output, target)
 
 
 def create_learners(

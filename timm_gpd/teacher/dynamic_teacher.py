@@ -146,6 +146,7 @@ class DynamicTeacher(NestedRatios, TimmModel):
         loss_parameters: Iterable[torch.Tensor] = (),
         are_all: bool = True,
         wider: Optional[RatioView] = None,
+        pauses: Optional[Callable[[Any, Dict[str, torch.Tensor]], bool]] = None,
     ) -> 'JointOutput':
         """Student and dynamic teacher on one batch, from one shared set of parameters.
 
@@ -161,6 +162,9 @@ class DynamicTeacher(NestedRatios, TimmModel):
                 gradients.
             are_all: whether these are all, as far as anybody knows.
             wider: a ratio between, from :meth:`at_ratio`, that runs in the dynamic teacher's place.
+            pauses: decides, by the student's output and what ``teacher_loss`` returned, whether the dynamic teacher's
+                loss is left out: it is 0 then and gives no gradient. Given, the teacher's backward pass is after the
+                student's forward pass, or nowhere, and activations of both are held at once.
 
         Returns:
             Logits of both, each of shape (B, num_classes), or what the taps return. With ``teacher_loss`` the second is
@@ -176,11 +180,16 @@ class DynamicTeacher(NestedRatios, TimmModel):
         if teacher_loss is None:
             teacher_output = run_teacher(teacher, x)
             return JointOutput(run_student(student, x), teacher_output)
+        loss_parameters = tuple(loss_parameters)
         early = EarlyBackward((*teacher.values(), *loss_parameters, x), are_all)
         result = teacher_loss(run_teacher(teacher, x))
         del teacher  # merged kernels are freed as soon as the backward pass has used them
-        result = early.run(result)
+        if pauses is None:
+            result = early.run(result)
         student_output = run_student(student, x)
+        if pauses is not None:
+            is_paused = pauses(student_output, result)
+            result = early.leave_out(result, loss_parameters) if is_paused else early.run(result)
         return JointOutput(student_output, {**result, 'gradients': early.join()})
 
     def forward_student(self, x: torch.Tensor) -> torch.Tensor:

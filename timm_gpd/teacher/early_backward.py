@@ -72,6 +72,29 @@ class EarlyBackward:
             self._sources = []
         return result
 
+    def leave_out(
+        self,
+        result: Mapping[str, torch.Tensor],
+        idle: Iterable[torch.Tensor] = (),
+    ) -> Dict[str, torch.Tensor]:
+        """Takes the place of :meth:`run` where the loss shall have no part in the sum: its graph is let go unused.
+
+        Args:
+            result: see :meth:`run`.
+            idle: parameters that perhaps nothing else computes with. :meth:`join` gives them gradients of 0: what sums
+                up gradients over processes waits for those of all parameters.
+
+        Returns:
+            The same, detached, with a loss of 0.
+        """
+        idle = [parameter for parameter in idle if parameter.requires_grad]
+        result = {name: tensor.detach() for name, tensor in result.items()}
+        result['loss'] = self._loss = torch.zeros_like(result['loss'])
+        self.is_early, self._sources = True, []
+        self._gradients = [torch.zeros_like(parameter) for parameter in idle]
+        self._stand_ins = [_StandIn.apply(parameter) for parameter in idle]
+        return result
+
     def join(self) -> torch.Tensor:
         """A scalar 0 whose gradients are those of the loss, to add to another loss for one backward pass.
 

@@ -168,15 +168,17 @@ class _Share(torch.autograd.Function):
         teacher, student = grads[:count], grads[count:]
         used = [i for i in range(count) if teacher[i] is not None or student[i] is not None]
         result = [None] * count
+        given = [i for i in used if teacher[i] is not None]
+        if given:
+            # Copies even where the multiplier is 1: parts are added in place, and a gradient may be another tensor's as
+            # well.
+            stored = multiply_each([teacher[i] for i in given], [bucket.teacher_multipliers[i] for i in given])
+            for i, grad in zip(given, stored):
+                result[i] = grad
         for i in used:
-            shape = bucket.tensor_maps[i].teacher_shape
-            result[i] = teacher[i] if teacher[i] is not None else student[i].new_zeros(shape)
-        # Copies even where the multiplier is 1: parts are added in place, and a gradient may be another tensor's as
-        # well.
-        stored = multiply_each([result[i] for i in used], [bucket.teacher_multipliers[i] for i in used])
-        for i, grad in zip(used, stored):
-            result[i] = grad
-        _multiply_first_replicas(result, bucket, [i for i in used if bucket.first_multipliers[i] != 1])
+            if result[i] is None:
+                result[i] = student[i].new_zeros(bucket.tensor_maps[i].teacher_shape)
+        _multiply_first_replicas(result, bucket, [i for i in given if bucket.first_multipliers[i] != 1])
 
         used = [i for i in used if student[i] is not None]
         add_to_first_replicas(

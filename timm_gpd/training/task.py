@@ -13,6 +13,7 @@ from timm.utils import unwrap_model
 from ..distillers import distill_settings
 from ..errors import UsageError, usage_errors
 from ..task import DistillationTask, GapPreservingTask
+from ..task.gap_control import GapControl, GapTarget, Switch
 from ..task.gpd_loss import GpdLoss
 from ..task.static_teacher import StaticTeacher, resolve_static_teacher
 from .criterion import create_criterion
@@ -113,6 +114,7 @@ def create_task(
                 method=args.gpd_method,
                 between=args.gpd_between,
                 seed=args.seed,
+                gap_control=_create_gap_control(args),
                 **distillation,
                 **common,
             )
@@ -121,6 +123,12 @@ def create_task(
     if args.task == 'multilabel':
         return MultiLabelClassificationTask(student, threshold=args.multilabel_threshold, **common)
     return ClassificationTask(student, **common)
+
+
+def _create_gap_control(args: argparse.Namespace) -> Optional[GapControl]:
+    if args.gpd_switch:
+        return Switch()
+    return None if args.gpd_gap_target is None else GapTarget(args.gpd_gap_target, args.gpd_gap_scales)
 
 
 # timm's own tasks lack the two methods by which those of this package answer these questions.

@@ -126,6 +126,7 @@ FLAGS: Mapping[str, Callable[[Any], Optional[str]]] = {
     'gpd_weight_end': AT_LEAST_0,
     'gpd_epochs': what_is_wrong,
     'gpd_between': COUNT_OR_NONE,
+    'gpd_gap_target': POSITIVE,
     'kd_model_name': Names('models', list_models, _is_model),
     'kd_model_path': PATH,
     'kd_distill_type': Text('by the task, which lists the losses'),

@@ -39,7 +39,10 @@ _ONLY_WITH = {
         'gpd_epochs',
         'gpd_method',
         'gpd_between',
+        'gpd_switch',
+        'gpd_gap_target',
     ),
+    'gpd_gap_target': ('gpd_gap_scales',),
     'kd_model_name': ('kd_distill_type', 'kd_loss_args', 'distill_loss_weight', 'task_loss_weight', 'kd_temperature'),
     'model_ema': ('model_ema_decay', 'model_ema_warmup', 'model_ema_force_cpu'),
     'amp': ('amp_dtype',),
@@ -108,6 +111,7 @@ def check_train_combinations(values: Mapping[str, Any], parser: argparse.Argumen
         raise UsageError('--gpd-scale balanced goes with one branch: leave out --gpd-branches, or take another scale')
     if values['gpd']:
         _check_method(values, parser)
+        _check_gap_control(values)
     if values['dataset'] == 'glyphs':
         idle = [name for name in _IDLE_OF_GLYPHS if values[name] != parser.get_default(name)]
         if idle:
@@ -232,6 +236,26 @@ def _check_method(values: Mapping[str, Any], parser: argparse.ArgumentParser) ->
         )
     if ratio == 2 and method == 'sandwich':
         _logger.warning('--gpd-method sandwich is --gpd-method joint where --gpd-ratio is 2: no ratio is between')
+
+
+def _check_gap_control(values: Mapping[str, Any]) -> None:
+    is_switched, has_target = values['gpd_switch'], values['gpd_gap_target'] is not None
+    if is_switched and has_target:
+        raise UsageError('--gpd-switch and --gpd-gap-target control the same gap: give one of them')
+    if not is_switched and not has_target:
+        return
+    flag = '--gpd-switch' if is_switched else '--gpd-gap-target'
+    if values['gpd_method'] == 'netaug':
+        raise UsageError(f'{flag} controls a gap, and --gpd-method netaug has none: leave out one of them')
+    if is_switched and values['torchcompile']:
+        raise UsageError('--gpd-switch decides at every step, which a compiler cannot follow: leave out --torchcompile')
+    if is_switched and values['task'] == 'multilabel':
+        raise UsageError(
+            '--gpd-switch compares probabilities of classes that exclude each other, and with --task multilabel they '
+            'do not: take --gpd-gap-target'
+        )
+    if has_target and values['gpd_gap_scales'] == 'distillation' and values['gpd_weight'] == 0:
+        raise UsageError('--gpd-gap-scales distillation scales --gpd-weight, which is 0: raise it')
 
 
 def _metrics(values: Mapping[str, Any]) -> Tuple[str, ...]:

@@ -6,6 +6,7 @@ from timm.utils import ParseKwargs
 
 from ...distillers import DISTILLERS
 from ...losses import GPD_LOSSES
+from ...task.gap_control import GAP_SCALES
 from ...task.gpd_loss import WEIGHT_SCHEDULES
 from ...task.nested import METHODS
 from ...teacher.dynamic_teacher import SCALES
@@ -75,6 +76,24 @@ def add_gpd(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         '--gpd-between', type=int, default=2, metavar='N', help='ratios between in a step of "sandwich", at most'
+    )
+    group.add_argument(
+        '--gpd-switch',
+        action='store_true',
+        help="leave out the dynamic teacher's loss, and its backward pass, while the gap is large",
+    )
+    group.add_argument(
+        '--gpd-gap-target',
+        type=float,
+        default=None,
+        metavar='G',
+        help="hold the dynamic teacher's lead in the task loss at this",
+    )
+    group.add_argument(
+        '--gpd-gap-scales',
+        default='teacher',
+        choices=GAP_SCALES,
+        help="by a factor of the dynamic teacher's loss, or of --gpd-weight",
     )
 
 

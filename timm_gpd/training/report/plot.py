@@ -1,4 +1,4 @@
-"""``gap.png``: accuracy of student and teachers over epochs, and the gap between them."""
+"""``gap.png``: accuracy of student and teachers over epochs, the gap between them, and what controls it."""
 
 import logging
 import math
@@ -14,7 +14,19 @@ _logger = logging.getLogger('train')
 # Of the time of a run, in drawing; and seconds in which a run is not worth a plot but its last.
 MAX_SHARE, FIRST_AFTER = 0.02, 5.0
 METRICS = {'top1': 'top-1', 'map': 'mean average precision'}  # the second of images with several labels
-COLORS = {'student': 'tab:blue', 'dynamic teacher': 'tab:orange', 'static teacher': 'tab:gray', 'gap': 'tab:green'}
+COLORS = {
+    'student': 'tab:blue',
+    'dynamic teacher': 'tab:orange',
+    'static teacher': 'tab:gray',
+    'gap': 'tab:green',
+    'paused': 'tab:red',
+    'factor': 'tab:red',
+}
+# What controls the gap: columns, with the axis's name, the curve's, and the unit that it is drawn in.
+CONTROLS = {
+    'train_paused': ('paused steps (%)', 'paused', 100.0),
+    'train_gap_factor': ('factor for the gap', 'factor', 1.0),
+}
 
 
 class GapPlot:
@@ -55,6 +67,8 @@ class GapPlot:
 def draw_gap(rows: Sequence[Dict[str, str]], path: str, title: str = '') -> Any:
     """Draws top-1 of student, dynamic teacher and static teacher, and below it the gap where there is one.
 
+    Below the gap is what controls it, if anything does: the share of paused steps, or the factor for a target.
+
     Of images with several labels it is the mean average precision.
 
     The axes fit the later half of the epochs: where earlier ones are out of their range, they are cut off. The best
@@ -78,9 +92,11 @@ def draw_gap(rows: Sequence[Dict[str, str]], path: str, title: str = '') -> Any:
     student, teacher, static, gap = (
         _column(rows, f'eval_{name}') for name in (metric, f'teacher_{metric}', f'static_{metric}', 'gap')
     )
+    controls = [name for name in CONTROLS if gap and _column(rows, name)]
     best = max(range(len(rows)), key=lambda index: (student[index], index))
-    figure = Figure(figsize=(7, 6.5 if gap else 4.5), layout='constrained')
-    panels = figure.subplots(2 if gap else 1, sharex=True, squeeze=False, height_ratios=[2, 1] if gap else [1])[:, 0]
+    lower = bool(gap) + len(controls)
+    figure = Figure(figsize=(7, 4.5 + 2 * lower), layout='constrained')
+    panels = figure.subplots(1 + lower, sharex=True, squeeze=False, height_ratios=[2, *[1] * lower])[:, 0]
 
     top = panels[0]
     _curve(top, epochs, student, best, 'student', f'best in epoch {epochs[best]}')
@@ -96,6 +112,12 @@ def draw_gap(rows: Sequence[Dict[str, str]], path: str, title: str = '') -> Any:
         _curve(panels[1], epochs, gap, best, 'gap', 'then')
         panels[1].set(ylabel=f'gap (points of {METRICS[metric]})')
         _show_last_epochs(panels[1], [gap], best)
+    for panel, column in zip(panels[2:], controls):
+        label, name, unit = CONTROLS[column]
+        values = [unit * value for value in _column(rows, column)]
+        _curve(panel, epochs, values, best, name, 'then')
+        panel.set(ylabel=label)
+        _show_last_epochs(panel, [values], best)
     for panel in panels:
         panel.grid(alpha=0.3)
         panel.legend(fontsize='small')
