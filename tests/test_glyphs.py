@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.ft2font import FT2Font
+from safetensors.numpy import load_file, save_file
 
 from programs import ROOT, differences, run, summary
 from timm_gpd.data.glyphs import (
@@ -215,6 +216,11 @@ def test_damaged_glyphs_are_refused(folder, tmp_path):
     os.truncate(tmp_path / 'cut' / 'glyphs.safetensors', 1000)
     with pytest.raises(UsageError, match='glyphs.safetensors cannot be read: write the glyphs again'):
         read_glyphs(str(tmp_path / 'cut'), 'train')
+    shutil.copytree(folder, tmp_path / 'other')
+    arrays = load_file(tmp_path / 'other' / 'glyphs.safetensors')
+    save_file({**arrays, 'targets': arrays['targets'] + 500}, tmp_path / 'other' / 'glyphs.safetensors')
+    with pytest.raises(UsageError, match='is not what glyphs.json describes: write the glyphs again'):
+        read_glyphs(str(tmp_path / 'other'), 'train')
 
 
 def test_what_has_no_effect_is_warned_about(folder, caplog):

@@ -266,6 +266,16 @@ class TestProperties:
         assert torch.autograd.gradcheck(lambda s: dist_loss(s, logits[1]), logits[0].clone().requires_grad_())
         assert torch.autograd.gradcheck(lambda s: rkd_loss(s, embeddings[1]), embeddings[0].clone().requires_grad_())
 
+    @pytest.mark.parametrize('name', GPD_LOSSES)
+    @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+    def test_half_precision_costs_its_rounding_only(self, name, dtype):
+        """Of products of small numbers it would leave 0 over 0."""
+        student, teacher = (20 * wave(6, 100, pitch=pitch).to(dtype) for pitch in (0.7, 1.3))
+        rest = [torch.arange(6)] if needs_target(GPD_LOSSES[name]) else []
+        with torch.autocast('cpu', dtype):
+            loss = GPD_LOSSES[name](student, teacher, *rest)
+        close(loss.double(), GPD_LOSSES[name](student.double(), teacher.double(), *rest), rtol=1e-2)
+
     def test_ofa_with_eps_1_is_soft_cross_entropy(self, logits, target):
         close(ofa_loss(*logits, target), soft_target_cross_entropy(*logits, smoothing=0.0))
 

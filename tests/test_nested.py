@@ -241,3 +241,12 @@ def test_a_ratio_between_that_is_not_exact_is_refused():
     teacher = expand(Stepped(), 3)
     with pytest.raises(UnsupportedModelError, match='differs from the student'):
         teacher.at_ratio(2)
+
+
+def test_a_new_classifier_leaves_ratios_between_exact(tiny_student):
+    teacher = expand(tiny_student.double(), 3, noise=0.0).eval()
+    teacher.reset_classifier(7)
+    x = torch.randn(2, 1, 32, 32, dtype=torch.float64)
+    expected = teacher.eval().forward_student(x)
+    for k in (2, 3):
+        assert relative_error(teacher.at_ratio(k)(x), expected) <= 1e-12

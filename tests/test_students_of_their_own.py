@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from timm_gpd import GapPreservingTask, UnsupportedModelError, expand, plan_expansion
 from timm_gpd.errors import InputError
+from timm_gpd.task.gpd_loss import GpdLoss
 from timm_gpd.teacher import DynamicTeacher
 
 
@@ -231,6 +232,9 @@ def test_one_class_needs_a_loss_of_logits():
     with pytest.raises(InputError, match='gpd_loss sce compares probabilities of classes.*take mse or l1'):
         task_of(student)
     assert task_of(student, gpd_loss='mse').gpd_weight == 3
+    one = torch.randn(4, 1)
+    with pytest.raises(InputError, match='gpd_loss kl compares probabilities'):  # a student that counts no classes
+        GpdLoss('kl')(one, one)
 
 
 def test_a_students_state_is_one_whatever_its_modules_are_called():

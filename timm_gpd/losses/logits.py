@@ -152,7 +152,7 @@ def nkd_loss(
         ValueError: if the target's shape is neither.
     """
     index = target_classes(target, student_logits).unsqueeze(1)
-    teacher_logits = teacher_logits.detach()
+    student_logits, teacher_logits = _in_whole_precision(student_logits), _in_whole_precision(teacher_logits.detach())
     of_target = teacher_logits.softmax(-1).gather(1, index) * F.log_softmax(student_logits, -1).gather(1, index)
     others = torch.ones_like(teacher_logits, dtype=torch.bool).scatter(1, index, False)
     student, teacher = (x[others].view(len(x), -1) / temperature for x in (student_logits, teacher_logits))
@@ -200,8 +200,8 @@ def dist_loss(
     Returns:
         A scalar in [0, 2 * (beta + gamma) * temperature ** 2].
     """
-    student = (student_logits / temperature).softmax(-1)
-    teacher = (teacher_logits.detach() / temperature).softmax(-1)
+    student = (_in_whole_precision(student_logits) / temperature).softmax(-1)
+    teacher = (_in_whole_precision(teacher_logits.detach()) / temperature).softmax(-1)
     inter = _pearson_distance(student, teacher)
     intra = _pearson_distance(student.T, teacher.T)
     return (beta * inter + gamma * intra) * temperature**2
@@ -246,3 +246,8 @@ def _pearson_distance(a: torch.Tensor, b: torch.Tensor, eps: float = 1e-8) -> to
     """1 - correlation, a mean over rows. ``eps`` matters: the product of two columns' norms is often as small."""
     a, b = a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True)
     return 1 - ((a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1) + eps)).mean()
+
+
+def _in_whole_precision(logits: torch.Tensor) -> torch.Tensor:
+    """Half precision as float32: on a CPU autocast leaves it, and products of small numbers are 0 in it."""
+    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits

@@ -35,12 +35,8 @@ class GpdLoss:
     ) -> None:
         if name not in GPD_LOSSES:
             raise InputError(f'gpd_loss must be one of {", ".join(GPD_LOSSES)}, but is {name!r}')
-        if num_classes == 1 and name not in OF_ONE_LOGIT:
-            raise InputError(
-                f'gpd_loss {name} compares probabilities of classes, and the student has one, whose is always 1: '
-                f'take {" or ".join(OF_ONE_LOGIT)}'
-            )
         self.name, self.function = name, GPD_LOSSES[name]
+        self._check_classes(num_classes)
         self.hyperparameters: Dict[str, Any] = {}
         defaults = loss_defaults(self.function)
         for key, value in (hyperparameters or {}).items():
@@ -66,13 +62,21 @@ class GpdLoss:
             A scalar.
 
         Raises:
-            ValueError: if the loss needs a target and cannot use this one.
+            ValueError: if the loss needs a target and cannot use this one, or there are too few classes for it.
         """
+        self._check_classes(student_logits.shape[-1])
         if not needs_target(self.function):
             return self.function(student_logits, teacher_logits, **self.hyperparameters)
         if target is None:
             raise ValueError(f'gpd_loss {self.name} needs the target as its third argument')
         return self.function(student_logits, teacher_logits, target, **self.hyperparameters)
+
+    def _check_classes(self, num_classes: Optional[int]) -> None:
+        if num_classes == 1 and self.name not in OF_ONE_LOGIT:
+            raise InputError(
+                f'gpd_loss {self.name} compares probabilities of classes, and the student has one, whose is always 1: '
+                f'take {" or ".join(OF_ONE_LOGIT)}'
+            )
 
     def __repr__(self) -> str:
         return ', '.join([self.name, *(f'{key}={value}' for key, value in self.hyperparameters.items())])

@@ -57,8 +57,8 @@ def hand_over(
     - with optimizers that look at a whole tensor (LAMB's trust ratio, Adafactor), and with clipping ``agc``.
 
     What is remembered of a tensor that widens starts anew, and the log says so, where it is not one number for each
-    entry (Adafactor, Kron), and where it must be scaled, for ``scale='teacher'`` or branches, and the optimizer is not
-    SGD, LAMB, Lion or of the Adam family.
+    entry (Adafactor, Kron), and where it must be scaled and the optimizer is not SGD, LAMB, Lion or of the Adam family:
+    to plain training for ``scale='teacher'`` or branches, and always to joint training.
 
     From plain to joint training replica 0 gets the student's state, and other replicas what they would have gathered,
     see :func:`timm_gpd.teacher.optimizer_state.replicate_states`.
@@ -72,11 +72,15 @@ def hand_over(
         optimizer_after: over all that it trains, of the same class.
 
     Raises:
-        InputError: if the two are of one kind, the student is another one, or there is no average to go on with.
+        InputError: if the two are of one kind, the student or the optimizer's class is another one, or there is no
+            average to go on with.
     """
     joint = [isinstance(task, GapPreservingTask) for task in (before, after)]
     if joint[0] == joint[1]:
         raise InputError('a hand-over is from a GapPreservingTask to a task of the student alone, or the reverse')
+    kinds = [type(optimizer).__name__ for optimizer in (optimizer_before, optimizer_after)]
+    if type(optimizer_before) is not type(optimizer_after):
+        raise InputError(f'{kinds[1]} cannot go on with what {kinds[0]} remembers: make an optimizer of the same class')
     if before.has_ema() and not after.has_ema():
         raise InputError('the task before has a moving average: call setup_ema of the one after it first')
     _check_same_student(before, after)

@@ -65,8 +65,8 @@ def replicate_states(
     """States of the dynamic teacher's parameters, from those of its student's: what :func:`slice_states` undoes.
 
     Replica 0 goes on as the student. The gradients that the other replicas will get are smaller: as many replicas as
-    there are share what the student's entry gets alone. So they begin with what they would have gathered. States of a
-    power that is not known are replicated as they are.
+    there are share what the student's entry gets alone. So they begin with what they would have gathered. What is of no
+    known power of the gradient, or a copy of weights as MADGRAD's and Lookahead's, has no replicas: these begin anew.
 
     Args:
         dynamic_teacher: made of the student whose states these are, with gammas as they start.
@@ -74,8 +74,8 @@ def replicate_states(
         powers: see :func:`slice_states`.
 
     Returns:
-        New states by the dynamic teacher's names, of those that have a counterpart in the student; None as in
-        :func:`slice_states`. Branches beside the first one have none.
+        New states by the dynamic teacher's names, of those that have a counterpart in the student; None where one
+        begins anew. Branches beside the first one have none.
     """
     result: Dict[str, Optional[State]] = {}
     for name, stored_name, kernel in _names(dynamic_teacher):
@@ -84,7 +84,7 @@ def replicate_states(
         if tensor_map is not None and state is not None:
             balanced = dynamic_teacher.scale == 'balanced'
             change = partial(_replicate, tensor_map, multiplier, tensor_map.divisor if balanced else 1)
-            state = _convert(state, tensor_map.shape, change, powers, multiplier > 1)
+            state = _convert(state, tensor_map.shape, change, powers, is_scaled=True)
         if kernel is not None and state is not None:
             state = _convert(state, kernel.shape, lambda value, power: inputs_last(value), powers, is_scaled=False)
         result[stored_name] = _copy(state)

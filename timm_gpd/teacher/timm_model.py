@@ -152,7 +152,7 @@ class TimmModel(nn.Module):
         plain.to(example.device, example.dtype)
         after = _tensors(plain)
         plan = plan_expansion(plain, self.plan.ratio, None if num_classes else ())
-        fresh = type(self)(plain, plan, scale=self.scale, branches=self.branch_kinds)
+        fresh = type(self)(plain, plan, noise=0.0, scale=self.scale, branches=self.branch_kinds)
         _keep_tensors(fresh, self, {name for name in after if after[name] is not before.get(name)})
         modes = {name: module.training for name, module in self.named_modules()}
         for name in _MODELS:  # tasks and taps hold the roots, which stay the same modules

@@ -58,7 +58,10 @@ def _load(model: nn.Module, args: argparse.Namespace) -> nn.Module:
         raise UsageError(f'{path} holds no averaged weights: leave out --use-ema')
     task_state = checkpoint.get('task_state_ema' if args.use_ema else 'task_state') or {}
     if args.use_teacher and 'dynamic_teacher' not in task_state:
-        raise UsageError(f'{path} holds no dynamic teacher, which is of a run with --gpd: leave out --use-teacher')
+        raise UsageError(
+            f'{path} holds no dynamic teacher, which is of a run with --gpd, in the epochs that have one: '
+            'leave out --use-teacher'
+        )
     try:
         if args.use_teacher:
             settings = task_state['settings']

@@ -10,7 +10,7 @@ from typing import Any, Dict, Tuple
 
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load, save_file
 
 from ...errors import UsageError
 from .splits import SPLITS
@@ -117,11 +117,15 @@ def read_glyphs(folder: str, split: str) -> Glyphs:
     Raises:
         UsageError: if the folder has no glyphs, or they are damaged.
     """
-    description = read_description(folder)
+    description, path = read_description(folder), os.path.join(folder, ARRAYS)
     try:
-        arrays = load_file(os.path.join(folder, ARRAYS))
+        with open(path, 'rb') as file:
+            content = file.read()
+        arrays = load(content)
     except (OSError, SafetensorError) as error:
-        raise UsageError(f'{os.path.join(folder, ARRAYS)} cannot be read: write the glyphs again ({error})')
+        raise UsageError(f'{path} cannot be read: write the glyphs again ({error})')
+    if hashlib.sha256(content).hexdigest() != description.get('arrays_sha256'):
+        raise UsageError(f'{path} is not what {DESCRIPTION} describes: write the glyphs again')
     numbers = np.flatnonzero(arrays['splits'] == SPLITS.index(split))
     return Glyphs(
         arrays['images'][numbers],
