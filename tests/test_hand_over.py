@@ -275,7 +275,8 @@ def test_copies_of_weights_that_an_optimizer_keeps_do_not_pull_replicas_back(stu
     for number in range(7):
         step(joint, both, number)
     for tensor_name, tensor in joint.get_dynamic_teacher().wide.named_parameters():
-        assert relative_error(tensor, before[tensor_name]) < 0.01  # MADGRAD adds 1e-6 to a rate of 0
+        if tensor_name in joint.get_dynamic_teacher().plan.tensors:
+            assert relative_error(tensor, before[tensor_name]) < 0.01  # MADGRAD adds 1e-6 to a rate of 0
 
 
 # -- misuse -----------------------------------------------------------------------------------------------------------

@@ -67,8 +67,7 @@ class GapPreservingTask(BaseTask):
             :meth:`begin_update` hears: ``'constant'`` (not at all), ``'linear'`` or ``'cosine'``.
         gpd_weight_end: the weight w at the end.
         share_weight: factor, from 0 to 1, of the gradient that wider models' losses give to the entries that are the
-            student's, too. With ``scale='balanced'`` 1 is what moves them as a plain wide model's under SGD: the square
-            of a weight's divisor times the gradient of the sum of losses.
+            student's, too, see :meth:`timm_gpd.DynamicTeacher.share_gradients`.
         method: what a step trains: ``'joint'``, or with other ratios that the dynamic teacher holds, see
             :mod:`timm_gpd.task.nested`, ``'sandwich'``, or ``'netaug'``, whose T is a random one and which has no
             L_GPD and no static teacher.
@@ -154,10 +153,8 @@ class GapPreservingTask(BaseTask):
             _logger.info(
                 f'GapPreservingTask: ratio={ratio}, branches={self.settings["branches"]}, scale={scale}, '
                 f'gpd_loss={self.gpd_loss}, gpd_weight={gpd_weight}, task_loss_weight={self.task_loss_weight}, '
-                f'distill_loss_weight={self.distill_loss_weight}, '
-                f'distillers={self.settings.get("distillers")}; '
-                f'dynamic teacher of {count} parameters over a student of '
-                f'{sum(p.numel() for p in student.parameters())}'
+                f'distill_loss_weight={self.distill_loss_weight}, distillers={self.settings.get("distillers")}; dynamic '
+                f'teacher of {count} parameters over a student of {sum(p.numel() for p in student.parameters())}'
             )
 
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> Dict[str, torch.Tensor]:
