@@ -153,8 +153,8 @@ class GapPreservingTask(BaseTask):
             _logger.info(
                 f'GapPreservingTask: ratio={ratio}, branches={self.settings["branches"]}, scale={scale}, '
                 f'gpd_loss={self.gpd_loss}, gpd_weight={gpd_weight}, task_loss_weight={self.task_loss_weight}, '
-                f'distill_loss_weight={self.distill_loss_weight}, distillers={self.settings.get("distillers")}; dynamic '
-                f'teacher of {count} parameters over a student of {sum(p.numel() for p in student.parameters())}'
+                f'distill_loss_weight={self.distill_loss_weight}, distillers={self.settings.get("distillers")}; '
+                f'dynamic teacher of {count} over a student of {sum(p.numel() for p in student.parameters())} parameters'
             )
 
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> Dict[str, torch.Tensor]:
