@@ -173,9 +173,7 @@ CACHING = {
     'efficientformer': partial(
         timm.create_model, 'efficientformer_l1', depths=(1, 1, 1, 2), embed_dims=(24, 48, 112, 224)
     ),
-    'efficientformer_v2': partial(
-        timm.create_model, 'efficientformerv2_s0', depths=(1, 1, 2, 2), num_vit=1, img_size=64
-    ),
+    'efficientformer_v2': partial(timm.create_model, 'efficientformerv2_s0', depths=(1, 1, 2, 2), num_vit=1),
     'efficientvit_msra': partial(timm.create_model, 'efficientvit_m0', img_size=64),
 }
 
