@@ -74,7 +74,7 @@ def test_expansion_is_exact(name, size, kwargs, ratio):
         ),
         ('swin_tiny_patch4_window7_224', {'num_classes': 4, 'img_size': (64, 32), 'window_size': 4}, (64, 32)),
         # These keep no record of img_size and accept no square.
-        ('levit_128s', {'num_classes': 4, 'img_size': (64, 128)}, (64, 128)),
+        ('levit_128s', {'num_classes': 4, 'img_size': (64, 128), 'depth': (1, 1, 1)}, (64, 128)),
         ('hiera_tiny_224', {'num_classes': 4, 'img_size': (64, 96)}, (64, 96)),
     ],
 )
@@ -86,11 +86,19 @@ def test_any_input_and_classes(name, kwargs, size):
 
 
 @pytest.mark.parametrize('scale', ('student', 'teacher', 'balanced'))
-@pytest.mark.parametrize('name', ('resnet18', 'mobilenetv3_small_100', 'convnext_atto', 'vit_tiny_patch16_224'))
-def test_float32(name, scale):
-    student = timm.create_model(name, num_classes=10).eval()
+@pytest.mark.parametrize(
+    'name, kwargs',
+    [
+        ('resnet18', {}),
+        ('mobilenetv3_small_100', {}),
+        ('convnext_atto', {}),
+        ('vit_tiny_patch16_224', {'img_size': 64}),
+    ],
+)
+def test_float32(name, kwargs, scale):
+    student = timm.create_model(name, num_classes=10, **kwargs).eval()
     teacher = expand(student, ratio=2, noise=0.3, scale=scale)
-    x = torch.randn(2, 3, 224, 224)
+    x = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         expected = student(x)
         student_logits, teacher_logits = teacher.joint(x)
@@ -197,7 +205,7 @@ def test_a_module_that_stops_the_plan_is_no_missing_classifier(monkeypatch):
     [
         ('test_resnet', {'in_chans': 5}, (5, 160, 160)),  # its own record
         ('vit_tiny_patch16_224', {'img_size': (32, 64)}, (3, 32, 64)),
-        ('levit_128s', {'img_size': (64, 128)}, (3, 64, 128)),  # no record: searched
+        ('levit_128s', {'img_size': (64, 128), 'depth': (1, 1, 1)}, (3, 64, 128)),  # no record: searched
     ],
 )
 def test_the_plan_says_what_images_the_student_accepts(name, kwargs, shape, monkeypatch):
