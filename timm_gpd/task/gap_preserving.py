@@ -154,7 +154,7 @@ class GapPreservingTask(BaseTask):
                 f'GapPreservingTask: ratio={ratio}, branches={self.settings["branches"]}, scale={scale}, '
                 f'gpd_loss={self.gpd_loss}, gpd_weight={gpd_weight}, task_loss_weight={self.task_loss_weight}, '
                 f'distill_loss_weight={self.distill_loss_weight}, distillers={self.settings.get("distillers")}; '
-                f'dynamic teacher of {count} over a student of {sum(p.numel() for p in student.parameters())} parameters'
+                f'dynamic teacher of {count} parameters, student of {sum(p.numel() for p in student.parameters())}'
             )
 
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> Dict[str, torch.Tensor]:
