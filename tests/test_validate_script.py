@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 
 import pytest
 import timm
@@ -232,7 +233,7 @@ def test_unreadable_images_are_said(tmp_path):
 
 
 def test_two_processes_have_the_metrics_of_one(pets, tmp_path):
-    root, _ = pets
+    root = shutil.copytree(pets[0], tmp_path / 'pets')
     write_image(root / 'val' / 'bee' / 'ILSVRC2012_val_00000022.JPEG', seed=30)
     write_image(root / 'val' / 'cat' / 'ILSVRC2012_val_00000023.JPEG', seed=31)  # 23 images: one is read twice
     labels = [[index % 5] if index % 4 else [] for index in range(23)]
