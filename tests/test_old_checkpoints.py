@@ -10,6 +10,7 @@ import timm
 import torch
 from safetensors.torch import load_file
 
+import programs
 from programs import ROOT, run, summary
 
 RUNS = os.path.join(ROOT, 'tests', 'fixtures', 'flat_layout')
@@ -25,6 +26,7 @@ def test_a_run_from_before_the_package_had_rooms_goes_on(tmp_path, monkeypatch, 
     expected = summary(folder)
     (folder / 'summary.csv').unlink()
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(programs, 'VALIDATION', 2000)  # all of them, as then
 
     run('train.py', '--config', folder / 'args.yaml', '--epochs', '4', '--resume', folder / 'last.pth.tar')
 

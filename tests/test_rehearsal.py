@@ -36,7 +36,7 @@ def lose_statistics(monkeypatch):
         (lose_statistics, 'bn1.running_var'),
     ],
 )
-@pytest.mark.parametrize('kwargs', [{}, {'scale': 'teacher', 'ratio': 3}, {'num_branches': 2}])
+@pytest.mark.parametrize('kwargs', [{}, {'scale': 'teacher', 'ratio': 3, 'noise': 0.0}, {'num_branches': 2}])
 def test_a_fault_is_found(fault, what, kwargs, monkeypatch):
     if fault is lose_gradients and 'num_branches' in kwargs:
         what = 'the gradient of conv1.1.weight'  # of tensors that have no branches
@@ -50,7 +50,7 @@ def test_a_fault_is_found(fault, what, kwargs, monkeypatch):
 @pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     'kwargs',
-    [{}, {'ratio': 3}, {'scale': 'teacher', 'ratio': 3}, {'num_branches': 6, 'noise': 0.1}],
+    [{}, {'ratio': 3, 'noise': 0.0}, {'scale': 'teacher', 'ratio': 3, 'noise': 0.0}, {'num_branches': 6, 'noise': 0.1}],
     ids=str,
 )
 def test_what_is_right_passes_and_is_left_as_it_was(dtype, kwargs):
