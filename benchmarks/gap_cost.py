@@ -8,7 +8,6 @@ time, which other programs disturb less.
     python benchmarks/gap_cost.py --models resnet18
 """
 
-import argparse
 import copy
 import statistics
 import time
@@ -16,6 +15,7 @@ from typing import Callable, Dict
 
 import torch
 
+from nested_cost import step_parser
 from step_cost import Bench, median_ratio, time_in_turns
 from timm_gpd import GapPreservingTask, expand
 from timm_gpd.task.gap_control import GapControl, Switch
@@ -55,24 +55,15 @@ class GapBench(Bench):
         return step
 
     def controlled(self, gap_control: GapControl) -> Callable[[], None]:
-        task = GapPreservingTask(
-            self.student, ratio=self.ratio, gap_control=gap_control, device=self.device, verbose=False
+        return self.step_of(
+            GapPreservingTask(
+                self.student, ratio=self.ratio, gap_control=gap_control, device=self.device, verbose=False
+            )
         )
-        task.trainable_module = module = self._to_device(task.trainable_module)
-        task.train()
-        return self._stepper(module, lambda: task(self.x, self.target)['loss'])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--models', nargs='+', default=['resnet18'])
-    parser.add_argument('--device', default='cpu')
-    parser.add_argument('--mode', default='fp32')
-    parser.add_argument('--batch', type=int, default=16)
-    parser.add_argument('--size', type=int, default=128, help='pixels of a side')
-    parser.add_argument('--repeats', type=int, default=7)
-    parser.add_argument('--warmup', type=int, default=2)
-    args = parser.parse_args()
+    args = step_parser(__doc__.splitlines()[0]).parse_args()
     for name in args.models:
         bench = GapBench(name, args.device, args.mode, args.batch, args.size)
         steps = {

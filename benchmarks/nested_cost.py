@@ -43,23 +43,27 @@ class NestedBench(Bench):
             device=self.device,
             verbose=False,
         )
-        task.trainable_module = module = self._to_device(task.trainable_module)
-        task.train()
         if task.ratios is not None:
             task.ratios.draw = lambda: tuple(drawn)
-        return self._stepper(module, lambda: task(self.x, self.target)['loss'])
+        return self.step_of(task)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def step_parser(description: str) -> argparse.ArgumentParser:
+    """A parser of what says which steps are timed, and how often."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument('--models', nargs='+', default=['resnet18'])
     parser.add_argument('--device', default='cpu')
     parser.add_argument('--mode', default='fp32')
     parser.add_argument('--batch', type=int, default=16)
     parser.add_argument('--size', type=int, default=128, help='pixels of a side')
-    parser.add_argument('--branches', type=int, default=1)
     parser.add_argument('--repeats', type=int, default=7)
     parser.add_argument('--warmup', type=int, default=2)
+    return parser
+
+
+def main() -> None:
+    parser = step_parser(__doc__.splitlines()[0])
+    parser.add_argument('--branches', type=int, default=1)
     args = parser.parse_args()
     for name in args.models:
         bench = NestedBench(name, args.device, args.mode, args.batch, args.size, ratio=RATIO)

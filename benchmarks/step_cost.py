@@ -10,13 +10,11 @@ Devices and precisions that this run does not measure keep what an earlier run w
 """
 
 import argparse
-import contextlib
 import copy
 import ctypes
 import gc
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -27,6 +25,8 @@ import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+
+from machine import device_name
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
@@ -120,9 +120,14 @@ class Bench:
 
     def gpd(self, branches: int) -> Callable[[], None]:
         """One training step of student and dynamic teacher."""
-        task = GapPreservingTask(
-            self.student, self.static, ratio=self.ratio, num_branches=branches, device=self.device, verbose=False
+        return self.step_of(
+            GapPreservingTask(
+                self.student, self.static, ratio=self.ratio, num_branches=branches, device=self.device, verbose=False
+            )
         )
+
+    def step_of(self, task: GapPreservingTask) -> Callable[[], None]:
+        """One training step of a task."""
         task.trainable_module = module = self._to_device(task.trainable_module)
         task.train()
         if self.mode == 'compile':
@@ -281,16 +286,6 @@ def measure_rest(name: str, size: int, branches: List[int], repeats: int) -> Dic
 
         rest[f'sharing in a step, M = {count}'] = median(read_and_back)
     return rest
-
-
-def device_name(device: str) -> str:
-    if device == 'cuda':
-        return torch.cuda.get_device_name()
-    with contextlib.suppress(OSError), open('/proc/cpuinfo') as file:
-        for line in file:
-            if line.startswith('model name'):
-                return f'{line.split(":")[1].strip()}, {torch.get_num_threads()} threads'
-    return f'{platform.machine()}, {torch.get_num_threads()} threads'
 
 
 # -- report ------------------------------------------------------------------------------------------------------------

@@ -35,6 +35,8 @@ import timm
 import torch
 from tqdm import tqdm
 
+from machine import processor_name
+
 ROOT = Path(__file__).resolve().parents[1]
 
 PLAIN = 'plain'
@@ -126,7 +128,7 @@ class Results:
             'commit': subprocess.run(
                 ['git', 'rev-parse', '--short', 'HEAD'], cwd=ROOT, capture_output=True, text=True
             ).stdout.strip(),
-            'processor': _processor(),
+            'processor': processor_name(),
             'versions': {'torch': torch.__version__, 'timm': timm.__version__, 'python': platform.python_version()},
         }
         with self.lock:
@@ -157,14 +159,6 @@ def _call(command: Sequence[str]) -> float:
             log.seek(0)
             sys.exit(f'{" ".join(command)} failed with exit code {process.returncode}: {log.read()[-500:]}')
     return usage.ru_utime + usage.ru_stime
-
-
-def _processor() -> str:
-    if Path('/proc/cpuinfo').exists():
-        for line in Path('/proc/cpuinfo').read_text().splitlines():
-            if line.startswith('model name'):
-                return line.partition(':')[2].strip()
-    return platform.processor()
 
 
 def search(results: Results, ways: Sequence[str], rungs: Sequence[int], keep: float) -> List[Trial]:

@@ -1,5 +1,9 @@
 """Training steps on small random batches."""
 
+import contextlib
+import gc
+import weakref
+
 import torch
 
 from timm_gpd.teacher.shared_tensors import SharedTensors
@@ -26,6 +30,24 @@ def train(task, optimizer, steps, first=0, size=8):
         task.update_ema(step + 1)
         losses.append(loss.item())
     return losses
+
+
+@contextlib.contextmanager
+def saved_tensors_counted():
+    """Within it: a hook that takes down how many tensors are kept for a backward pass, and what it has taken down."""
+    saved, counts = weakref.WeakSet(), []
+
+    class Saved:
+        def __init__(self, tensor):
+            self.tensor = tensor
+            saved.add(self)
+
+    def count(*_):
+        gc.collect()
+        counts.append(len(saved))
+
+    with torch.autograd.graph.saved_tensors_hooks(Saved, lambda packed: packed.tensor):
+        yield count, counts
 
 
 class Batches(list):

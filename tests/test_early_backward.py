@@ -1,8 +1,6 @@
 """The dynamic teacher's backward pass before the student's forward pass: the same gradients, less memory."""
 
 import copy
-import gc
-import weakref
 
 import pytest
 import timm
@@ -11,7 +9,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from conftest import TINY_RESNET
-from steps import batch
+from steps import batch, saved_tensors_counted
 from timm_gpd import GapPreservingTask
 from timm_gpd.teacher.early_backward import EarlyBackward
 
@@ -64,19 +62,8 @@ def test_gradients_are_those_of_the_sum_of_losses(settings):
 
 def count_saved_when_student_runs(task, run):
     """Tensors kept for a backward pass when the student starts."""
-    saved, counts = weakref.WeakSet(), []
-
-    class Saved:
-        def __init__(self, tensor):
-            self.tensor = tensor
-            saved.add(self)
-
-    def count(*_):
-        gc.collect()
-        counts.append(len(saved))
-
-    hook = task.get_dynamic_teacher().student.register_forward_pre_hook(count)
-    with torch.autograd.graph.saved_tensors_hooks(Saved, lambda packed: packed.tensor):
+    with saved_tensors_counted() as (count, counts):
+        hook = task.get_dynamic_teacher().student.register_forward_pre_hook(count)
         result = run()
     hook.remove()
     assert len(counts) == 1

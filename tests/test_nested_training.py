@@ -1,8 +1,6 @@
 """Training with ratios between: sandwich and netaug as the formulas say, in any process, interrupted or not."""
 
 import copy
-import gc
-import weakref
 
 import pytest
 import timm
@@ -10,7 +8,7 @@ import torch
 import torch.nn as nn
 
 from conftest import TINY_RESNET
-from steps import batch, train, train_epoch
+from steps import batch, saved_tensors_counted, train, train_epoch
 from timm_gpd import GapPreservingTask
 from timm_gpd.task.nested import DrawnRatios
 from timm_gpd.teacher import DynamicTeacher, nested
@@ -105,21 +103,10 @@ def test_a_step_of_netaug_runs_the_student_and_the_ratio_that_was_drawn(monkeypa
 
 def test_activations_of_one_model_are_held_at_a_time(monkeypatch):
     task = make_task('sandwich')
-    saved, counts = weakref.WeakSet(), []
-
-    class Saved:
-        def __init__(self, tensor):
-            self.tensor = tensor
-            saved.add(self)
-
-    def count(*_):
-        gc.collect()
-        counts.append(len(saved))
-
-    for model in (task.get_dynamic_teacher().wide, task.get_dynamic_teacher().student):
-        model.register_forward_pre_hook(count)
-        model.register_forward_hook(count)
-    with torch.autograd.graph.saved_tensors_hooks(Saved, lambda packed: packed.tensor):
+    with saved_tensors_counted() as (count, counts):
+        for model in (task.get_dynamic_teacher().wide, task.get_dynamic_teacher().student):
+            model.register_forward_pre_hook(count)
+            model.register_forward_hook(count)
         task(*batch())['loss'].backward()
     before, after = counts[::2], counts[1::2]
     assert len(before) == 4

@@ -121,11 +121,7 @@ class AxisMap(Tuple[Segment, ...]):
         Returns:
             A tensor with ``size`` entries along ``axis``; a view wherever strides allow one.
         """
-        parts = [
-            part.unflatten(axis, (-1, segment.ratio, segment.block)).select(axis + 1, 0).flatten(axis, axis + 1)
-            for segment, part in self._split(tensor, axis, [segment.teacher_size for segment in self])
-        ]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, axis)
+        return self.first_replicas(tensor, axis, 1)
 
     def first_replicas(self, tensor: torch.Tensor, axis: int, ratio: int) -> torch.Tensor:
         """Teacher axis to the axis of a narrower teacher: the first replicas of every entry. Differentiable.

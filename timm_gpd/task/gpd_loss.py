@@ -9,9 +9,9 @@ from ..errors import InputError, check_number
 from ..losses import GPD_LOSSES, needs_target
 from ..losses.hyperparameters import check_hyperparameter, loss_defaults
 
-__all__ = ['WEIGHT_SCHEDULES', 'GpdLoss', 'WeightSchedule']
+__all__ = ['OF_ONE_LOGIT', 'WEIGHT_SCHEDULES', 'GpdLoss', 'WeightSchedule']
 
-OF_ONE_LOGIT = ('mse', 'l1')  # losses that are not 0 where there is one logit
+OF_ONE_LOGIT = ('mse', 'l1')  # losses that compare each logit by itself, and none of their softmax
 WEIGHT_SCHEDULES = ('constant', 'linear', 'cosine')
 
 
@@ -36,6 +36,7 @@ class GpdLoss:
         if name not in GPD_LOSSES:
             raise InputError(f'gpd_loss must be one of {", ".join(GPD_LOSSES)}, but is {name!r}')
         self.name, self.function = name, GPD_LOSSES[name]
+        self.needs_target = needs_target(self.function)
         self._check_classes(num_classes)
         self.hyperparameters: Dict[str, Any] = {}
         defaults = loss_defaults(self.function)
@@ -65,7 +66,7 @@ class GpdLoss:
             ValueError: if the loss needs a target and cannot use this one, or there are too few classes for it.
         """
         self._check_classes(student_logits.shape[-1])
-        if not needs_target(self.function):
+        if not self.needs_target:
             return self.function(student_logits, teacher_logits, **self.hyperparameters)
         if target is None:
             raise ValueError(f'gpd_loss {self.name} needs the target as its third argument')

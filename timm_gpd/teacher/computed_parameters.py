@@ -109,6 +109,8 @@ class ComputedParameters(nn.Module):
             as those of a plain wide model would under SGD: stored as the student's they are the divisor times as
             large, and their gradient of the teacher's loss one over it.
         """
+        if self.share_weight == 1 and self.scale != 'balanced':
+            return dict(teacher)
         maps = {name: tensor_maps.get(name, TensorMap(tuple(tensor.shape), ())) for name, tensor in teacher.items()}
         factors = {
             name: self.share_weight * (tensor_map.divisor**2 if self.scale == 'balanced' else 1)

@@ -93,10 +93,12 @@ class Phases:
         Returns:
             Task and optimizer. The schedule comes from :meth:`schedule`, as it depends on the checkpoint.
         """
+        if not isinstance(task, GapPreservingTask) or not self.args.gpd_epochs:
+            return self._complete(task)
         is_joint = (self.args.start_epoch or 0) in self.joint_epochs
         if checkpoint:
             is_joint = has_dynamic_teacher(read_checkpoint(checkpoint))
-        if isinstance(task, GapPreservingTask) and not is_joint:
+        if not is_joint:
             task = create_task(self.args, student, self.compute.device, is_joint, task.static_teacher)
         return self._complete(task)
 

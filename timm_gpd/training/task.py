@@ -14,7 +14,7 @@ from ..distillers import distill_settings
 from ..errors import UsageError, usage_errors
 from ..task import DistillationTask, GapPreservingTask
 from ..task.gap_control import GapControl, GapTarget, Switch
-from ..task.gpd_loss import GpdLoss
+from ..task.gpd_loss import OF_ONE_LOGIT, GpdLoss
 from ..task.static_teacher import StaticTeacher, resolve_static_teacher
 from .criterion import create_criterion
 from .student import recorded_classes
@@ -22,7 +22,7 @@ from .student import recorded_classes
 __all__ = ['check_task', 'create_task', 'get_student', 'get_validation_models']
 
 # Losses that ask nothing of classes: the others compare probabilities of which only one class can be right.
-MULTILABEL_GPD_LOSSES = ('mse', 'l1')
+MULTILABEL_GPD_LOSSES = OF_ONE_LOGIT
 MULTILABEL_DISTILLERS = ('feature', 'reviewkd', 'rkd', 'at')
 
 
