@@ -222,6 +222,10 @@ def test_split_statistics_stay_in_training():
     torch.testing.assert_close(plain.eval()(images), student(images))
 
 
+@pytest.mark.parametrize(
+    'device',
+    ['cpu', pytest.param('cuda', marks=pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU'))],
+)
 @pytest.mark.parametrize('kind', ['plain', 'gpd', 'static teacher'])
 @pytest.mark.parametrize(
     'extra, tolerance',
@@ -235,7 +239,7 @@ def test_split_statistics_stay_in_training():
     ],
     ids=lambda value: ' '.join(value) if isinstance(value, list) else '',
 )
-def test_precision_changes_steps_by_its_rounding_only(extra, tolerance, kind, tmp_path):
+def test_precision_changes_steps_by_its_rounding_only(extra, tolerance, kind, device, tmp_path):
     flags = [] if kind == 'plain' else ['--gpd']
     if kind == 'static teacher':
         torch.save(timm.create_model('test_resnet', num_classes=3, in_chans=1).state_dict(), tmp_path / 'teacher.pth')
@@ -245,11 +249,11 @@ def test_precision_changes_steps_by_its_rounding_only(extra, tolerance, kind, tm
     def losses(*extra):
         torch.manual_seed(0)
         args = arguments(*VIT, *flags, *extra)
-        compute = create_compute('cpu', args.amp, args.amp_dtype, args.channels_last, args.model_dtype)
+        compute = create_compute(device, args.amp, args.amp_dtype, args.channels_last, args.model_dtype)
         with fast_norm(args.fast_norm):
             student = create_student(args)
             compute.place(student)
-            task = create_task(args, student, CPU)
+            task = create_task(args, student, compute.device)
             optimizer = create_optimizer(args, task)
             if compute.loss_scaler is not None:  # no gradient overflows, which would skip a step
                 compute.loss_scaler.load_state_dict({**compute.loss_scaler.state_dict(), 'scale': 256.0})

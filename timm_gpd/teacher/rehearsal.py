@@ -1,5 +1,6 @@
 """The last check before a dynamic teacher is handed out: the student inside it is the student that it was made from."""
 
+import copy
 from typing import Dict, Iterator, List, Mapping, Optional, Tuple
 
 import torch
@@ -21,18 +22,22 @@ def rehearse(dynamic_teacher: DynamicTeacher, student: nn.Module) -> None:
     """Runs what is about to be handed out, where the check in float64 ran what was planned.
 
     In evaluation mode, on one small image: the student inside gives the student's logits, its loss gives the tensors
-    that are stored the student's gradients, and the extracted student has the student's state. Steps, checkpoints and
-    copies are gone through by ``python -m timm_gpd.coverage``, with architectures of every module of timm.
+    that are stored the student's gradients, and the extracted student has the student's state. Models on a GPU are
+    copied to the CPU for that: convolutions there round to TensorFloat32, by a thousandth and for each memory format
+    otherwise, as much as some errors are. Steps, checkpoints and copies are gone through by
+    ``python -m timm_gpd.coverage``, with architectures of every module of timm.
 
     Args:
         dynamic_teacher: what :func:`timm_gpd.expand` has built. It is afterwards as it was before.
         student: what it was built from. It is not modified. Gradients are not compared if it does not run backward in
-            evaluation mode, as recurrent layers on a GPU.
+            evaluation mode.
 
     Raises:
         UnsupportedModelError: if something differs by more than rounding; names it.
     """
     plain = plain_copy(student).eval()
+    if any(tensor.device.type != 'cpu' for tensor in plain.state_dict().values()):
+        plain, dynamic_teacher = plain.cpu(), copy.deepcopy(dynamic_teacher).cpu()
     mode = dynamic_teacher.training
     dynamic_teacher.eval()
     try:

@@ -30,7 +30,7 @@ def write_glyphs(
     size: int = 28,
     families: Optional[int] = None,
     seed: int = 0,
-    test_share: Fraction = Fraction(1, 3),
+    test_share: Fraction = Fraction(2, 5),
     validation_share: Fraction = Fraction(1, 10),
     min_share: Fraction = Fraction(2, 5),
 ) -> Dict[str, Any]:
@@ -125,7 +125,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument('--families', type=int, metavar='N', help='families to take, chosen by --seed (default: all)')
     parser.add_argument('--seed', type=int, default=0, metavar='S', help='deals families to splits (default: 0)')
     for name, default, help in (
-        ('test', '1/3', 'share of the families that test'),
+        ('test', '2/5', 'share of the families that test'),
         ('validation', '1/10', 'share of the others that validate'),
         ('min', '2/5', 'share of the classes that a face has at least'),
     ):
