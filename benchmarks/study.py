@@ -3,6 +3,7 @@
 
     python -m timm_gpd.data.glyphs data/glyphs
     python benchmarks/study.py search   # successive halving over ways and learning rates, on the validation split
+    python benchmarks/study.py lengths  # plain training's learning rate where it takes longer, on the validation split
     python benchmarks/study.py confirm  # the winners and plain training, fresh seeds, on the test split
     python benchmarks/study.py report   # a table
 
@@ -10,11 +11,12 @@ What counts was said before it was run. A way gains at equal epochs if over at l
 and each at its own best learning rate, its students' mean top-1 on the test split is above that of plain training by
 half a point and by two standard errors of the difference. It gains at equal cost if the same holds against plain
 training that took as much processor time, or more. Plain training is a line, not a point: it is confirmed for 1, 2, 4
-and 8 times the epochs.
+and 8 times the epochs, and the best way for 4 times, where plain training is near its end.
 
 Every run is one ``train.py`` process, and one line of JSON in ``--results``: what it was, what came out, its processor
 time, the command, commit, processor and versions. Lines that are there are not run again, so an interrupted study goes
-on where it stopped. Exit codes: 0 done, 1 a run failed.
+on where it stopped. A round of the search may run elsewhere, with ``--device cuda`` and many ``--jobs``; what is
+confirmed runs on one CPU, as costs are compared. Exit codes: 0 done, 1 a run failed.
 """
 
 import argparse
@@ -59,11 +61,15 @@ WAYS: Dict[str, str] = {
     'last quarter': '--gpd --gpd-epochs 0.75-1.0',
     'ratio 3': '--gpd --gpd-ratio 3',
     'sandwich': '--gpd --gpd-ratio 3 --gpd-method sandwich --gpd-between 1',
+    'switch': '--gpd --gpd-switch',
+    'gap 0.1, teacher': '--gpd --gpd-gap-target 0.1',
+    'gap 0.2, distillation': '--gpd --gpd-gap-target 0.2 --gpd-gap-scales distillation',
     'netaug': '--gpd --gpd-method netaug',
     'netaug, ratio 3': '--gpd --gpd-ratio 3 --gpd-method netaug',
 }
 LEARNING_RATES = (0.05, 0.1, 0.2, 0.4)
 LENGTHS = (1, 2, 4, 8)  # of plain training, over the others'
+LONGER = 4  # of the best way
 SEARCH_SEED, FIRST_FRESH_SEED = 0, 100
 
 Record = Dict[str, Any]
@@ -95,10 +101,11 @@ class Results:
         config: configuration of plain training, a file.
         data_dir: folder of the data.
         jobs: runs at a time.
+        device: where they compute.
     """
 
-    def __init__(self, path: Path, config: Path, data_dir: str, jobs: int) -> None:
-        self.path, self.config, self.data_dir, self.jobs = path, config, data_dir, jobs
+    def __init__(self, path: Path, config: Path, data_dir: str, jobs: int, device: str = 'cpu') -> None:
+        self.path, self.config, self.data_dir, self.jobs, self.device = path, config, data_dir, jobs, device
         self.lock = threading.Lock()
         lines = path.read_text().splitlines() if path.exists() else []
         self.records: Dict[Trial, Record] = {}
@@ -107,7 +114,7 @@ class Results:
 
     def measure(self, trials: Sequence[Trial]) -> Dict[Trial, Record]:
         """Runs what has no line yet. Returns the records of all."""
-        missing = [trial for trial in trials if trial not in self.records]
+        missing = sorted((trial for trial in trials if trial not in self.records), key=lambda trial: -trial.epochs)
         with ThreadPoolExecutor(self.jobs) as pool:
             for _ in tqdm(pool.map(self._run, missing), total=len(missing), unit='run', disable=None):
                 pass
@@ -123,12 +130,13 @@ class Results:
             **trial._asdict(),
             'top1': float(row['eval_top1']),
             'teacher_top1': float(row['eval_teacher_top1']) if row.get('eval_teacher_top1') else None,
+            'device': self.device,
             'processor_seconds': round(seconds, 1),
             'command': ' '.join(part.removeprefix(f'{ROOT}{os.sep}') for part in command[1:]),
             'commit': subprocess.run(
                 ['git', 'rev-parse', '--short', 'HEAD'], cwd=ROOT, capture_output=True, text=True
             ).stdout.strip(),
-            'processor': processor_name(),
+            'processor': torch.cuda.get_device_name() if self.device == 'cuda' else processor_name(),
             'versions': {'torch': torch.__version__, 'timm': timm.__version__, 'python': platform.python_version()},
         }
         with self.lock:
@@ -143,7 +151,7 @@ class Results:
             sys.executable,
             *(str(ROOT / 'train.py'), '--config', str(self.config), '--data-dir', self.data_dir),
             *('--lr', str(trial.lr), '--epochs', str(trial.epochs), '--seed', str(trial.seed)),
-            *('--val-split', trial.split, '--val-interval', str(trial.epochs)),
+            *('--val-split', trial.split, '--val-interval', str(trial.epochs), '--device', self.device),
             *WAYS[trial.way].split(),
         ]
 
@@ -190,36 +198,65 @@ def search(results: Results, ways: Sequence[str], rungs: Sequence[int], keep: fl
     return ranked
 
 
-def best_learning_rates(results: Results) -> Dict[str, Trial]:
-    """The best trial of every way in the longest round of the search that it took part in."""
-    best: Dict[str, Trial] = {}
-    for trial, record in results.records.items():
-        if trial.split != 'validation':
-            continue
-        other = best.get(trial.way)
-        if other is None or (trial.epochs, record['top1']) > (other.epochs, results.records[other]['top1']):
-            best[trial.way] = trial
-    return best
-
-
-def confirm(results: Results, count: int, seeds: int, epochs: int) -> None:
-    """Trains the best ways and plain training with fresh seeds, and measures them on the test split.
+def search_lengths(results: Results, epochs: int) -> None:
+    """Plain training for longer: at twice the epochs the learning rate that was best before, and its neighbours.
 
     Args:
         results: with a search's lines.
-        count: ways besides plain training.
+        epochs: of one length.
+    """
+    for shorter, length in zip(LENGTHS, LENGTHS[1:]):
+        lr = best_learning_rate(results, PLAIN, shorter * epochs)
+        results.measure(
+            [
+                Trial(PLAIN, other, length * epochs, SEARCH_SEED, 'validation')
+                for other in LEARNING_RATES
+                if lr / 2 <= other <= lr * 2
+            ]
+        )
+
+
+def best_learning_rate(results: Results, way: str, epochs: int) -> float:
+    """The learning rate of the best run of a way on the validation split.
+
+    Args:
+        results: with a search's lines.
+        way: a key of ``WAYS``.
+        epochs: of the run.
+    """
+    found = {
+        trial.lr: record['top1']
+        for trial, record in results.records.items()
+        if (trial.way, trial.epochs, trial.split) == (way, epochs, 'validation')
+    }
+    if not found:
+        sys.exit(f'nothing is known about {way} for {epochs} epochs: search first, or name other --epochs')
+    return max(found, key=lambda lr: found[lr])
+
+
+def confirm(results: Results, ways: Sequence[str], seeds: int, epochs: int) -> None:
+    """Trains ways and plain training with fresh seeds, and measures them on the test split.
+
+    Args:
+        results: with the lines of a search and of the lengths.
+        ways: besides plain training, the best first: that one runs ``LONGER`` times as many epochs, too.
         seeds: fresh seeds of each.
         epochs: of each way; plain training also for ``LENGTHS`` times as many.
     """
-    best = best_learning_rates(results)
-    order = sorted(best, key=lambda way: (-best[way].epochs, -results.records[best[way]]['top1']))
-    ways = [way for way in order if way != PLAIN][:count]
+    runs = [(way, best_learning_rate(results, way, epochs), epochs) for way in ways]
+    runs += [(PLAIN, best_learning_rate(results, PLAIN, epochs * length), epochs * length) for length in LENGTHS]
+    runs += [(ways[0], best_learning_rate(results, ways[0], epochs), epochs * LONGER)] if ways else []
     fresh = range(FIRST_FRESH_SEED, FIRST_FRESH_SEED + seeds)
-    trials = [Trial(way, best[way].lr, epochs, seed, 'test') for seed in fresh for way in ways]
-    # A longer schedule may want another learning rate; neighbours of the best are tried, and the best of all counts.
-    lrs = [lr for lr in LEARNING_RATES if best[PLAIN].lr / 2 <= lr <= best[PLAIN].lr * 2]
-    trials += [Trial(PLAIN, lr, epochs * length, seed, 'test') for seed in fresh for length in LENGTHS for lr in lrs]
-    results.measure(trials)
+    results.measure([Trial(*run, seed, 'test') for run in runs for seed in fresh])
+
+
+def best_ways(results: Results, epochs: int, count: int) -> List[str]:
+    """The best ways besides plain training, by their best run of so many epochs on the validation split."""
+    top1: Dict[str, float] = {}
+    for trial, record in results.records.items():
+        if (trial.epochs, trial.split) == (epochs, 'validation') and trial.way != PLAIN:
+            top1[trial.way] = max(record['top1'], top1.get(trial.way, 0.0))
+    return sorted(top1, key=lambda way: -top1[way])[:count]
 
 
 def report(results: Results) -> str:
@@ -234,21 +271,23 @@ def report(results: Results) -> str:
     plain = {key: group for key, group in groups.items() if key[0] == PLAIN}
     base = max((key for key in plain if key[2] == shortest), key=lambda key: _mean(plain[key], 'top1'))
     unit = _mean(plain[base], 'processor_seconds')
+    costs = {key: _mean(group, 'processor_seconds') / unit for key, group in groups.items()}
     lines = [
         '| way | learning rate | epochs | seeds | student | dynamic teacher | cost | over plain, equal epochs | '
         'over plain, equal cost |',
         '|---|---|---|---|---|---|---|---|---|',
     ]
     for key, group in sorted(groups.items(), key=lambda item: -_mean(item[1], 'top1')):
-        cost = _mean(group, 'processor_seconds') / unit
-        longer = [other for other in plain if _mean(plain[other], 'processor_seconds') / unit >= cost * 0.95]
-        rival = max(longer, key=lambda other: _mean(plain[other], 'top1'), default=None)
+        equal = max((o for o in plain if o[2] == key[2]), key=lambda o: _mean(plain[o], 'top1'), default=None)
+        # Within a twentieth: two runs of one command differ by as much.
+        longer = [other for other in plain if costs[other] >= costs[key] * 0.95]
+        rival = min(longer, key=lambda other: (costs[other], -_mean(plain[other], 'top1')), default=None)
         teacher = [record['teacher_top1'] for record in group.values() if record['teacher_top1'] is not None]
+        over = ['' if key[0] == PLAIN or o is None else _difference(group, plain[o]) for o in (equal, rival)]
         lines.append(
             f'| {key[0]} | {key[1]:g} | {key[2]} | {len(group)} | {_spread([r["top1"] for r in group.values()])} | '
-            f'{_spread(teacher) if teacher else ""} | {cost:.2f} | '
-            f'{"" if key[0] == PLAIN else _difference(group, plain[base])} | '
-            f'{"" if key[0] == PLAIN or rival is None else _difference(group, plain[rival])} |'
+            f'{_spread(teacher) if teacher else ""} | {costs[key]:.2f} | {over[0]} | '
+            f'{over[1]}{f" ({rival[2]} epochs)" if over[1] else ""} |'
         )
     return '\n'.join(lines)
 
@@ -269,23 +308,28 @@ def _difference(group: Dict[int, Record], other: Dict[int, Record]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('step', choices=['search', 'confirm', 'report'])
+    parser.add_argument('step', choices=['search', 'lengths', 'confirm', 'report'])
     parser.add_argument('--results', type=Path, default=ROOT / 'docs' / 'results' / 'glyphs.jsonl', metavar='FILE')
     parser.add_argument('--config', type=Path, default=ROOT / 'configs' / 'glyphs.yaml', metavar='FILE')
     parser.add_argument('--data-dir', default='data/glyphs', metavar='DIR')
+    parser.add_argument('--device', default='cpu', choices=['cpu', 'cuda'])
     parser.add_argument('--jobs', type=int, default=2, metavar='N', help='runs at a time, one core each')
-    parser.add_argument('--ways', nargs='+', default=list(WAYS), choices=list(WAYS), metavar='WAY')
-    parser.add_argument('--rungs', nargs='+', type=int, default=[2, 6, 18], metavar='N', help='epochs of each round')
+    parser.add_argument(
+        '--ways', nargs='+', choices=list(WAYS), metavar='WAY', help='search: all, confirm: the winners'
+    )
+    parser.add_argument('--rungs', nargs='+', type=int, default=[2, 4, 8], metavar='N', help='epochs of each round')
     parser.add_argument('--keep', type=float, default=1 / 4, metavar='SHARE', help='of the candidates of a round')
-    parser.add_argument('--winners', type=int, default=4, metavar='N', help='ways that are confirmed')
+    parser.add_argument('--winners', type=int, default=3, metavar='N', help='ways that are confirmed')
     parser.add_argument('--seeds', type=int, default=5, metavar='N', help='fresh seeds')
-    parser.add_argument('--epochs', type=int, default=18, metavar='N', help='of a run that confirms')
+    parser.add_argument('--epochs', type=int, default=8, metavar='N', help='of a run that confirms')
     args = parser.parse_args()
-    results = Results(args.results, args.config, args.data_dir, args.jobs)
+    results = Results(args.results, args.config, args.data_dir, args.jobs, args.device)
     if args.step == 'search':
-        search(results, args.ways, args.rungs, args.keep)
+        search(results, args.ways or list(WAYS), args.rungs, args.keep)
+    elif args.step == 'lengths':
+        search_lengths(results, args.epochs)
     elif args.step == 'confirm':
-        confirm(results, args.winners, args.seeds, args.epochs)
+        confirm(results, args.ways or best_ways(results, args.epochs, args.winners), args.seeds, args.epochs)
     else:
         print(report(results))
 

@@ -41,6 +41,7 @@ def terminal(monkeypatch):
     screen, level = Screen(), logging.root.level
     with monkeypatch.context() as patch:
         patch.setattr(sys, 'stderr', screen)
+        patch.setenv('COLUMNS', '120')  # older versions of tqdm cut what is longer than a line
         handler = logging.StreamHandler()
         logging.root.addHandler(handler)
         logging.root.setLevel(logging.INFO)

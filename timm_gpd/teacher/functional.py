@@ -54,6 +54,7 @@ def memory_format_of(x: torch.Tensor) -> torch.memory_format:
 
 
 _TORCHS_OWN = frozenset(nn.Module().__dict__)  # attributes of every module: buffers, hooks, the mode
+_HOOKS = tuple(key for key in nn.Module().__dict__ if key.endswith('_hooks'))
 _ATOMS = frozenset((bool, int, float, str, type(None), torch.Size))  # most attributes: what cannot hold a module
 
 
@@ -66,10 +67,11 @@ class _Twins:
         parameters: Mapping[str, torch.Tensor],
         attributes: Mapping[str, Mapping[str, Any]],
     ) -> None:
-        self.modules = {id(module): module for module in model.modules()}
+        named = list(model.named_modules(remove_duplicate=False))
+        self.modules = {id(module): module for _, module in named}
         self.twins: Dict[int, nn.Module] = {}
         self.root = self.twin_of(model)
-        owners = {name: self.twins[id(module)] for name, module in model.named_modules(remove_duplicate=False)}
+        owners = {name: self.twins[id(module)] for name, module in named}
         for name, tensor in parameters.items():
             path, _, key = name.rpartition('.')
             if key in owners[path]._buffers:
@@ -93,10 +95,12 @@ class _Twins:
             key: child if child is None else self.twin_of(child) for key, child in module._modules.items()
         }
         state.pop(COMPILED_CALL, None)  # of the module alone
-        for key, value in state.items():
-            # Hooks may be methods of modules, too; most modules have none.
-            if type(value) not in _ATOMS if key not in _TORCHS_OWN else value and key.endswith('_hooks'):
-                state[key] = self.twin_value(value)
+        for key in state.keys() - _TORCHS_OWN:
+            if type(state[key]) not in _ATOMS:
+                state[key] = self.twin_value(state[key])
+        for key in _HOOKS:  # they may be methods of modules, too; most modules have none
+            if state.get(key):
+                state[key] = self.twin_value(state[key])
         object.__setattr__(twin, '__dict__', state)  # a module's own is for parameters and modules
         return twin
 

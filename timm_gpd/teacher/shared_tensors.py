@@ -1,5 +1,6 @@
 """One set of stored tensors, read as the dynamic teacher's and as the student's."""
 
+from functools import lru_cache
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 import torch
@@ -156,7 +157,7 @@ class _Share(torch.autograd.Function):
         for i in of_two_scales:
             teacher[i] = teacher[i].clone() if bucket.teacher_multipliers[i] == 1 else teacher[i]
         _multiply_first_replicas(teacher, bucket, of_two_scales)
-        student = [tensor_map.first_replica(tensor).clone() for tensor_map, tensor in zip(bucket.tensor_maps, stored)]
+        student = [_copy_first_replica(tensor, tensor_map) for tensor_map, tensor in zip(bucket.tensor_maps, stored)]
         return *teacher, *_multiply(student, bucket.student_multipliers)
 
     @staticmethod
@@ -215,8 +216,11 @@ def add_to_first_replicas(
     tensor_maps: Sequence[TensorMap],
 ) -> None:
     """Adds student tensors to the first replicas in teacher tensors, in place, in one call for all."""
-    if teacher:
-        _add_to_first_replicas(list(teacher), list(student), _encode_axes(tensor_maps))
+    if torch.compiler.is_compiling():
+        if teacher:
+            _add_to_first_replicas(list(teacher), list(student), _encode_axes(tensor_maps))
+    else:
+        _add_in_views(teacher, student, [tensor_map.axes for tensor_map in tensor_maps])
 
 
 def multiply_first_replicas(
@@ -225,8 +229,11 @@ def multiply_first_replicas(
     tensor_maps: Sequence[TensorMap],
 ) -> None:
     """Multiplies the first replicas in teacher tensors by numbers, in place, in one call for all."""
-    if teacher:
-        _multiply_in_first_replicas(list(teacher), list(by), _encode_axes(tensor_maps))
+    if torch.compiler.is_compiling():
+        if teacher:
+            _multiply_in_first_replicas(list(teacher), list(by), _encode_axes(tensor_maps))
+    else:
+        _multiply_in_views(teacher, by, [tensor_map.axes for tensor_map in tensor_maps])
 
 
 def first_replica_mask(tensor: torch.Tensor, tensor_map: TensorMap, number: float) -> torch.Tensor:
@@ -236,24 +243,33 @@ def first_replica_mask(tensor: torch.Tensor, tensor_map: TensorMap, number: floa
     return mask
 
 
-@torch.library.custom_op('timm_gpd::add_to_first_replicas', mutates_args=('into',))
-def _add_to_first_replicas(into: List[torch.Tensor], parts: List[torch.Tensor], axes: List[int]) -> None:
-    """An operator of its own: compiled, every entry of the whole would ask if it has a part.
-
-    It makes the views itself. A compiler that lays the whole out in another order would not move views with it.
-    """
+def _add_in_views(into: Sequence[torch.Tensor], parts: Sequence[torch.Tensor], axes: Iterable[Axes]) -> None:
     replicas, entries = [], []
-    for whole, part, tensor_axes in zip(into, parts, _decode_axes(axes)):
+    for whole, part, tensor_axes in zip(into, parts, axes):
         replicas += _first_replica_views(whole, tensor_axes)
         entries += _student_views(part, tensor_axes)
-    add_each_(replicas, entries)
+    if replicas:
+        add_each_(replicas, entries)
+
+
+def _multiply_in_views(into: Sequence[torch.Tensor], by: Sequence[float], axes: Iterable[Axes]) -> None:
+    for whole, number, tensor_axes in zip(into, by, axes):
+        for view in _first_replica_views(whole, tensor_axes):
+            view.mul_(number)
+
+
+# Operators of their own: compiled, every entry of the whole would ask if it has a part. They make the views themselves:
+# a compiler that lays the whole out in another order would not move views with it.
+
+
+@torch.library.custom_op('timm_gpd::add_to_first_replicas', mutates_args=('into',))
+def _add_to_first_replicas(into: List[torch.Tensor], parts: List[torch.Tensor], axes: List[int]) -> None:
+    _add_in_views(into, parts, _decode_axes(axes))
 
 
 @torch.library.custom_op('timm_gpd::multiply_in_first_replicas', mutates_args=('into',))
 def _multiply_in_first_replicas(into: List[torch.Tensor], by: List[float], axes: List[int]) -> None:
-    for whole, number, tensor_axes in zip(into, by, _decode_axes(axes)):
-        for view in _first_replica_views(whole, tensor_axes):
-            view.mul_(number)
+    _multiply_in_views(into, by, _decode_axes(axes))
 
 
 def _encode_axes(tensor_maps: Iterable[TensorMap]) -> List[int]:
@@ -289,15 +305,40 @@ def _multiply(tensors: Sequence[torch.Tensor], by: Sequence[float]) -> List[torc
     return result
 
 
-def _last_first(axes: Axes) -> Axes:
-    """Axes in the order in which they can be split: one that is split moves those behind it."""
-    order = sorted(range(len(axes)), key=lambda i: (axes[i][0], i), reverse=True)
-    return tuple(axes[i] for i in order)
+# -- views, whose places are looked for once ---------------------------------------------------------------------------
+#
+# A step takes thousands of views, one axis after another of one tensor after another; on a GPU, and in small models
+# everywhere, a step waits for that. What makes a view is its size, strides and offset, and these stay as they are.
+
+Place = Tuple[Tuple[int, ...], Tuple[int, ...], int]  # size, strides, offset
 
 
 def _first_replica_views(tensor: torch.Tensor, axes: Axes) -> List[torch.Tensor]:
     """Views of a teacher tensor that together hold the student's entries, one for each combination of segments."""
-    views = [tensor]
+    return _views(tensor, _first_replica_places(axes, tensor.shape, tensor.stride()))
+
+
+def _student_views(tensor: torch.Tensor, axes: Axes) -> List[torch.Tensor]:
+    """Views of a student tensor, of the shapes and in the order of :func:`_first_replica_views`."""
+    return _views(tensor, _student_places(axes, tensor.shape, tensor.stride()))
+
+
+def _copy_first_replica(tensor: torch.Tensor, tensor_map: TensorMap) -> torch.Tensor:
+    """``tensor_map.first_replica(tensor)``, on memory of its own."""
+    views = () if torch.compiler.is_compiling() else _first_replica_views(tensor, tensor_map.axes)
+    if len(views) != 1:
+        return tensor_map.first_replica(tensor).clone()
+    return views[0].clone().reshape(tensor_map.shape)
+
+
+def _views(tensor: torch.Tensor, places: Iterable[Place]) -> List[torch.Tensor]:
+    start = tensor.storage_offset()
+    return [tensor.as_strided(size, stride, start + offset) for size, stride, offset in places]
+
+
+@lru_cache(maxsize=2**14)
+def _first_replica_places(axes: Axes, shape: torch.Size, stride: Tuple[int, ...]) -> Tuple[Place, ...]:
+    views = [torch.empty_strided(shape, stride, device='meta')]
     for axis, axis_map in _last_first(axes):
         sizes = [segment.teacher_size for segment in axis_map]
         views = [
@@ -305,12 +346,12 @@ def _first_replica_views(tensor: torch.Tensor, axes: Axes) -> List[torch.Tensor]
             for view in views
             for segment, part in zip(axis_map, view.split(sizes, axis))
         ]
-    return views
+    return _places(views)
 
 
-def _student_views(tensor: torch.Tensor, axes: Axes) -> List[torch.Tensor]:
-    """Views of a student tensor, of the shapes and in the order of :func:`_first_replica_views`."""
-    views = [tensor]
+@lru_cache(maxsize=2**14)
+def _student_places(axes: Axes, shape: torch.Size, stride: Tuple[int, ...]) -> Tuple[Place, ...]:
+    views = [torch.empty_strided(shape, stride, device='meta')]
     for axis, axis_map in _last_first(axes):
         sizes = [segment.size for segment in axis_map]
         views = [
@@ -318,4 +359,14 @@ def _student_views(tensor: torch.Tensor, axes: Axes) -> List[torch.Tensor]:
             for view in views
             for segment, part in zip(axis_map, view.split(sizes, axis))
         ]
-    return views
+    return _places(views)
+
+
+def _places(views: Iterable[torch.Tensor]) -> Tuple[Place, ...]:
+    return tuple((tuple(view.shape), view.stride(), view.storage_offset()) for view in views)
+
+
+def _last_first(axes: Axes) -> Axes:
+    """Axes in the order in which they can be split: one that is split moves those behind it."""
+    order = sorted(range(len(axes)), key=lambda i: (axes[i][0], i), reverse=True)
+    return tuple(axes[i] for i in order)
