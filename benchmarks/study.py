@@ -67,7 +67,8 @@ WAYS: Dict[str, str] = {
     'netaug': '--gpd --gpd-method netaug',
     'netaug, ratio 3': '--gpd --gpd-ratio 3 --gpd-method netaug',
 }
-LEARNING_RATES = (0.05, 0.1, 0.2, 0.4)
+LEARNING_RATES = (0.05, 0.1, 0.2, 0.4, 0.8)
+FEWEST_EPOCHS = {'last quarter': 4}  # of ways whose window would hold none
 LENGTHS = (1, 2, 4, 8)  # of plain training, over the others'
 LONGER = 4  # of the best way
 SEARCH_SEED, FIRST_FRESH_SEED = 0, 100
@@ -159,7 +160,8 @@ class Results:
 def _call(command: Sequence[str]) -> float:
     """Runs a command on one core. Returns its processor time in seconds."""
     with tempfile.TemporaryFile('w+') as log:
-        environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)}
+        path = os.pathsep.join([str(ROOT), os.environ.get('PYTHONPATH', '')])
+        environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': path}
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
@@ -172,7 +174,8 @@ def _call(command: Sequence[str]) -> float:
 def search(results: Results, ways: Sequence[str], rungs: Sequence[int], keep: float) -> List[Trial]:
     """Successive halving: all ways at all learning rates for few epochs, the best share of them for more, and so on.
 
-    Plain training stays at all its learning rates: it is what the others are compared with.
+    Plain training stays at all its learning rates: it is what the others are compared with. A way that needs more epochs
+    than a round has waits for the next one.
 
     Args:
         results: where lines go.
@@ -186,7 +189,10 @@ def search(results: Results, ways: Sequence[str], rungs: Sequence[int], keep: fl
     candidates = [(way, lr) for way in ways for lr in LEARNING_RATES]
     ranked: List[Trial] = []
     for number, epochs in enumerate(rungs):
-        trials = [Trial(way, lr, epochs, SEARCH_SEED, 'validation') for way, lr in candidates]
+        waiting = [(way, lr) for way, lr in candidates if epochs < FEWEST_EPOCHS.get(way, 0)]
+        trials = [
+            Trial(way, lr, epochs, SEARCH_SEED, 'validation') for way, lr in candidates if (way, lr) not in waiting
+        ]
         found = results.measure(trials)
         ranked = sorted(trials, key=lambda trial: -found[trial]['top1'])
         print(f'round {number}, {epochs} epochs:')
@@ -194,7 +200,7 @@ def search(results: Results, ways: Sequence[str], rungs: Sequence[int], keep: fl
             print(f'  {found[trial]["top1"]:6.2f}  {trial.way}, lr {trial.lr}')
         others = [(trial.way, trial.lr) for trial in ranked if trial.way != PLAIN]
         kept = others[: max(1, round(len(others) * keep))]
-        candidates = [(PLAIN, lr) for lr in LEARNING_RATES] + kept
+        candidates = [(PLAIN, lr) for lr in LEARNING_RATES] + kept + waiting
     return ranked
 
 
