@@ -16,7 +16,9 @@ import matplotlib
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
-from step_cost import ROOT, Bench, device_name, median_ratio, time_in_turns
+from cost_report import ROOT
+from machine import device_name
+from step_cost import Bench, median_ratio, time_in_turns
 
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt

@@ -19,27 +19,20 @@ import statistics
 import subprocess
 import sys
 import time
-from typing import Any, Callable, Dict, Iterator, List, Optional
+from typing import Any, Callable, Dict, List, Optional
 
 import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from cost_report import DEVICES, MODELS, MODES, ROOT, SETTINGS, load_results, write_report
 from machine import device_name
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
-from timm_gpd import DynamicTeacher, GapPreservingTask, expand  # noqa: E402
-from timm_gpd.training.cpu import tune_process_for  # noqa: E402
-
-MODELS = ('resnet18', 'mobilenetv1_100', 'vit_tiny_patch16_224')
-MODES = ('fp32', 'amp', 'channels_last', 'compile')
-DEVICES = ('cpu', 'cuda')
-NOT_MEASURED = 'not measured'
-# (batch, pixels): the small batch of the design, and where a step is long enough for a GPU.
-SETTINGS = {'cpu': ((16, 128),), 'cuda': ((16, 128), (128, 224))}
+from timm_gpd import DynamicTeacher, GapPreservingTask, expand
+from timm_gpd.training.cpu import tune_process_for
 
 
 def create_student(name: str, size: int) -> nn.Module:
@@ -297,89 +290,7 @@ def measure_rest(name: str, size: int, branches: List[int], repeats: int) -> Dic
     return rest
 
 
-# -- report ------------------------------------------------------------------------------------------------------------
-
-
-def format_ratio(cell: Dict[str, Any], key: str, branches: str) -> str:
-    value = cell.get(key, {}).get(branches)
-    return NOT_MEASURED if value is None else f'{value:.3f}'
-
-
-def rows(results: Dict[str, Any], device: str) -> Iterator[str]:
-    """A row for every cell of a device that was measured."""
-    for batch, size in SETTINGS[device]:
-        for name in MODELS:
-            for mode in MODES:
-                cell = results['cells'].get(f'{device}/{name}/{mode}/{batch}/{size}')
-                if cell is None:
-                    continue
-                floor = f'{cell["seconds"]["floor"]:.3g} s'
-                figures = [format_ratio(cell, kind, count) for kind in ('ratio', 'memory_ratio') for count in '16']
-                if name.startswith('vit'):
-                    figures[1] = figures[3] = 'no such kernel'
-                over_eager = ', '.join(f'{ratio:.3f}' for ratio in cell.get('over_eager', {}).values())
-                cells = [device, name, mode, f'{batch} at {size} px', floor, *figures, over_eager]
-                yield f'| {" | ".join([*cells, cell.get("processor", ""), cell.get("torch", "")])} |'
-
-
-def write_report(results: Dict[str, Any], folder: str) -> None:
-    """Writes cost.json and cost.md."""
-    os.makedirs(folder, exist_ok=True)
-    with open(os.path.join(folder, 'cost.json'), 'w') as file:
-        json.dump(results, file, indent=1, sort_keys=True)
-        file.write('\n')
-    lines = [
-        '# What a training step costs',
-        '',
-        'Written by `python benchmarks/step_cost.py`; figures are in `cost.json`.',
-        '',
-        'The *floor* is one step of the plain wide model and one of the plain student on the same batch. Ratios are a '
-        'GPD step over the floor, ratio r = 2, with M branches, fused SGD with momentum: medians over turns in one '
-        'process. Memory is the peak of a few steps: tensors that are held between steps and what a step adds, each in '
-        'processes of its own, the median of three, or of seven where compiled. The last column is a compiled GPD step '
-        'over an eager one, in the same turns, for each M. On the CPU, freed memory is kept and denormal numbers are '
-        'flushed, as in `train.py`, for every step alike.',
-        '',
-    ]
-    measured = [row for device in DEVICES for row in rows(results, device)]
-    lines += [
-        f'A row is what was measured last, on the processor and with the torch that it names; timm {timm.__version__}.',
-        '',
-        '| device | model | mode | batch | floor | time, M = 1 | time, M = 6 | memory, M = 1 | memory, M = 6 '
-        '| over eager | processor | torch |',
-        '|---|---|---|---|---|---|---|---|---|---|---|---|',
-        *measured,
-        '',
-        *(
-            f'Not measured: {device}. `python benchmarks/step_cost.py --devices {device}` does it.\n'
-            for device in DEVICES
-            if not list(rows(results, device))
-        ),
-        '## Around the step',
-        '',
-        'On the CPU, in seconds. `expand` plans, verifies itself in float64, and builds. "Sharing in a step" is what '
-        "both models' parameters cost a step: merging branches, rescaling, slicing, and their gradients.",
-        '',
-    ]
-    rest = results.get('rest', {})
-    columns = list(dict.fromkeys(key for row in rest.values() for key in row if key != 'processor'))
-    if columns:
-        lines += [f'| {" | ".join(["model", *columns, "processor"])} |', '|---' * (len(columns) + 2) + '|']
-        for name, row in rest.items():
-            figures = [f'{row[key]:.3f}' if key in row else NOT_MEASURED for key in columns]
-            lines.append(f'| {" | ".join([name, *figures, row["processor"]])} |')
-    else:
-        lines.append(NOT_MEASURED)
-    with open(os.path.join(folder, 'cost.md'), 'w') as file:
-        file.write('\n'.join(lines + ['']))
-
-
-def load_results(folder: str) -> Dict[str, Any]:
-    path = os.path.join(folder, 'cost.json')
-    if not os.path.isfile(path):
-        return {'cells': {}, 'rest': {}}
-    with open(path) as file:
-        return json.load(file)
+# -- profile -----------------------------------------------------------------------------------------------------------
 
 
 def print_profile(arguments: Dict[str, Any], subjects: List[str]) -> None:

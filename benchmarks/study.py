@@ -174,8 +174,8 @@ def _call(command: Sequence[str]) -> float:
 def search(results: Results, ways: Sequence[str], rungs: Sequence[int], keep: float) -> List[Trial]:
     """Successive halving: all ways at all learning rates for few epochs, the best share of them for more, and so on.
 
-    Plain training stays at all its learning rates: it is what the others are compared with. A way that needs more epochs
-    than a round has waits for the next one.
+    Plain training stays at all its learning rates: it is what the others are compared with. A way that needs more
+    epochs than a round has waits for the next one.
 
     Args:
         results: where lines go.
