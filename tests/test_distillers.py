@@ -369,7 +369,7 @@ class TestSettings:
     @pytest.mark.parametrize(
         'types, loss_args, message',
         [
-            ('kdd', {}, "'kdd' is not a distillation loss: choose of logit, kd, feature, dkd, reviewkd"),
+            ('kdd', {}, "'kdd' is not a distillation loss: choose of logit, kd, feature, dkd, rld"),
             ('dkd,', {}, "'' is not a distillation loss"),
             ('kd,logit', {}, 'names a distillation loss twice'),
             ('dkd,dist', {'beta': 1}, "'beta' could be of dkd or dist: choose of .*dkd.beta.*dist.beta"),

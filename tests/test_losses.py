@@ -19,6 +19,8 @@ from timm_gpd.losses import (
     nkd_loss,
     ofa_loss,
     rkd_loss,
+    rld_loss,
+    rsd_loss,
     soft_target_cross_entropy,
     standardize_logits,
     wttm_loss,
@@ -72,7 +74,8 @@ class TestAgainstTheAuthorsCode:
     """Values measured in float64 from the published code on these inputs.
 
     kd and nd: KD++ (WangYZ1608/Knowledge-Distillation-via-ND); dkd, rkd, hcl and at: megvii-research/mdistiller;
-    dist and ofa: Hao840/OFAKD.
+    dist and ofa: Hao840/OFAKD; rld, also standardised: zju-SWJ/RLD; nkd: yzd-v/cls_KD; wttm: zkxufo/TTM; rsd: the code
+    published with arXiv 2507.21844.
     """
 
     def test_logits(self, logits, target):
@@ -80,6 +83,15 @@ class TestAgainstTheAuthorsCode:
         close(dkd_loss(*logits, target, alpha=1.0, beta=2.0, temperature=3.0), 3.9869007322945644)
         close(dist_loss(*logits, beta=1.0, gamma=2.0, temperature=3.0), 27.517683123396125)
         close(ofa_loss(*logits, target, eps=1.5, temperature=2.0), 1.1703477802909057)
+        close(rld_loss(*logits, target), 7.130761599540096)
+        close(rld_loss(*logits, target, standardize=True), 3.3845637199476872)
+        others = dict(alpha=0.5, beta=2.0, temperature=1.0, alpha_temperature=2.0)
+        close(rld_loss(*logits, target, **others), 1.4570031428085255)
+        close(rld_loss(*logits, target, **others, standardize=True), 0.7601410896515274)
+        close(nkd_loss(*logits, target), 4.7241290580316795)
+        close(nkd_loss(*logits, target, gamma=0.5, temperature=2.0), 5.070997474105254)
+        close(wttm_loss(*logits), 4.6246596553959956)
+        close(wttm_loss(*logits, gamma=0.5), 2.6887714781576153)
 
     def test_embeddings(self, embeddings, target):
         centers = wave(CLASSES, 8, pitch=2.3)
@@ -87,6 +99,8 @@ class TestAgainstTheAuthorsCode:
         mixed = 0.3 * F.one_hot(target, CLASSES).double() + 0.7 * F.one_hot(target.flip(0), CLASSES).double()
         close(nd_loss(*embeddings, centers, mixed), 0.9975291881896338)
         close(rkd_loss(embeddings[0], wave(6, 12, pitch=1.1)), 1.880794261992222)
+        close(rsd_loss(*embeddings), 11.992889690666576)
+        close(rsd_loss(*embeddings, kappa=0.1), 14.498494416622187)
 
     def test_maps(self, maps):
         close(hcl_loss(*maps), 8.647524913313001)
@@ -189,6 +203,7 @@ class TestProperties:
             kd_loss(teacher, teacher),
             dkd_loss(teacher, teacher, target),
             dist_loss(teacher, teacher),
+            rld_loss(teacher, teacher, teacher.argmax(1)),
             rkd_loss(embeddings[1] * 3, embeddings[1]),  # relations do not see the scale
             hcl_loss(maps[1], maps[1]),
             at_loss([5 * x for x in maps[1]], maps[1]),
@@ -200,7 +215,8 @@ class TestProperties:
     def test_no_gradient_for_the_teacher(self, logits, target, embeddings, maps):
         def losses(s, t, e, f, a, b):
             yield from (loss(s, t, *([target] if needs_target(loss) else [])) for loss in GPD_LOSSES.values())
-            yield from (kd_loss(s, t), dkd_loss(s, t, target), dist_loss(s, t), ofa_loss(s, t, target))
+            yield from (kd_loss(s, t), dkd_loss(s, t, target), rld_loss(s, t, target), dist_loss(s, t))
+            yield from (ofa_loss(s, t, target), rsd_loss(s, t))
             yield from (nd_loss(e, f, wave(CLASSES, 8, pitch=2.3), target), rkd_loss(e, f))
             yield from (hcl_loss([a], [b]), at_loss([a], [b]))
 
@@ -216,6 +232,34 @@ class TestProperties:
         for s, t, c in zip(*logits, target):
             beta = 1 - t.softmax(-1)[c].item()
             close(dkd_loss(s[None], t[None], c[None], alpha=1.0, beta=beta), kd_loss(s[None], t[None], 1.0))
+
+    def test_rld_is_dkd_where_the_teacher_is_right(self, logits, target):
+        right = logits[1].argmax(1)
+        assert not torch.equal(right, target)
+        for standardize in (False, True):
+            weights = dict(alpha=0.7, beta=3.0, temperature=2.0, standardize=standardize)
+            refined = [rld_loss(*logits, classes, **weights, alpha_temperature=2.0) for classes in (right, target)]
+            plain = [dkd_loss(*logits, classes, **weights) for classes in (right, target)]
+            close(refined[0], plain[0].item())
+            assert abs(refined[1] - plain[1]) > 0.1
+
+    def test_rld_of_a_teacher_that_gives_the_target_the_least(self):
+        student, teacher = torch.tensor([[0.0, 1.0, 2.0]], requires_grad=True), torch.tensor([[-1.0, 3.0, 0.0]])
+        (loss := rld_loss(student, teacher, torch.tensor([0]), alpha=0.0)).backward()
+        assert loss == 0 and not student.grad.any()
+        (loss := rld_loss(student, teacher, torch.tensor([0]))).backward()
+        assert loss > 1 and student.grad[0, 0] < 0 and student.grad.isfinite().all()
+
+    def test_rsd_wants_features_like_the_teachers_and_unlike_each_other(self):
+        features = torch.randn(64, 5, dtype=torch.float64)
+        independent = torch.linalg.qr(features - features.mean(0))[0]
+        assert rsd_loss(3 * independent + 1, independent) < 1e-6  # neither scale nor shift matter
+        swapped = independent[:, [1, 0, 2, 3, 4]]
+        close(rsd_loss(swapped, independent, kappa=0.5), 2 + 2 * 0.5, rtol=1e-3)
+        with pytest.raises(ValueError, match='of one width, but they have 4'):
+            rsd_loss(independent[:, :4], independent)
+        with pytest.raises(ValueError, match='give it at least 2'):
+            rsd_loss(independent[:1], independent[:1])
 
     def test_nkd_is_image_by_image(self, logits, target):
         for gamma, temperature in ((1.5, 1.0), (0.5, 2.0)):
@@ -288,6 +332,7 @@ class TestProperties:
         one_hot = F.one_hot(target, CLASSES).double()
         close(dkd_loss(*logits, one_hot), dkd_loss(*logits, target))
         close(nkd_loss(*logits, one_hot), nkd_loss(*logits, target))
+        close(rld_loss(*logits, one_hot), rld_loss(*logits, target))
         close(ofa_loss(*logits, one_hot), ofa_loss(*logits, target))
         centers = wave(CLASSES, 8, pitch=2.3)
         close(nd_loss(*embeddings, centers, one_hot), nd_loss(*embeddings, centers, target))
@@ -307,6 +352,7 @@ class TestErrors:
         for loss in (
             lambda: dkd_loss(*logits, bad),
             lambda: nkd_loss(*logits, bad),
+            lambda: rld_loss(*logits, bad),
             lambda: ofa_loss(*logits, bad),
             lambda: nd_loss(*embeddings, torch.zeros(CLASSES, 8).double(), bad),
         ):

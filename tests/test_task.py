@@ -16,7 +16,7 @@ from conftest import TINY_RESNET
 from steps import batch, train
 from timm_gpd import GapPreservingTask
 from timm_gpd.errors import InputError
-from timm_gpd.losses import GPD_LOSSES, dist_loss, dkd_loss, kd_loss, nkd_loss, wttm_loss
+from timm_gpd.losses import GPD_LOSSES, dist_loss, dkd_loss, kd_loss, nkd_loss, ofa_loss, rld_loss, wttm_loss
 from timm_gpd.task.gpd_loss import WeightSchedule
 
 
@@ -55,9 +55,11 @@ def test_loss_is_the_sum_of_its_terms(tiny_student, gpd_loss):
         'ce': -(labels * F.log_softmax(student, 1)).sum(1).mean(),
         'kl': kl(student, teacher, 1.0),
         'dkd': dkd_loss(student, teacher, target),
+        'rld': rld_loss(student, teacher, target),
         'nkd': nkd_loss(student, teacher, target),
         'wttm': wttm_loss(student, teacher),
         'dist': dist_loss(student, teacher),
+        'ofa': ofa_loss(student, teacher, target),
         'mse': ((student - teacher) ** 2).mean(),
         'l1': (student - teacher).abs().mean(),
     }[gpd_loss]

@@ -18,10 +18,10 @@ import torch.nn as nn
 from ..errors import InputError
 from ..losses.hyperparameters import check_hyperparameter
 from .base import Distiller
-from .embedding import ND, Feature
+from .embedding import ND, RSD, Feature
 from .feature_tap import ModelOutput, Tap, evaluation_mode, example_output
 from .ofa import OFA
-from .plain import AT, DIST, DKD, KD, RKD
+from .plain import AT, DIST, DKD, KD, NKD, RKD, RLD, WTTM
 from .reviewkd import ReviewKD
 
 __all__ = [
@@ -44,10 +44,14 @@ DISTILLERS: Dict[str, Type[Distiller]] = {
     'kd': KD,
     'feature': Feature,
     'dkd': DKD,
+    'rld': RLD,
+    'nkd': NKD,
+    'wttm': WTTM,
     'reviewkd': ReviewKD,
     'dist': DIST,
     'ofa': OFA,
     'nd': ND,
+    'rsd': RSD,
     'rkd': RKD,
     'at': AT,
 }

@@ -7,11 +7,12 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
-from ..losses import nd_loss, target_classes
+from ..losses import nd_loss, rsd_loss, target_classes
+from ..losses.hyperparameters import loss_defaults
 from .base import Distiller
 from .feature_tap import ModelOutput
 
-__all__ = ['ND', 'Feature']
+__all__ = ['ND', 'RSD', 'Feature']
 
 
 class Feature(Distiller):
@@ -69,3 +70,27 @@ class ND(Distiller):
         self.class_centers += (sums - counts.unsqueeze(1) * self.class_centers) / self.class_counts.clamp(
             min=1
         ).unsqueeze(1)
+
+
+class RSD(Distiller):
+    """Cross-correlations of embeddings, :func:`timm_gpd.losses.rsd_loss`, with the projector of its code.
+
+    The learner's embedding always goes through it, also where widths agree: what must be like the teacher's is what it
+    makes of the embedding, which is left free. Batches are those of one process.
+    """
+
+    learner_needs = teacher_needs = frozenset({'embedding'})
+    defaults = loss_defaults(rsd_loss)
+
+    def __init__(self, learner: ModelOutput, teacher: ModelOutput, **hyperparameters: Any) -> None:
+        super().__init__(learner, teacher, **hyperparameters)
+        width, teacher_width = learner.embedding.shape[-1], teacher.embedding.shape[-1]
+        self.projection = nn.Sequential(
+            nn.Linear(width, 2 * width, bias=False),
+            nn.BatchNorm1d(2 * width),
+            nn.GELU(),
+            nn.Linear(2 * width, teacher_width, bias=False),
+        )
+
+    def forward(self, learner: ModelOutput, teacher: ModelOutput, target: torch.Tensor) -> torch.Tensor:
+        return rsd_loss(self.projection(learner.embedding), teacher.embedding, **self.hyperparameters)

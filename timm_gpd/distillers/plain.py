@@ -2,12 +2,12 @@
 
 import torch
 
-from ..losses import at_loss, dist_loss, dkd_loss, kd_loss, rkd_loss
+from ..losses import at_loss, dist_loss, dkd_loss, kd_loss, nkd_loss, rkd_loss, rld_loss, wttm_loss
 from ..losses.hyperparameters import loss_defaults
 from .base import Distiller, deepest_pairs
 from .feature_tap import ModelOutput
 
-__all__ = ['AT', 'DIST', 'DKD', 'KD', 'RKD']
+__all__ = ['AT', 'DIST', 'DKD', 'KD', 'NKD', 'RKD', 'RLD', 'WTTM']
 
 
 class KD(Distiller):
@@ -26,6 +26,33 @@ class DKD(Distiller):
 
     def forward(self, learner: ModelOutput, teacher: ModelOutput, target: torch.Tensor) -> torch.Tensor:
         return dkd_loss(learner.logits, teacher.logits, target, **self.hyperparameters)
+
+
+class NKD(Distiller):
+    """The target class, weighted by the teacher, and the others, :func:`timm_gpd.losses.nkd_loss`."""
+
+    defaults = loss_defaults(nkd_loss)
+
+    def forward(self, learner: ModelOutput, teacher: ModelOutput, target: torch.Tensor) -> torch.Tensor:
+        return nkd_loss(learner.logits, teacher.logits, target, **self.hyperparameters)
+
+
+class RLD(Distiller):
+    """What a teacher that errs is sure of, and the classes below the target, :func:`timm_gpd.losses.rld_loss`."""
+
+    defaults = loss_defaults(rld_loss)
+
+    def forward(self, learner: ModelOutput, teacher: ModelOutput, target: torch.Tensor) -> torch.Tensor:
+        return rld_loss(learner.logits, teacher.logits, target, **self.hyperparameters)
+
+
+class WTTM(Distiller):
+    """Probabilities of which the teacher's alone are softened, :func:`timm_gpd.losses.wttm_loss`."""
+
+    defaults = loss_defaults(wttm_loss)
+
+    def forward(self, learner: ModelOutput, teacher: ModelOutput, target: torch.Tensor) -> torch.Tensor:
+        return wttm_loss(learner.logits, teacher.logits, **self.hyperparameters)
 
 
 class DIST(Distiller):

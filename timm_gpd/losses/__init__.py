@@ -1,11 +1,11 @@
 """Distillation losses: each a mean over the batch, with no parameters of its own. Teachers receive no gradient.
 
 Targets are class indices of shape (B,) or class probabilities of shape (B, num_classes), as smoothing and mixup make
-them. DKD, NKD and OFA single out one target class: for them probabilities stand for their most probable class, which is
-what the code published with OFA-KD does for DKD and OFA.
+them. DKD, NKD, RLD and OFA single out one target class: for them probabilities stand for their most probable class, as
+in the code published with OFA-KD for DKD and OFA.
 """
 
-from .embeddings import nd_loss, rkd_loss
+from .embeddings import nd_loss, rkd_loss, rsd_loss
 from .feature_maps import at_loss, hcl_loss
 from .finite import check_finite
 from .from_dynamic_teacher import GPD_LOSSES, needs_target
@@ -15,6 +15,7 @@ from .logits import (
     kd_loss,
     nkd_loss,
     ofa_loss,
+    rld_loss,
     soft_target_cross_entropy,
     standardize_logits,
     wttm_loss,
@@ -34,6 +35,8 @@ __all__ = [
     'nkd_loss',
     'ofa_loss',
     'rkd_loss',
+    'rld_loss',
+    'rsd_loss',
     'soft_target_cross_entropy',
     'standardize_logits',
     'target_classes',

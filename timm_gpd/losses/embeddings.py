@@ -5,7 +5,7 @@ import torch.nn.functional as F
 
 from .targets import are_indices
 
-__all__ = ['nd_loss', 'rkd_loss']
+__all__ = ['nd_loss', 'rkd_loss', 'rsd_loss']
 
 
 def nd_loss(
@@ -72,13 +72,55 @@ def rkd_loss(
         raise ValueError('rkd_loss compares the images of a batch: give it at least 2')
     # dot products of unit vectors need more than half precision to tell small angles
     with torch.autocast(student_embedding.device.type, enabled=False):
-        student, teacher = (
-            (e.float() if e.dtype in (torch.float16, torch.bfloat16) else e).flatten(1)
-            for e in (student_embedding, teacher_embedding.detach())
-        )
+        student, teacher = (_in_whole_precision(e).flatten(1) for e in (student_embedding, teacher_embedding.detach()))
         distance = F.smooth_l1_loss(_relative_distances(student), _relative_distances(teacher))
         angle = F.smooth_l1_loss(_angles(student), _angles(teacher))
     return distance_weight * distance + angle_weight * angle
+
+
+def rsd_loss(student_features: torch.Tensor, teacher_features: torch.Tensor, kappa: float = 0.01) -> torch.Tensor:
+    """Redundancy suppression (arXiv 2507.21844, Eq. 3): every feature like the teacher's, and unlike its others.
+
+    Features are normalised over the batch, by 1e-5 more than their deviation. Of their cross-correlations those of a
+    feature with its own counterpart are drawn to 1, and ``kappa`` times as hard those with others to 0. Summed over all
+    D ** 2 of them, the loss is large: give it a weight that suits the task loss.
+
+    Args:
+        student_features: shape (B, D), projected to the teacher's width.
+        teacher_features: shape (B, D). Gradients do not flow into them.
+        kappa: weight of what is off the diagonal.
+
+    Returns:
+        A scalar of at least 0.
+
+    Raises:
+        ValueError: if widths differ, or there is only one image, which has no deviation.
+    """
+    if student_features.shape[-1] != teacher_features.shape[-1]:
+        raise ValueError(
+            f'rsd_loss compares features of one width, but they have {student_features.shape[-1]} (student) and '
+            f"{teacher_features.shape[-1]} (teacher): project the student's"
+        )
+    if len(student_features) < 2:
+        raise ValueError('rsd_loss normalises over the images of a batch: give it at least 2')
+    with torch.autocast(student_features.device.type, enabled=False):
+        student, teacher = (
+            _normalise_over_batch(_in_whole_precision(features))
+            for features in (student_features, teacher_features.detach())
+        )
+        correlation_DD = teacher.T @ student / len(student)
+        diagonal_D = correlation_DD.diagonal()
+        others = correlation_DD.square().sum() - diagonal_D.square().sum()
+        return (diagonal_D - 1).square().sum() + kappa * others
+
+
+def _normalise_over_batch(features: torch.Tensor) -> torch.Tensor:
+    std, mean = torch.std_mean(features, 0, unbiased=False)
+    return (features - mean) / (std + 1e-5)
+
+
+def _in_whole_precision(features: torch.Tensor) -> torch.Tensor:
+    return features.float() if features.dtype in (torch.float16, torch.bfloat16) else features
 
 
 def _relative_distances(embedding: torch.Tensor) -> torch.Tensor:

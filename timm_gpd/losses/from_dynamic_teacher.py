@@ -7,7 +7,7 @@ from typing import Callable, Dict
 import torch
 import torch.nn.functional as F
 
-from .logits import dist_loss, dkd_loss, kd_loss, nkd_loss, soft_target_cross_entropy, wttm_loss
+from .logits import dist_loss, dkd_loss, kd_loss, nkd_loss, ofa_loss, rld_loss, soft_target_cross_entropy, wttm_loss
 
 __all__ = ['GPD_LOSSES', 'needs_target']
 
@@ -27,9 +27,11 @@ GPD_LOSSES: Dict[str, Callable[..., torch.Tensor]] = {
     'ce': partial(soft_target_cross_entropy, smoothing=0.0),
     'kl': partial(kd_loss, temperature=1.0),
     'dkd': dkd_loss,
+    'rld': rld_loss,
     'nkd': nkd_loss,
     'wttm': wttm_loss,
     'dist': dist_loss,
+    'ofa': ofa_loss,
     'mse': _mse_loss,
     'l1': _l1_loss,
 }
