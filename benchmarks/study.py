@@ -67,7 +67,7 @@ WAYS: Dict[str, str] = {
     'netaug': '--gpd --gpd-method netaug',
     'netaug, ratio 3': '--gpd --gpd-ratio 3 --gpd-method netaug',
 }
-LEARNING_RATES = (0.05, 0.1, 0.2, 0.4, 0.8)
+LEARNING_RATES = (0.1, 0.2, 0.4, 0.8, 1.6)
 FEWEST_EPOCHS = {'last quarter': 4}  # of ways whose window would hold none
 LENGTHS = (1, 2, 4, 8)  # of plain training, over the others'
 LONGER = 4  # of the best way
@@ -171,7 +171,13 @@ def _call(command: Sequence[str]) -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-def search(results: Results, ways: Sequence[str], rungs: Sequence[int], keep: float) -> List[Trial]:
+def search(
+    results: Results,
+    ways: Sequence[str],
+    lrs: Sequence[float],
+    rungs: Sequence[int],
+    keep: float,
+) -> List[Trial]:
     """Successive halving: all ways at all learning rates for few epochs, the best share of them for more, and so on.
 
     Plain training stays at all its learning rates: it is what the others are compared with. A way that needs more
@@ -180,13 +186,14 @@ def search(results: Results, ways: Sequence[str], rungs: Sequence[int], keep: fl
     Args:
         results: where lines go.
         ways: keys of ``WAYS``.
+        lrs: learning rates to begin with.
         rungs: epochs of each round.
         keep: the share of candidates that goes on.
 
     Returns:
         The last round's trials, the best first.
     """
-    candidates = [(way, lr) for way in ways for lr in LEARNING_RATES]
+    candidates = [(way, lr) for way in ways for lr in lrs]
     ranked: List[Trial] = []
     for number, epochs in enumerate(rungs):
         waiting = [(way, lr) for way, lr in candidates if epochs < FEWEST_EPOCHS.get(way, 0)]
@@ -200,7 +207,7 @@ def search(results: Results, ways: Sequence[str], rungs: Sequence[int], keep: fl
             print(f'  {found[trial]["top1"]:6.2f}  {trial.way}, lr {trial.lr}')
         others = [(trial.way, trial.lr) for trial in ranked if trial.way != PLAIN]
         kept = others[: max(1, round(len(others) * keep))]
-        candidates = [(PLAIN, lr) for lr in LEARNING_RATES] + kept + waiting
+        candidates = [(way, lr) for way, lr in candidates if way == PLAIN] + kept + waiting
     return ranked
 
 
@@ -323,6 +330,7 @@ def main() -> None:
     parser.add_argument(
         '--ways', nargs='+', choices=list(WAYS), metavar='WAY', help='search: all, confirm: the winners'
     )
+    parser.add_argument('--lrs', nargs='+', type=float, default=LEARNING_RATES, metavar='LR', help='of the search')
     parser.add_argument('--rungs', nargs='+', type=int, default=[2, 4, 8], metavar='N', help='epochs of each round')
     parser.add_argument('--keep', type=float, default=1 / 4, metavar='SHARE', help='of the candidates of a round')
     parser.add_argument('--winners', type=int, default=3, metavar='N', help='ways that are confirmed')
@@ -331,7 +339,7 @@ def main() -> None:
     args = parser.parse_args()
     results = Results(args.results, args.config, args.data_dir, args.jobs, args.device)
     if args.step == 'search':
-        search(results, args.ways or list(WAYS), args.rungs, args.keep)
+        search(results, args.ways or list(WAYS), args.lrs, args.rungs, args.keep)
     elif args.step == 'lengths':
         search_lengths(results, args.epochs)
     elif args.step == 'confirm':

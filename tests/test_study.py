@@ -37,7 +37,7 @@ def results(tmp_path, monkeypatch):
 
 def test_a_search_keeps_the_best_and_plain_training_and_goes_on_where_it_stopped(results):
     first, ran = results()
-    ranked = study.search(first, ['plain', 'gpd', 'netaug'], rungs=(1, 4), keep=0.25)
+    ranked = study.search(first, ['plain', 'gpd', 'netaug'], study.LEARNING_RATES, rungs=(1, 4), keep=0.25)
     assert (ranked[0].way, ranked[0].lr, ranked[0].epochs) == ('netaug', 0.2, 4)
     assert len(ran) == 15 + 5 + 2 and {trial.split for trial in ran} == {'validation'}
     assert {(trial.way, trial.lr) for trial in ran if trial.epochs == 4 and trial.way != 'plain'} == {
@@ -45,19 +45,22 @@ def test_a_search_keeps_the_best_and_plain_training_and_goes_on_where_it_stopped
         ('netaug', 0.1),
     }
     again, ran = results()
-    assert study.search(again, ['plain', 'gpd', 'netaug'], rungs=(1, 4), keep=0.25) == ranked and not ran
+    assert (
+        study.search(again, ['plain', 'gpd', 'netaug'], study.LEARNING_RATES, rungs=(1, 4), keep=0.25) == ranked
+        and not ran
+    )
 
 
 def test_a_way_whose_window_would_be_empty_waits(results):
     found, ran = results()
-    study.search(found, ['plain', 'netaug', 'last quarter'], rungs=(2, 4), keep=0.25)
+    study.search(found, ['plain', 'netaug', 'last quarter'], study.LEARNING_RATES, rungs=(2, 4), keep=0.25)
     assert {trial.epochs for trial in ran if trial.way == 'last quarter'} == {4}
     assert {trial.lr for trial in ran if trial.way == 'last quarter'} == set(study.LEARNING_RATES)
 
 
 def test_what_is_confirmed_is_compared_at_equal_epochs_and_at_equal_cost(results):
     found, ran = results()
-    study.search(found, ['plain', 'gpd', 'netaug'], rungs=(1, 4), keep=0.25)
+    study.search(found, ['plain', 'gpd', 'netaug'], study.LEARNING_RATES, rungs=(1, 4), keep=0.25)
     ran.clear()
     study.search_lengths(found, epochs=4)
     assert {trial.split for trial in ran} == {'validation'} and {trial.way for trial in ran} == {'plain'}
