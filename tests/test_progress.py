@@ -13,7 +13,7 @@ import torch.nn as nn
 from timm.task import ClassificationTask
 
 from steps import Batches
-from timm_gpd import DistillationTask, GapPreservingTask
+from timm_gpd import DistillationTask, GapPreservingTask, expand
 from timm_gpd.errors import RunEnded, UsageError
 from timm_gpd.training.checkpoints import Position
 from timm_gpd.training.compute import create_compute
@@ -256,6 +256,30 @@ def test_models_of_a_run_and_what_they_cost(tiny_student, branches):
     assert f'{trained:,} parameters' in text and f'{expected_cost(sizes):.1f} x plain' in text
     for name, size in sizes.items():
         assert re.search(rf'^{name} +{size.parameters:,} ', text, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    'arguments, shares',
+    [
+        (dict(ratio=3, method='sandwich', between=1), {3: 1, 2: 1}),
+        (dict(ratio=4, method='sandwich', between=1), {4: 1, 2: 1 / 2, 3: 1 / 2}),
+        (dict(ratio=3, method='netaug'), {2: 1 / 2, 3: 1 / 2}),
+        (dict(ratio=2, method='netaug'), {2: 1}),
+    ],
+)
+def test_ratios_that_are_drawn_cost_their_share(tiny_student, arguments, shares):
+    task = GapPreservingTask(tiny_student, verbose=False, **arguments)
+    modes = [module.training for module in task.modules()]
+    sizes = measure_models(task, TINY)
+    assert [module.training for module in task.modules()] == modes
+    images = torch.zeros(1, 1, 32, 32)
+    plain = {ratio: expand(tiny_student, ratio, noise=0.0).extract_teacher().eval() for ratio in shares}
+    cost = sum(share * macs_of_layers(plain[ratio], images) for ratio, share in shares.items())
+    assert expected_cost(sizes) == pytest.approx(1 + cost / macs_of_layers(tiny_student.eval(), images))
+    for ratio, model in plain.items():
+        name = 'dynamic teacher' if ratio == arguments['ratio'] else f'ratio {ratio}'
+        assert sizes[name].parameters == sum(parameter.numel() for parameter in model.parameters())
+        assert re.search(rf'^{name} +{sizes[name].parameters:,} ', '\n'.join(describe(task, TINY)), re.MULTILINE)
 
 
 def test_parameters_that_are_passed_to_modules_do_not_stop_the_count():

@@ -9,6 +9,7 @@ from timm.utils import unwrap_model
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from ...task import GapPreservingTask
 from ...teacher.functional import call_with_parameters
 from ..student import InputConfig
 from ..task import get_validation_models
@@ -24,10 +25,12 @@ class ModelSize(NamedTuple):
     Attributes:
         parameters: number of parameters, branches merged.
         macs: multiply-accumulates of a forward pass of one image.
+        share: of the steps that run it: ratios may be drawn at random.
     """
 
     parameters: int
     macs: int
+    share: float = 1.0
 
 
 @torch.no_grad()
@@ -66,11 +69,20 @@ def measure_models(task: TrainingTask, input_config: InputConfig) -> Dict[str, M
         input_config: what images the student takes.
 
     Returns:
-        By name: ``'student'``, and where there are, ``'dynamic teacher'`` and ``'static teacher'``.
+        By name: ``'student'``, and where there are, ``'dynamic teacher'``, ratios between and ``'static teacher'``.
     """
     models = {NAMES[prefix]: model for prefix, model in get_validation_models(task).items()}
     image = _blank_image(models['student'], input_config)
     sizes = {name: ModelSize(_count(model), count_macs(model, image)) for name, model in models.items()}
+    drawn = task.ratios if isinstance(task, GapPreservingTask) else None
+    for ratio in drawn.choices if drawn else ():
+        share, teacher = drawn.count / len(drawn.choices), task.get_dynamic_teacher()
+        if ratio == teacher.plan.ratio:
+            sizes['dynamic teacher'] = sizes['dynamic teacher']._replace(share=share)
+            continue
+        view = teacher.at_ratio(ratio)
+        count = sum(tensor.numel() for tensor in view.computed_parameters(torch.contiguous_format).values())
+        sizes[f'ratio {ratio}'] = ModelSize(count, count_macs(view, image), share)
     static: Optional[nn.Module] = getattr(task, 'teacher', None)  # as timm's distillation tasks call it
     if static is not None:
         sizes['static teacher'] = ModelSize(_count(static), count_macs(static, image))
@@ -80,7 +92,7 @@ def measure_models(task: TrainingTask, input_config: InputConfig) -> Dict[str, M
 def expected_cost(sizes: Dict[str, ModelSize]) -> float:
     """A step's cost over a plain step of the student, expected from multiply-accumulates.
 
-    The backward pass of a model has twice those of its forward pass. Student and dynamic teacher run both, the static
+    The backward pass of a model has twice those of its forward pass. Student and wider models run both, the static
     teacher its forward pass. Merging branches, losses and distillers are not counted.
 
     Args:
@@ -89,9 +101,9 @@ def expected_cost(sizes: Dict[str, ModelSize]) -> float:
     Returns:
         The ratio, 1 for plain training.
     """
-    forward = {name: size.macs for name, size in sizes.items()}
-    plain = 3 * forward['student']
-    return (plain + 3 * forward.get('dynamic teacher', 0) + forward.get('static teacher', 0)) / max(plain, 1)
+    passes = {'static teacher': 1}
+    step = sum(passes.get(name, 3) * size.share * size.macs for name, size in sizes.items())
+    return step / max(3 * sizes['student'].macs, 1)
 
 
 def describe(
@@ -124,7 +136,7 @@ def describe(
     )
     joint = len(range(num_epochs)[slice(joint_epochs.start, joint_epochs.stop)]) if joint_epochs else num_epochs
     if 'dynamic teacher' in sizes and joint < num_epochs:
-        alone = {name: size for name, size in sizes.items() if name != 'dynamic teacher'}
+        alone = {name: size for name, size in sizes.items() if name in ('student', 'static teacher')}
         cost = (joint * expected_cost(sizes) + (num_epochs - joint) * expected_cost(alone)) / num_epochs
         lines.append(
             f'That is in {joint} of {num_epochs} epochs, and in the others {expected_cost(alone):.1f} x: '
