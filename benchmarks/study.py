@@ -11,7 +11,7 @@ What counts was said before it was run. A way gains at equal epochs if over at l
 and each at its own best learning rate, its students' mean top-1 on the test split is above that of plain training by
 half a point and by two standard errors of the difference. It gains at equal cost if the same holds against plain
 training that took as much processor time, or more. Plain training is a line, not a point: it is confirmed for 1, 2, 4
-and 8 times the epochs, and the best way for 4 times, where plain training is near its end.
+and 8 times the epochs, and the best way for twice as many.
 
 Every run is one ``train.py`` process, and one line of JSON in ``--results``: what it was, what came out, its processor
 time, the command, commit, processor and versions. Lines that are there are not run again, so an interrupted study goes
@@ -69,8 +69,8 @@ WAYS: Dict[str, str] = {
 }
 LEARNING_RATES = (0.1, 0.2, 0.4, 0.8, 1.6)
 FEWEST_EPOCHS = {'last quarter': 4}  # of ways whose window would hold none
-LENGTHS = (1, 2, 4, 8)  # of plain training, over the others'
-LONGER = 4  # of the best way
+LENGTHS = (1, 2, 4, 8)  # of plain training, over the others', each twice the one before
+LONGER = 2  # of the best way
 SEARCH_SEED, FIRST_FRESH_SEED = 0, 100
 
 Record = Dict[str, Any]
@@ -211,22 +211,17 @@ def search(
     return ranked
 
 
-def search_lengths(results: Results, epochs: int) -> None:
-    """Plain training for longer: at twice the epochs the learning rate that was best before, and its neighbours.
+def search_lengths(results: Results, epochs: int, lengths: Sequence[int]) -> None:
+    """Plain training for longer: at twice the epochs the learning rate that was best before, and half of it.
 
     Args:
         results: with a search's lines.
         epochs: of one length.
+        lengths: of plain training, over ``epochs``.
     """
-    for shorter, length in zip(LENGTHS, LENGTHS[1:]):
+    for shorter, length in zip(lengths, lengths[1:]):
         lr = best_learning_rate(results, PLAIN, shorter * epochs)
-        results.measure(
-            [
-                Trial(PLAIN, other, length * epochs, SEARCH_SEED, 'validation')
-                for other in LEARNING_RATES
-                if lr / 2 <= other <= lr * 2
-            ]
-        )
+        results.measure([Trial(PLAIN, lr * by, length * epochs, SEARCH_SEED, 'validation') for by in (1, 0.5)])
 
 
 def best_learning_rate(results: Results, way: str, epochs: int) -> float:
@@ -247,17 +242,18 @@ def best_learning_rate(results: Results, way: str, epochs: int) -> float:
     return max(found, key=lambda lr: found[lr])
 
 
-def confirm(results: Results, ways: Sequence[str], seeds: int, epochs: int) -> None:
+def confirm(results: Results, ways: Sequence[str], seeds: int, epochs: int, lengths: Sequence[int]) -> None:
     """Trains ways and plain training with fresh seeds, and measures them on the test split.
 
     Args:
         results: with the lines of a search and of the lengths.
         ways: besides plain training, the best first: that one runs ``LONGER`` times as many epochs, too.
         seeds: fresh seeds of each.
-        epochs: of each way; plain training also for ``LENGTHS`` times as many.
+        epochs: of each way.
+        lengths: of plain training, over ``epochs``.
     """
     runs = [(way, best_learning_rate(results, way, epochs), epochs) for way in ways]
-    runs += [(PLAIN, best_learning_rate(results, PLAIN, epochs * length), epochs * length) for length in LENGTHS]
+    runs += [(PLAIN, best_learning_rate(results, PLAIN, epochs * length), epochs * length) for length in lengths]
     runs += [(ways[0], best_learning_rate(results, ways[0], epochs), epochs * LONGER)] if ways else []
     fresh = range(FIRST_FRESH_SEED, FIRST_FRESH_SEED + seeds)
     results.measure([Trial(*run, seed, 'test') for run in runs for seed in fresh])
@@ -335,15 +331,17 @@ def main() -> None:
     parser.add_argument('--keep', type=float, default=1 / 4, metavar='SHARE', help='of the candidates of a round')
     parser.add_argument('--winners', type=int, default=3, metavar='N', help='ways that are confirmed')
     parser.add_argument('--seeds', type=int, default=5, metavar='N', help='fresh seeds')
+    parser.add_argument('--lengths', nargs='+', type=int, default=LENGTHS, metavar='N', help='of plain training')
     parser.add_argument('--epochs', type=int, default=8, metavar='N', help='of a run that confirms')
     args = parser.parse_args()
     results = Results(args.results, args.config, args.data_dir, args.jobs, args.device)
     if args.step == 'search':
         search(results, args.ways or list(WAYS), args.lrs, args.rungs, args.keep)
     elif args.step == 'lengths':
-        search_lengths(results, args.epochs)
+        search_lengths(results, args.epochs, args.lengths)
     elif args.step == 'confirm':
-        confirm(results, args.ways or best_ways(results, args.epochs, args.winners), args.seeds, args.epochs)
+        ways = args.ways or best_ways(results, args.epochs, args.winners)
+        confirm(results, ways, args.seeds, args.epochs, args.lengths)
     else:
         print(report(results))
 

@@ -62,14 +62,14 @@ def test_what_is_confirmed_is_compared_at_equal_epochs_and_at_equal_cost(results
     found, ran = results()
     study.search(found, ['plain', 'gpd', 'netaug'], study.LEARNING_RATES, rungs=(1, 4), keep=0.25)
     ran.clear()
-    study.search_lengths(found, epochs=4)
+    study.search_lengths(found, epochs=4, lengths=study.LENGTHS)
     assert {trial.split for trial in ran} == {'validation'} and {trial.way for trial in ran} == {'plain'}
-    assert {(t.lr, t.epochs) for t in ran} == {(lr, epochs) for lr in (0.1, 0.2, 0.4) for epochs in (8, 16, 32)}
+    assert {(t.lr, t.epochs) for t in ran} == {(lr, epochs) for lr in (0.1, 0.2) for epochs in (8, 16, 32)}
     ran.clear()
     assert study.best_ways(found, epochs=4, count=2) == ['netaug']
-    study.confirm(found, ['netaug'], seeds=3, epochs=4)
+    study.confirm(found, ['netaug'], seeds=3, epochs=4, lengths=study.LENGTHS)
     assert {trial.split for trial in ran} == {'test'} and {trial.seed for trial in ran} == {100, 101, 102}
-    assert {(t.way, t.lr, t.epochs) for t in ran} == {('netaug', 0.2, 4), ('netaug', 0.2, 16)} | {
+    assert {(t.way, t.lr, t.epochs) for t in ran} == {('netaug', 0.2, 4), ('netaug', 0.2, 8)} | {
         ('plain', 0.2, epochs) for epochs in (4, 8, 16, 32)
     }
     rows = [[cell.strip() for cell in line.split('|')] for line in study.report(found).splitlines()]
@@ -78,13 +78,13 @@ def test_what_is_confirmed_is_compared_at_equal_epochs_and_at_equal_cost(results
     assert cells[8] == '2.00 ± 0.00, better in 3 of 3'  # plain training of 4 epochs
     longer = 8**0.5 - 4**0.5  # the shortest plain training that costs as much or more has 8 epochs
     assert cells[9] == f'{2 - longer:.2f} ± 0.00, better in 3 of 3 (8 epochs)'
-    (cells,) = [row for row in rows if row[1:4] == ['netaug', '0.2', '16']]
-    assert cells[8] == '2.00 ± 0.00, better in 3 of 3' and cells[9].endswith('(32 epochs)')
+    (cells,) = [row for row in rows if row[1:4] == ['netaug', '0.2', '8']]
+    assert cells[8] == '2.00 ± 0.00, better in 3 of 3' and cells[9].endswith('(16 epochs)')
 
 
 def test_what_was_not_searched_is_not_confirmed(results):
     with pytest.raises(SystemExit, match='nothing is known about netaug for 4 epochs: search first'):
-        study.confirm(results()[0], ['netaug'], seeds=1, epochs=4)
+        study.confirm(results()[0], ['netaug'], seeds=1, epochs=4, lengths=study.LENGTHS)
 
 
 def test_every_way_is_a_command_that_train_understands(tmp_path):
