@@ -235,15 +235,22 @@ def best_learning_rate(results: Results, way: str, epochs: int) -> float:
     found = {
         trial.lr: record['top1']
         for trial, record in results.records.items()
-        if (trial.way, trial.epochs, trial.split) == (way, epochs, 'validation')
+        if (trial.way, trial.epochs, trial.seed) == (way, epochs, SEARCH_SEED)
     }
     if not found:
         sys.exit(f'nothing is known about {way} for {epochs} epochs: search first, or name other --epochs')
     return max(found, key=lambda lr: found[lr])
 
 
-def confirm(results: Results, ways: Sequence[str], seeds: int, epochs: int, lengths: Sequence[int]) -> None:
-    """Trains ways and plain training with fresh seeds, and measures them on the test split.
+def confirm(
+    results: Results,
+    ways: Sequence[str],
+    seeds: int,
+    epochs: int,
+    lengths: Sequence[int],
+    split: str,
+) -> None:
+    """Trains ways and plain training with fresh seeds.
 
     Args:
         results: with the lines of a search and of the lengths.
@@ -251,19 +258,20 @@ def confirm(results: Results, ways: Sequence[str], seeds: int, epochs: int, leng
         seeds: fresh seeds of each.
         epochs: of each way.
         lengths: of plain training, over ``epochs``.
+        split: on which they are measured.
     """
     runs = [(way, best_learning_rate(results, way, epochs), epochs) for way in ways]
     runs += [(PLAIN, best_learning_rate(results, PLAIN, epochs * length), epochs * length) for length in lengths]
     runs += [(ways[0], best_learning_rate(results, ways[0], epochs), epochs * LONGER)] if ways else []
     fresh = range(FIRST_FRESH_SEED, FIRST_FRESH_SEED + seeds)
-    results.measure([Trial(*run, seed, 'test') for run in runs for seed in fresh])
+    results.measure([Trial(*run, seed, split) for run in runs for seed in fresh])
 
 
 def best_ways(results: Results, epochs: int, count: int) -> List[str]:
     """The best ways besides plain training, by their best run of so many epochs on the validation split."""
     top1: Dict[str, float] = {}
     for trial, record in results.records.items():
-        if (trial.epochs, trial.split) == (epochs, 'validation') and trial.way != PLAIN:
+        if (trial.epochs, trial.seed) == (epochs, SEARCH_SEED) and trial.way != PLAIN:
             top1[trial.way] = max(record['top1'], top1.get(trial.way, 0.0))
     return sorted(top1, key=lambda way: -top1[way])[:count]
 
@@ -272,7 +280,7 @@ def report(results: Results) -> str:
     """Tables of what was confirmed: means over seeds, and paired differences from plain training."""
     groups: Dict[Any, Dict[int, Record]] = {}
     for trial, record in results.records.items():
-        if trial.split == 'test':
+        if trial.seed != SEARCH_SEED:
             groups.setdefault((trial.way, trial.lr, trial.epochs), {})[trial.seed] = record
     if not groups:
         return 'Nothing is confirmed yet.'
@@ -333,6 +341,7 @@ def main() -> None:
     parser.add_argument('--seeds', type=int, default=5, metavar='N', help='fresh seeds')
     parser.add_argument('--lengths', nargs='+', type=int, default=LENGTHS, metavar='N', help='of plain training')
     parser.add_argument('--epochs', type=int, default=8, metavar='N', help='of a run that confirms')
+    parser.add_argument('--test-split', default='test', metavar='NAME', help='of what is confirmed')
     args = parser.parse_args()
     results = Results(args.results, args.config, args.data_dir, args.jobs, args.device)
     if args.step == 'search':
@@ -341,7 +350,7 @@ def main() -> None:
         search_lengths(results, args.epochs, args.lengths)
     elif args.step == 'confirm':
         ways = args.ways or best_ways(results, args.epochs, args.winners)
-        confirm(results, ways, args.seeds, args.epochs, args.lengths)
+        confirm(results, ways, args.seeds, args.epochs, args.lengths, args.test_split)
     else:
         print(report(results))
 

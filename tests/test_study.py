@@ -67,7 +67,7 @@ def test_what_is_confirmed_is_compared_at_equal_epochs_and_at_equal_cost(results
     assert {(t.lr, t.epochs) for t in ran} == {(lr, epochs) for lr in (0.1, 0.2) for epochs in (8, 16, 32)}
     ran.clear()
     assert study.best_ways(found, epochs=4, count=2) == ['netaug']
-    study.confirm(found, ['netaug'], seeds=3, epochs=4, lengths=study.LENGTHS)
+    study.confirm(found, ['netaug'], seeds=3, epochs=4, lengths=study.LENGTHS, split='test')
     assert {trial.split for trial in ran} == {'test'} and {trial.seed for trial in ran} == {100, 101, 102}
     assert {(t.way, t.lr, t.epochs) for t in ran} == {('netaug', 0.2, 4), ('netaug', 0.2, 8)} | {
         ('plain', 0.2, epochs) for epochs in (4, 8, 16, 32)
@@ -84,7 +84,7 @@ def test_what_is_confirmed_is_compared_at_equal_epochs_and_at_equal_cost(results
 
 def test_what_was_not_searched_is_not_confirmed(results):
     with pytest.raises(SystemExit, match='nothing is known about netaug for 4 epochs: search first'):
-        study.confirm(results()[0], ['netaug'], seeds=1, epochs=4, lengths=study.LENGTHS)
+        study.confirm(results()[0], ['netaug'], seeds=1, epochs=4, lengths=study.LENGTHS, split='test')
 
 
 def test_every_way_is_a_command_that_train_understands(tmp_path):
