@@ -5,7 +5,7 @@
     python benchmarks/study.py search   # successive halving over ways and learning rates, on the validation split
     python benchmarks/study.py lengths  # plain training's learning rate where it takes longer, on the validation split
     python benchmarks/study.py confirm  # the winners and plain training, fresh seeds, on the test split
-    python benchmarks/study.py report   # a table
+    python benchmarks/study.py report   # a table, and accuracy against cost as a picture beside the results
 
 What counts was said before it was run. A way gains at equal epochs if over at least five fresh seeds, paired by seed
 and each at its own best learning rate, its students' mean top-1 on the test split is above that of plain training by
@@ -276,19 +276,36 @@ def best_ways(results: Results, epochs: int, count: int) -> List[str]:
     return sorted(top1, key=lambda way: -top1[way])[:count]
 
 
-def report(results: Results) -> str:
-    """Tables of what was confirmed: means over seeds, and paired differences from plain training."""
+def confirmed(results: Results) -> Dict[Any, Dict[int, Record]]:
+    """What was confirmed: records by seed, by way, learning rate and epochs."""
     groups: Dict[Any, Dict[int, Record]] = {}
     for trial, record in results.records.items():
         if trial.seed != SEARCH_SEED:
             groups.setdefault((trial.way, trial.lr, trial.epochs), {})[trial.seed] = record
     if not groups:
-        return 'Nothing is confirmed yet.'
-    shortest = min(epochs for _, _, epochs in groups)
+        sys.exit('nothing is confirmed yet: confirm first')
+    return groups
+
+
+def costs_of(groups: Dict[Any, Dict[int, Record]]) -> Dict[Any, float]:
+    """Processor time over that of the shortest plain training, without what plain training takes to start.
+
+    That is read off plain training of several lengths: in long runs it is nothing, and here it would hide what a step
+    costs.
+    """
+    seconds = {key: _mean(group, 'processor_seconds') for key, group in groups.items()}
+    plain = sorted((key[2], seconds[key]) for key in groups if key[0] == PLAIN)
+    (short, first), (long, last) = plain[0], plain[-1]
+    per_epoch = (last - first) / (long - short) if long > short else first / short
+    start = first - per_epoch * short
+    return {key: (value - start) / (per_epoch * short) for key, value in seconds.items()}
+
+
+def report(results: Results) -> str:
+    """A table of what was confirmed: means over seeds, and paired differences from plain training."""
+    groups = confirmed(results)
+    costs = costs_of(groups)
     plain = {key: group for key, group in groups.items() if key[0] == PLAIN}
-    base = max((key for key in plain if key[2] == shortest), key=lambda key: _mean(plain[key], 'top1'))
-    unit = _mean(plain[base], 'processor_seconds')
-    costs = {key: _mean(group, 'processor_seconds') / unit for key, group in groups.items()}
     lines = [
         '| way | learning rate | epochs | seeds | student | dynamic teacher | cost | over plain, equal epochs | '
         'over plain, equal cost |',
@@ -307,6 +324,39 @@ def report(results: Results) -> str:
             f'{over[1]}{f" ({rival[2]} epochs)" if over[1] else ""} |'
         )
     return '\n'.join(lines)
+
+
+def plot(results: Results, path: Path) -> None:
+    """Draws accuracy against cost: plain training as a line, every way as a point; bars are standard errors."""
+    import matplotlib
+
+    matplotlib.use('Agg')
+    from matplotlib import pyplot
+
+    groups = confirmed(results)
+    costs = costs_of(groups)
+    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout='constrained')
+    for way in dict.fromkeys(key[0] for key in groups):
+        keys = sorted((key for key in groups if key[0] == way), key=lambda key: costs[key])
+        top1 = [[record['top1'] for record in groups[key].values()] for key in keys]
+        errors = [statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0 for values in top1]
+        axes.errorbar(
+            [costs[key] for key in keys],
+            [statistics.mean(values) for values in top1],
+            errors,
+            marker='o',
+            capsize=3,
+            linestyle='-' if len(keys) > 1 else 'none',
+            color='black' if way == PLAIN else None,
+            label=way,
+        )
+    axes.set_xscale('log', base=2)
+    axes.xaxis.set_major_formatter('{x:g}')
+    axes.set_xlabel('processor time over that of the shortest plain training')
+    axes.set_ylabel('top-1 of the student (%)')
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
 
 
 def _mean(group: Dict[int, Record], key: str) -> float:
@@ -353,6 +403,7 @@ def main() -> None:
         confirm(results, ways, args.seeds, args.epochs, args.lengths, args.test_split)
     else:
         print(report(results))
+        plot(results, args.results.with_suffix('.png'))
 
 
 if __name__ == '__main__':

@@ -20,7 +20,7 @@ def results(tmp_path, monkeypatch):
         ran.append(trial)
         gain = {'plain': 0.0, 'netaug': 2.0}.get(trial.way, -1.0)
         top1 = 50 + gain - 10 * abs(trial.lr - 0.2) + trial.epochs**0.5 + 0.1 * (trial.seed % 7)
-        cost = trial.epochs * (1.0 if trial.way == 'plain' else 1.5)
+        cost = 7 + trial.epochs * (1.0 if trial.way == 'plain' else 1.5)  # 7 to start
         record = {**trial._asdict(), 'top1': top1, 'teacher_top1': None, 'processor_seconds': cost}
         with open(self.path, 'a') as file:
             file.write(json.dumps(record) + '\n')
@@ -78,6 +78,8 @@ def test_what_is_confirmed_is_compared_at_equal_epochs_and_at_equal_cost(results
     assert cells[8] == '2.00 ± 0.00, better in 3 of 3'  # plain training of 4 epochs
     longer = 8**0.5 - 4**0.5  # the shortest plain training that costs as much or more has 8 epochs
     assert cells[9] == f'{2 - longer:.2f} ± 0.00, better in 3 of 3 (8 epochs)'
+    study.plot(found, found.path.with_suffix('.png'))
+    assert found.path.with_suffix('.png').stat().st_size > 10_000
     (cells,) = [row for row in rows if row[1:4] == ['netaug', '0.2', '8']]
     assert cells[8] == '2.00 ± 0.00, better in 3 of 3' and cells[9].endswith('(16 epochs)')
 
@@ -85,6 +87,11 @@ def test_what_is_confirmed_is_compared_at_equal_epochs_and_at_equal_cost(results
 def test_what_was_not_searched_is_not_confirmed(results):
     with pytest.raises(SystemExit, match='nothing is known about netaug for 4 epochs: search first'):
         study.confirm(results()[0], ['netaug'], seeds=1, epochs=4, lengths=study.LENGTHS, split='test')
+
+
+def test_nothing_to_report(results):
+    with pytest.raises(SystemExit, match='nothing is confirmed yet'):
+        study.report(results()[0])
 
 
 def test_every_way_is_a_command_that_train_understands(tmp_path):
