@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = 'timm_gpd'
@@ -225,6 +226,10 @@ def test_private_attributes_of_others_stand_there_too():
             elif isinstance(node, ast.Call) and dotted(node.func) in ('getattr', 'hasattr', 'setattr'):
                 if len(node.args) > 1 and isinstance(node.args[1], ast.Constant):
                     used.setdefault(node.args[1].value, []).append(f'{module}, line {node.lineno}')
+            for part in node.body if isinstance(node, ast.ClassDef) else ():
+                name = getattr(part, 'name', '')
+                if is_private(name) and hasattr(torch.nn.Module, name):
+                    used.setdefault(f'{name}, which may be that of nn.Module', []).append(f'{module}, {part.lineno}')
     assert '_parameters' in used and '_RULES' in defined
     strays = {name: places for name, places in used.items() if is_private(name) and name not in defined | KNOWN}
     assert not strays

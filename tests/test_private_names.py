@@ -277,6 +277,28 @@ def test_wrappers_and_hooks_of_modules_are_seen():
         assert private_torch.pre_hooks_of(layer) == [print]
 
 
+@pytest.mark.parametrize(
+    'register',
+    [
+        'register_forward_pre_hook',
+        'register_forward_hook',
+        'register_full_backward_pre_hook',
+        'register_full_backward_hook',
+        'register_state_dict_pre_hook',
+        'register_state_dict_post_hook',
+        'register_load_state_dict_pre_hook',
+        'register_load_state_dict_post_hook',
+    ],
+)
+def test_hooks_of_modules_are_in_tables(register):
+    with relies_on(private_torch, register):
+        module = nn.Linear(2, 2)
+        getattr(module, register)(lambda *_: None)
+        assert [name for name in private_torch.HOOK_TABLES if getattr(module, name)]
+        assert {*private_torch.HOOK_TABLES, '_parameters', '_modules', 'training'} <= private_torch.MODULE_ATTRIBUTES
+        assert module.__dict__.keys() - private_torch.MODULE_ATTRIBUTES == {'in_features', 'out_features'}
+
+
 def test_a_module_keeps_its_compiled_call_under_that_name():
     layer = nn.Linear(2, 2)
     with relies_on(private_torch, f'torch.nn.Module.{private_torch.COMPILED_CALL}'):

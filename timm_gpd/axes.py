@@ -2,7 +2,7 @@
 
 Nothing here knows about modules. A channel axis of the dynamic teacher is the student's with every entry repeated
 ``ratio`` times in place; activations are repeated and never rescaled, so a weight that sums over replicated inputs is
-divided by their replication (inverse reparameterization, Sec. 3.2 of arXiv 2410.04140, in an interleaved layout).
+divided by their replication (inverse reparameterization, Sec. 3.2 of arXiv 2410.04140, interleaved).
 """
 
 import math

@@ -17,7 +17,9 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 __all__ = [
     'BatchNorm',
     'COMPILED_CALL',
+    'HOOK_TABLES',
     'InstanceNorm',
+    'MODULE_ATTRIBUTES',
     'OpOverload',
     'TO_COPY',
     'TorchDispatchMode',
@@ -46,6 +48,10 @@ InstanceNorm = nn.modules.instancenorm._InstanceNorm
 
 # Where a module keeps what ``module.compile()`` has made of its call.
 COMPILED_CALL = '_compiled_call_impl'
+
+# Attributes that every module has: parameters, buffers, submodules, the mode, and tables of hooks.
+MODULE_ATTRIBUTES = frozenset(nn.Module().__dict__)
+HOOK_TABLES = tuple(sorted(name for name in MODULE_ATTRIBUTES if name.endswith('_hooks')))
 
 TO_COPY = torch.ops.aten._to_copy  # what a change of dtype or device is
 

@@ -1,9 +1,9 @@
 """Reads the checkpoints that the authors of Gap Preserving Distillation released as plain timm students.
 
-Their checkpoints hold the dynamic teacher, in their own layout. A channel axis is the student's, tiled r times, and
-activations are divided by r, so the student is the leading 1/r of every axis, and dense weights and biases are
-multiplied by r where their outputs are tiled. A multi-branch convolution is a set of ``*orepa*`` tensors that are
-sliced one by one and then merged into one kernel (OREPA, arXiv 2204.00826). BatchNorm keeps the student's running
+Their checkpoints hold the dynamic teacher, in their own format. A channel axis is the student's, repeated r times as a
+whole, and activations are divided by r, so the student is the leading 1/r of every axis, and dense weights and biases
+are multiplied by r where their outputs are repeated. A multi-branch convolution is a set of ``*orepa*`` tensors that
+are sliced one by one and then merged into one kernel (OREPA, arXiv 2204.00826). BatchNorm keeps the student's running
 statistics as ``tiny_running_mean`` and ``tiny_running_var``.
 """
 
@@ -26,8 +26,8 @@ __all__ = [
     'convert_checkpoint',
     'convert_state_dict',
     'is_release',
-    'merge_branches',
-    'read_checkpoint',
+    'merge_release_branches',
+    'read_release',
 ]
 
 StateDict = Mapping[str, torch.Tensor]
@@ -38,9 +38,9 @@ class Release:
     """One of the authors' models.
 
     Attributes:
-        stem: the convolution on images, whose input axis is not tiled.
+        stem: the convolution on images, whose input axis is not repeated.
         stem_width: its output channels in the student.
-        classifier: the layer that gives logits, whose output axis is not tiled.
+        classifier: the layer that gives logits, whose output axis is not repeated.
         rename: the authors' parameter names to timm's.
         model_args: what makes timm's architecture the authors' model.
     """
@@ -86,7 +86,7 @@ def convert_checkpoint(path: str) -> Tuple[str, Dict[str, torch.Tensor]]:
     Raises:
         ValueError: if the file cannot be read or is not an authors' checkpoint.
     """
-    checkpoint = read_checkpoint(path)
+    checkpoint = read_release(path)
     if not is_release(checkpoint):
         raise InputError(
             f"{path} is not a checkpoint of the authors' dynamic teachers: it needs no conversion, or "
@@ -95,7 +95,7 @@ def convert_checkpoint(path: str) -> Tuple[str, Dict[str, torch.Tensor]]:
     return convert_state_dict(checkpoint)
 
 
-def read_checkpoint(path: str) -> Dict[str, Any]:
+def read_release(path: str) -> Dict[str, Any]:
     """Loads a PyTorch checkpoint, weights only; as in timm, arguments in an ``argparse.Namespace`` are allowed.
 
     Raises:
@@ -149,7 +149,7 @@ def convert_state_dict(checkpoint: Mapping[str, Any]) -> Tuple[str, Dict[str, to
     raise InputError(f"the checkpoint is of none of the authors' released models, {', '.join(RELEASES)}")
 
 
-def merge_branches(branches: StateDict, groups: int = 1) -> torch.Tensor:
+def merge_release_branches(branches: StateDict, groups: int = 1) -> torch.Tensor:
     """The merged kernel of six branches: each is a kernel by itself, times its gamma, a row of ``vector``.
 
     Args:
@@ -180,8 +180,8 @@ def merge_branches(branches: StateDict, groups: int = 1) -> torch.Tensor:
     return sum(gamma.view(-1, 1, 1, 1) * kernel for gamma, kernel in zip(branches['vector'], kernels))
 
 
-# Tensors of a multi-branch convolution: the axes that are tiled, and whether values are divided by r. Of a depthwise
-# one, axis 1 is not tiled except in ``vector``, and nothing is divided.
+# Tensors of a multi-branch convolution: the axes that are repeated, and whether values are divided by r. Of a depthwise
+# one, axis 1 is not repeated except in ``vector``, and nothing is divided.
 _BRANCHES = {
     'weight_orepa_origin': ((0, 1), True),
     'bias_orepa_origin': ((0,), True),
@@ -248,7 +248,7 @@ def _read_module(tensors: StateDict, in_ratio: int, out_ratio: int) -> Dict[str,
             branch = _narrow(tensors[key], dict.fromkeys(axes, out_ratio))
             branches[key] = branch * out_ratio if divided and not depthwise else branch
         groups = branches['weight_orepa_origin'].shape[0] if depthwise else 1
-        return {'weight': merge_branches(branches, groups), 'bias': branches['bias_orepa_origin'].clone()}
+        return {'weight': merge_release_branches(branches, groups), 'bias': branches['bias_orepa_origin'].clone()}
 
     if 'tiny_running_mean' in tensors:
         # Before its first step as a student, a norm has the teacher's statistics.

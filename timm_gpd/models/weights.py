@@ -12,7 +12,7 @@ from timm.models import PretrainedCfg
 from torch.hub import download_url_to_file, get_dir
 
 from ..errors import InputError, WeightsError, first_line
-from .releases import convert_state_dict, is_release, read_checkpoint
+from .releases import convert_state_dict, is_release, read_release
 
 __all__ = ['resolve_weights', 'hub_errors']
 
@@ -39,7 +39,7 @@ def resolve_weights(cfg: PretrainedCfg, cache_dir: Optional[str] = None) -> Dict
     if path.endswith('.safetensors'):
         return {'file': path}
     try:
-        checkpoint = read_checkpoint(path)
+        checkpoint = read_release(path)
         if not is_release(checkpoint):
             return {'file': path}
         architecture, state_dict = convert_state_dict(checkpoint)
@@ -97,7 +97,7 @@ def _check_whole(path: str, name: str) -> None:
     if name.endswith('.safetensors'):
         with safe_open(path, 'pt'):
             return
-    read_checkpoint(path)
+    read_release(path)
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()  # torch.load itself skips the checksums

@@ -109,6 +109,7 @@ class BranchedKernel(nn.Module):
         gain: float = 1.0,
     ) -> None:
         super().__init__()
+        self.register_load_state_dict_pre_hook(_rename_gammas)
         self.kinds = tuple(kinds)
         self.groups = groups
         self.shape = tuple(kernel.shape)
@@ -184,13 +185,14 @@ class BranchedKernel(nn.Module):
             dw,
         )
 
-    def _load_from_state_dict(self, state_dict: Dict[str, Any], prefix: str, *args: Any) -> None:
-        if f'{prefix}scale' in state_dict:
-            state_dict[f'{prefix}gamma'] = state_dict.pop(f'{prefix}scale')
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
     def extra_repr(self) -> str:
         return f'{self.shape}, groups={self.groups}, kinds={self.kinds}'
+
+
+def _rename_gammas(module: nn.Module, state_dict: Dict[str, Any], prefix: str, *others: Any) -> None:
+    """Before a state is loaded: gammas by the name that they had."""
+    if f'{prefix}scale' in state_dict:
+        state_dict[f'{prefix}gamma'] = state_dict.pop(f'{prefix}scale')
 
 
 def _kaiming(like: torch.Tensor, shape: Sequence[int], fan_in: int, gain: float = 1.0) -> nn.Parameter:

@@ -10,7 +10,7 @@ import torch
 import torch.nn as nn
 from torch.func import functional_call
 
-from ..private_torch import COMPILED_CALL, list_flat_weights
+from ..private_torch import COMPILED_CALL, HOOK_TABLES, MODULE_ATTRIBUTES, list_flat_weights
 
 __all__ = ['call_with_parameters', 'memory_format_of']
 
@@ -53,8 +53,6 @@ def memory_format_of(x: torch.Tensor) -> torch.memory_format:
     return torch.channels_last if is_channels_last else torch.contiguous_format
 
 
-_TORCHS_OWN = frozenset(nn.Module().__dict__)  # attributes of every module: buffers, hooks, the mode
-_HOOKS = tuple(key for key in nn.Module().__dict__ if key.endswith('_hooks'))
 _ATOMS = frozenset((bool, int, float, str, type(None), torch.Size))  # most attributes: what cannot hold a module
 
 
@@ -95,10 +93,10 @@ class _Twins:
             key: child if child is None else self.twin_of(child) for key, child in module._modules.items()
         }
         state.pop(COMPILED_CALL, None)  # of the module alone
-        for key in state.keys() - _TORCHS_OWN:
+        for key in state.keys() - MODULE_ATTRIBUTES:
             if type(state[key]) not in _ATOMS:
                 state[key] = self.twin_value(state[key])
-        for key in _HOOKS:  # they may be methods of modules, too; most modules have none
+        for key in HOOK_TABLES:  # they may be methods of modules, too; most modules have none
             if state.get(key):
                 state[key] = self.twin_value(state[key])
         object.__setattr__(twin, '__dict__', state)  # a module's own is for parameters and modules

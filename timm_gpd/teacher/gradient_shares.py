@@ -28,7 +28,7 @@ def scale_gradients_of_first_replicas(
     """
     result, names = dict(teacher), [name for name, factor in factors.items() if factor != 1]
     if names:
-        scale = _scale_plainly if needs_plain_operators() else _Scale.apply
+        scale = _scale_plainly if needs_plain_operators() else _ScaleGradients.apply
         tensors = [teacher[name] for name in names]
         scaled = scale([tensor_maps[name] for name in names], [factors[name] for name in names], *tensors)
         result.update(zip(names, scaled))
@@ -40,14 +40,15 @@ def _scale_plainly(
     factors: Sequence[float],
     *tensors: torch.Tensor,
 ) -> List[torch.Tensor]:
-    """What :class:`_Scale` computes, in operators that any transform knows: a constant, and a zero with a gradient."""
+    """What :class:`_ScaleGradients` computes, in operators that any transform knows."""
+    # A constant, and a zero with a gradient.
     return [
         tensor.detach() + (tensor - tensor.detach()) * first_replica_mask(tensor.detach(), tensor_map, factor)
         for tensor, tensor_map, factor in zip(tensors, tensor_maps, factors)
     ]
 
 
-class _Scale(torch.autograd.Function):
+class _ScaleGradients(torch.autograd.Function):
     @staticmethod
     def forward(ctx, tensor_maps: Sequence[TensorMap], factors: Sequence[float], *tensors: torch.Tensor):
         ctx.tensor_maps, ctx.factors = tensor_maps, factors

@@ -68,11 +68,11 @@ class Evaluation:
     ) -> None:
         self.task, self.loader, self.compute, self.log_interval, self.ema = task, loader, compute, log_interval, ema
         self.create_evaluator = create_evaluator or partial(ClassificationEvaluator, compute.device)
-        self.lead = self.create_evaluator().default_metric
+        self.ranking = self.create_evaluator().default_metric
         self.static: Dict[str, float] = {}
         static_teacher = getattr(task, 'teacher', None)  # as timm's distillation tasks call it
         if static_teacher is not None and loader is not None:
-            name = f'static_{self.lead}'
+            name = f'static_{self.ranking}'
             self.static = {name: self._validate({'static_': static_teacher})[name]}
 
     def _validate(self, models: Dict[str, nn.Module]) -> Dict[str, float]:
@@ -83,14 +83,14 @@ class Evaluation:
 
         Returns:
             What :func:`validate` gives: the student's metrics without prefix, the dynamic teacher's with ``teacher_``.
-            ``gap`` is the dynamic teacher's lead in top-1, or mAP of several labels, and ``static_top1`` or
-            ``static_map`` the static teacher's, in percent.
+            ``gap`` is the dynamic teacher's top-1, or mAP of several labels, minus the student's, and ``static_top1``
+            or ``static_map`` the static teacher's, in percent.
         """
         if self.loader is None:
             return {}
         metrics = self._validate(get_validation_models(self.task, ema=self.ema and self.task.has_ema()))
-        if f'teacher_{self.lead}' in metrics:
-            metrics['gap'] = metrics[f'teacher_{self.lead}'] - metrics[self.lead]
+        if f'teacher_{self.ranking}' in metrics:
+            metrics['gap'] = metrics[f'teacher_{self.ranking}'] - metrics[self.ranking]
         metrics.update(self.static)
         return metrics
 

@@ -260,10 +260,10 @@ def _check_gap_control(values: Mapping[str, Any]) -> None:
 
 def _metrics(values: Mapping[str, Any]) -> Tuple[str, ...]:
     names = MULTILABEL_METRICS if values['task'] == 'multilabel' else METRICS
-    lead = names[1]  # what the gap is the difference of
+    ranking = names[1]  # what the gap is the difference of
     found: List[str] = list(names)
     if values['gpd'] and values['gpd_epochs'] is None:  # else some epochs have no dynamic teacher
         found += [*(f'teacher_{name}' for name in names), 'gap']
     if values['kd_model_name']:
-        found.append(f'static_{lead}')
+        found.append(f'static_{ranking}')
     return tuple(found)

@@ -80,7 +80,7 @@ def add_gpd(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         '--gpd-switch',
         action='store_true',
-        help="leave out the dynamic teacher's loss, and its backward pass, while the gap is large",
+        help="leave out the dynamic teacher's loss, and its backward pass, while the distance of the two is large",
     )
     group.add_argument(
         '--gpd-gap-target',
