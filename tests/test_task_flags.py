@@ -1,0 +1,91 @@
+"""Flags of what is trained arrive at the task."""
+
+import pytest
+import timm
+import torch
+
+from timm_gpd.task.gap_control import Switch
+from timm_gpd.training.args import parse_train_args
+from timm_gpd.training.args.parse import train_parser
+from timm_gpd.training.args.refused import Refused
+from timm_gpd.training.student import create_student
+from timm_gpd.training.task import create_task
+
+SMALL = '--model test_resnet --model-kwargs channels=[8,8,8,8] stem_width=4 --num-classes 3 --in-chans 1 --img-size 32'
+STATIC = '--kd-model-name test_resnet --kd-model-path {teacher}'
+
+
+def replicas_are_equal(teacher):
+    stored = dict(teacher.wide.named_parameters())
+    maps = {name: tensor_map for name, tensor_map in teacher.plan.tensors.items() if name in stored}
+    return all(
+        torch.equal(stored[name], tensor_map.replicate(tensor_map.first_replica(stored[name])))
+        for name, tensor_map in maps.items()
+    )
+
+
+# With --gpd: where a flag's value is found in the task, and the value. Without the flag another one is there, or none.
+FLAGS = {
+    '--gpd-ratio 3': (lambda task: task.get_dynamic_teacher().plan.ratio, 3),
+    '--gpd-branches 4': (lambda task: len(task.settings['branches']), 4),
+    '--gpd-noise 0.1': (lambda task: replicas_are_equal(task.get_dynamic_teacher()), False),
+    '--gpd-scale teacher': (lambda task: task.get_dynamic_teacher().scale, 'teacher'),
+    '--gpd-share-weight 0.25': (lambda task: task.get_dynamic_teacher().share_weight, 0.25),
+    '--gpd-loss kl': (lambda task: task.gpd_loss.name, 'kl'),
+    '--gpd-loss dkd --gpd-loss-args beta=7': (lambda task: task.gpd_loss.hyperparameters, {'beta': 7}),
+    '--gpd-weight 5': (lambda task: task.gpd_weight, 5),
+    '--gpd-weight-schedule linear': (lambda task: task.gpd_weights.at(0.5), 1.5),
+    '--gpd-weight-schedule linear --gpd-weight-end 1': (lambda task: task.gpd_weights.at(1.0), 1),
+    '--gpd-method sandwich --gpd-ratio 4': (lambda task: (task.ratios.choices, task.ratios.count), ((2, 3), 2)),
+    '--gpd-method sandwich --gpd-ratio 4 --gpd-between 1': (lambda task: task.ratios.count, 1),
+    '--gpd-method netaug --seed 7': (lambda task: task.ratios.seed, 7),
+    '--gpd-switch': (lambda task: isinstance(task.gap_control, Switch), True),
+    '--gpd-gap-target 0.3': (lambda task: (task.gap_control.target, task.gap_control.scales), (0.3, 'teacher')),
+    '--gpd-gap-target 0.3 --gpd-gap-scales distillation': (lambda task: task.gap_control.scales, 'distillation'),
+    STATIC: (lambda task: task.settings['distillers'], {'logit': {'temperature': 4}}),
+    f'{STATIC} --kd-temperature 2': (lambda task: task.settings['distillers'], {'logit': {'temperature': 2}}),
+    f'{STATIC} --kd-distill-type dkd,nd --kd-loss-args beta=7': (
+        lambda task: task.settings['distillers'],
+        {'dkd': {'beta': 7}, 'nd': {}},
+    ),
+    f'{STATIC} --distill-loss-weight 0.5': (lambda task: (task.distill_loss_weight, task.task_loss_weight), (0.5, 1)),
+    f'{STATIC} --task-loss-weight 0.25': (lambda task: (task.distill_loss_weight, task.task_loss_weight), (0.75, 0.25)),
+}
+# Which epochs have a dynamic teacher is the run's (tests/test_phases.py); --kd-loss-type has one choice.
+ELSEWHERE = {'--gpd', '--gpd-epochs', '--kd-loss-type'}
+
+
+@pytest.fixture(scope='module')
+def teacher(tmp_path_factory):
+    path = tmp_path_factory.mktemp('teacher') / 'teacher.pth'
+    torch.save(timm.create_model('test_resnet', num_classes=3, in_chans=1).state_dict(), path)
+    return path
+
+
+def create(flags):
+    args = parse_train_args([*SMALL.split(), '--gpd', *flags.split()])
+    return create_task(args, create_student(args), torch.device('cpu'))
+
+
+@pytest.mark.parametrize('flags', FLAGS)
+def test_a_flag_arrives(flags, teacher):
+    read, value = FLAGS[flags]
+    assert read(create(flags.format(teacher=teacher))) == value
+    others = '' if flags == STATIC or STATIC not in flags else STATIC
+    try:
+        without = read(create(others.format(teacher=teacher)))
+    except (AttributeError, KeyError):
+        return
+    assert without != value
+
+
+def test_no_flag_is_left_out():
+    options = {
+        option
+        for action in train_parser()._actions
+        if not isinstance(action, Refused)
+        for option in action.option_strings
+        if option.startswith(('--gpd', '--kd-')) or option.endswith('-loss-weight')
+    }
+    given = {part for flags in FLAGS for part in flags.split() if part.startswith('--')}
+    assert len(options) > 20 and options <= given | ELSEWHERE
