@@ -181,21 +181,30 @@ def test_a_checkpoint_of_it_goes_on(method):
         each.setup_ema(decay=0.5)
     train(task, torch.optim.SGD(task.get_trainable_module().parameters(), lr=0.05), 3)
     twin.load_checkpoint_state(**task.get_checkpoint_state())
+    averages = task.get_checkpoint_state(ema=True)
+    twin.load_checkpoint_state(averages['state_dict_ema'], averages['task_state_ema'], ema=True)
     for each in (task, twin):
         each.begin_update(3, 0.5)
     x, target = batch(7)
     assert torch.equal(task(x, target)['loss'], twin(x, target)['loss'])
     averaged = task.get_student(ema=True)
-    assert not torch.equal(averaged.fc.weight, task.get_student().fc.weight) and averaged(x).isfinite().all()
+    assert not torch.equal(averaged.fc.weight, task.get_student().fc.weight)
+    assert torch.equal(averaged(x), twin.get_student(ema=True)(x))
 
 
 def test_mixed_precision_and_gradient_checkpointing():
     task = make_task('sandwich', ratio=3)
+    twin = copy.deepcopy(task)
     task.get_dynamic_teacher().set_grad_checkpointing()
     with torch.autocast('cpu', torch.bfloat16):
         result = task(*batch())
     result['loss'].backward()
-    assert all(parameter.grad.isfinite().all() for parameter in task.get_trainable_module().parameters())
+    twin(*batch())['loss'].backward()
+    found, expected = (
+        torch.cat([parameter.grad.flatten() for parameter in each.get_trainable_module().parameters()])
+        for each in (task, twin)
+    )
+    assert 0 < (found - expected).norm() < 0.3 * expected.norm()  # rounding, of batches of eight
 
 
 @pytest.mark.parametrize(

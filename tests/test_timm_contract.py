@@ -70,7 +70,8 @@ def test_every_parameter_gets_a_gradient(variant):
     outputs = model(images(name))
     (outputs if isinstance(outputs, torch.Tensor) else sum(outputs)).mean().backward()
     assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
-    assert sum(parameter.numel() for parameter in model.parameters()) > 0
+    moved = [name for name, parameter in model.named_parameters() if parameter.grad.any()]
+    assert len(moved) > 0.9 * len(list(model.parameters()))
 
 
 @torch.no_grad()

@@ -163,7 +163,11 @@ def test_several_losses_with_their_arguments(trained, tmp_path):
         'train_teacher_kd/dkd',
         'train_teacher_kd/reviewkd',
     }
-    for run_ in ('alone', 'gpd'):
+    for run_, kinds in (('alone', ('',)), ('gpd', ('', 'teacher_'))):
+        row = {key: float(value) for key, value in summary(tmp_path / run_)[0].items() if value}
+        parts = [row[f'train_{kind}{term}'] for kind in kinds for term in ('task_loss', 'kd/dkd', 'kd/reviewkd')]
+        assert row['train_loss'] == pytest.approx(sum(parts) + 3 * row.get('train_gpd_loss', 0), rel=1e-5)
+        assert all(part > 0 for part in parts)
         checkpoint = torch.load(tmp_path / run_ / 'last.pth.tar', weights_only=False)
         assert checkpoint['task_state']['settings']['distillers'] == {'dkd': {'beta': 2}, 'reviewkd': {'weight': 0.5}}
         student = timm.create_model(f'local-dir:{tmp_path}/{run_}/student', pretrained=True)
