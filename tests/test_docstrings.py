@@ -9,7 +9,11 @@ import textwrap
 PACKAGE = 'timm_gpd'
 FACES = [
     'timm_gpd',
-    *(f'timm_gpd.{room}' for room in ('rules', 'losses', 'distillers', 'task', 'hub', 'coverage', 'data.glyphs')),
+    *(f'timm_gpd.{room}' for room in ('rules', 'losses', 'distillers', 'task', 'task.gap_control', 'teacher')),
+    *(
+        f'timm_gpd.{room}'
+        for room in ('models.releases', 'models.weights', 'student_folder', 'hub', 'coverage', 'data.glyphs')
+    ),
 ]
 
 

@@ -98,6 +98,12 @@ def convert_checkpoint(path: str) -> Tuple[str, Dict[str, torch.Tensor]]:
 def read_release(path: str) -> Dict[str, Any]:
     """Loads a PyTorch checkpoint, weights only; as in timm, arguments in an ``argparse.Namespace`` are allowed.
 
+    Args:
+        path: of the file.
+
+    Returns:
+        What it holds, by name, on the CPU.
+
     Raises:
         ValueError: if the file is missing, truncated or corrupted, or holds more than weights.
     """
@@ -119,7 +125,14 @@ def read_release(path: str) -> Dict[str, Any]:
 
 
 def is_release(checkpoint: Mapping[str, Any]) -> bool:
-    """Whether a checkpoint holds an authors' dynamic teacher, which only has statistics of a tiny model."""
+    """Tells the authors' dynamic teachers from other checkpoints.
+
+    Args:
+        checkpoint: what :func:`read_release` gives.
+
+    Returns:
+        Whether it has the statistics of a tiny model, which no other has.
+    """
     return any(name.endswith('.tiny_running_mean') for name in _weights(checkpoint))
 
 
@@ -129,6 +142,9 @@ def convert_state_dict(checkpoint: Mapping[str, Any]) -> Tuple[str, Dict[str, to
     Args:
         checkpoint: a checkpoint for which :func:`is_release` is true. Of ``state_dict`` and ``state_dict_ema`` the
             first is read: the published accuracies are its.
+
+    Returns:
+        timm's name of the student's architecture, and the student's ``state_dict``.
 
     Raises:
         ValueError: if the model is none of :data:`RELEASES`, or was trained with fewer branches.

@@ -52,7 +52,17 @@ def resolve_weights(cfg: PretrainedCfg, cache_dir: Optional[str] = None) -> Dict
 
 @contextmanager
 def hub_errors(hub_id: Optional[str]) -> Iterator[None]:
-    """Turns what goes wrong between timm and the Hub into one line that says how to do without it."""
+    """Turns what goes wrong between timm and the Hub into one line that says how to do without it.
+
+    Args:
+        hub_id: from which weights are loaded; None where they are not the Hub's.
+
+    Yields:
+        Nothing: it is for a ``with`` statement.
+
+    Raises:
+        WeightsError: if they cannot be loaded.
+    """
     try:
         yield
     except OSError as error:

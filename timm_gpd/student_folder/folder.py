@@ -30,6 +30,9 @@ def new_folder(folder: str) -> Iterator[str]:
 
     Args:
         folder: what is written or replaced.
+
+    Yields:
+        Path of the folder to fill.
     """
     parent = os.path.dirname(os.path.abspath(folder))
     os.makedirs(parent, exist_ok=True)

@@ -29,11 +29,19 @@ class GapControl(nn.Module):
         """
 
     def arguments(self) -> Dict[str, Any]:
-        """What learners are called with, besides the batch."""
+        """What learners are called with, besides the batch.
+
+        Returns:
+            Keyword arguments of :meth:`JointLearners.forward`.
+        """
         return {}
 
     def distillation_factor(self) -> Union[float, torch.Tensor]:
-        """What the weight of the student's loss from the dynamic teacher is multiplied by."""
+        """What the weight of the student's loss from the dynamic teacher is multiplied by.
+
+        Returns:
+            A number, or a scalar.
+        """
         return 1.0
 
     def observe(
@@ -54,13 +62,13 @@ class GapControl(nn.Module):
 
 
 class Switch(GapControl):
-    """Pauses the dynamic teacher's loss while its gap to the student is large (SwitOKD, ECCV 2022).
+    """Pauses the dynamic teacher's loss while its distance from the student is large (SwitOKD, ECCV 2022).
 
     With p_S and p_T the probabilities of student and dynamic teacher, y the target's, and every distance a mean over
     the images of all processes::
 
-        G = |p_S - p_T|_1    s = |p_S - y|_1    t = |p_T - y|_1
-        paused if G > s - exp(-t / (s + t)) * t and t < s
+        D = |p_S - p_T|_1    s = |p_S - y|_1    t = |p_T - y|_1
+        paused if D > s - exp(-t / (s + t)) * t and t < s
 
     Each batch decides for itself, also where several make an update. In a paused one the dynamic teacher's loss has no
     part in the loss, and its backward pass does not run.
@@ -70,6 +78,11 @@ class Switch(GapControl):
         raise InputError('a switch decides at every step, which a compiler cannot follow: leave out compile()')
 
     def arguments(self) -> Dict[str, Any]:
+        """Lets learners ask the switch.
+
+        Returns:
+            See :meth:`GapControl.arguments`.
+        """
         return {'switch': self}
 
     @torch.no_grad()
@@ -82,7 +95,7 @@ class Switch(GapControl):
             target: class indices, shape (B,), or class probabilities, shape (B, num_classes).
 
         Returns:
-            Scalars: ``distance`` G and ``threshold``, and ``paused``, 1 or 0.
+            Scalars: ``distance`` D and ``threshold``, and ``paused``, 1 or 0.
 
         Raises:
             ValueError: if the target is neither.
@@ -136,13 +149,27 @@ class GapTarget(GapControl):
         self.register_buffer('exponent', torch.zeros(()))
 
     def arguments(self) -> Dict[str, Any]:
+        """The factor, where it is of the dynamic teacher's loss.
+
+        Returns:
+            See :meth:`GapControl.arguments`.
+        """
         return {'teacher_weight': self.factor()} if self.scales == 'teacher' else {}
 
     def distillation_factor(self) -> Union[float, torch.Tensor]:
+        """The factor, where it is of distillation.
+
+        Returns:
+            A scalar, or 1.
+        """
         return self.factor() if self.scales == 'distillation' else 1.0
 
     def factor(self) -> torch.Tensor:
-        """The factor, a scalar that does not change with what is observed later."""
+        """The factor as those steps have left it that were observed.
+
+        Returns:
+            A scalar that does not change with what is observed later.
+        """
         return torch.exp2(self.exponent)
 
     @torch.no_grad()

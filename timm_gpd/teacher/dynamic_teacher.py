@@ -36,7 +36,12 @@ ModelRun = Callable[[Mapping[str, torch.Tensor], torch.Tensor], Any]
 
 
 class JointOutput(NamedTuple):
-    """What student and dynamic teacher made of one batch, see :meth:`DynamicTeacher.joint`."""
+    """What student and dynamic teacher made of one batch, see :meth:`DynamicTeacher.joint`.
+
+    Attributes:
+        student: the student's logits, shape (B, num_classes), or what its tap returned.
+        teacher: the same of the dynamic teacher, or what its loss returned.
+    """
 
     student: Any
     teacher: Any

@@ -28,7 +28,14 @@ class StudentView(nn.Module):
         self.register_load_state_dict_pre_hook(_take_out)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Student's logits, shape (B, num_classes)."""
+        """Runs the student.
+
+        Args:
+            x: images, shape (B, in_chans, H, W).
+
+        Returns:
+            Its logits, shape (B, num_classes).
+        """
         return self.dynamic_teacher.forward_student(x)
 
     def train(self, mode: bool = True) -> 'StudentView':
@@ -36,11 +43,28 @@ class StudentView(nn.Module):
         return super().train(mode)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Dict[str, torch.Tensor]:
-        """A plain student's ``state_dict``."""
+        """A plain student's ``state_dict``.
+
+        Args:
+            *args: of ``nn.Module.state_dict``.
+            **kwargs: the same.
+
+        Returns:
+            Copies of the student's tensors by name.
+        """
         return self.dynamic_teacher.extract_student().state_dict(*args, **kwargs)
 
     def load_state_dict(self, state_dict: Dict[str, torch.Tensor], strict: bool = True, assign: bool = False):
-        """Expands a plain student's ``state_dict`` into the dynamic teacher."""
+        """Expands a plain student's ``state_dict`` into the dynamic teacher.
+
+        Args:
+            state_dict: a plain student's.
+            strict: whether all keys must match.
+            assign: ignored: tensors are copied.
+
+        Returns:
+            Missing and unexpected keys, as every ``load_state_dict``.
+        """
         return self.dynamic_teacher.load_student(state_dict, strict=strict)
 
 
