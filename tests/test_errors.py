@@ -28,7 +28,7 @@ def digits(folder):
     [
         (('train.py', '--gpd', '--epochs', '1'), 'timm_gpd.teacher.inverse_reparameterization.verify_plan'),
         (('train.py', '--gpd', '--epochs', '1'), 'timm_gpd.expansion.planner.dry_run'),
-        (('train.py', '--kd-model-name', 'test_resnet'), 'timm_gpd.training.task.resolve_static_teacher'),
+        (('train.py', '--kd-model-name', 'test_resnet'), 'timm_gpd.task.distillation.create_static_teacher'),
         (('validate.py', '--model-kwargs', 'gpd_ratio=2', '--checkpoint', __file__), 'timm_gpd.models.variants.expand'),
     ],
 )

@@ -14,10 +14,11 @@ from timm.utils import CheckpointSaver
 
 from conftest import TINY_RESNET
 from steps import batch, train
-from timm_gpd import DistillationTask, GapPreservingTask
+from timm_gpd import DistillationTask, GapPreservingTask, StaticTeacherConfig
 from timm_gpd.distillers import DISTILLERS
 from timm_gpd.losses import dist_loss, dkd_loss
-from timm_gpd.task.static_teacher import StaticTeacher, resolve_static_teacher
+from timm_gpd.task.given_teacher import resolve_static_teacher
+from timm_gpd.task.static_teacher import StaticTeacher
 
 EVERY = 'kd,feature,dkd,reviewkd,dist,ofa,nd,rkd,at'
 WITH_STATE = 'reviewkd,ofa,nd'
@@ -49,7 +50,7 @@ def sgd(task):
 
 
 @pytest.mark.parametrize('task_class', TASKS)
-@pytest.mark.parametrize('name', sorted(DISTILLERS.keys() - {'logit', 'nd', 'feature'} | {'nd,feature'}))
+@pytest.mark.parametrize('name', sorted(DISTILLERS.keys() - {'logit', 'nd', 'feature', 'token'} | {'nd,feature'}))
 def test_every_loss_trains_everything(task_class, name):
     """Distillers of both learners and the learners themselves get gradients; the teacher does not."""
     task = make_task(task_class, name, distill_loss_weight=0.7, task_loss_weight=0.3)
@@ -232,14 +233,15 @@ def test_teacher_from_a_file(tmp_path):
     student = make_student()
     teacher = timm.create_model('test_efficientnet', num_classes=10, in_chans=1)
     torch.save({'state_dict': teacher.state_dict()}, tmp_path / 'teacher.pth.tar')
-    loaded = resolve_static_teacher('test_efficientnet', student, path=str(tmp_path / 'teacher.pth.tar'))
+    given = StaticTeacherConfig('test_efficientnet', path=str(tmp_path / 'teacher.pth.tar'))
+    loaded = resolve_static_teacher(given, student)
     x = batch()[0]
     torch.testing.assert_close(loaded(x), teacher.eval()(x))
 
     def fails(message, name='test_efficientnet', classes=10, file='teacher.pth.tar'):
         other = timm.create_model('test_resnet', num_classes=classes, in_chans=1)
         with pytest.raises(ValueError, match=message) as error:
-            resolve_static_teacher(name, other, path=str(tmp_path / file))
+            resolve_static_teacher(StaticTeacherConfig(name, path=str(tmp_path / file)), other)
         assert '\n' not in str(error.value) and len(str(error.value)) < 300
 
     (tmp_path / 'broken.pth').write_bytes(b'no checkpoint')

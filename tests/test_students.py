@@ -14,7 +14,8 @@ from conftest import TINY_RESNET
 from steps import batch, train
 from timm_gpd import DistillationTask, DynamicTeacher, GapPreservingTask, UnsupportedModelError, expand, plan_expansion
 from timm_gpd.expansion.student import count_classes
-from timm_gpd.task.static_teacher import StaticTeacher, resolve_static_teacher
+from timm_gpd.task.given_teacher import resolve_static_teacher
+from timm_gpd.task.static_teacher import StaticTeacher
 
 TASKS = [DistillationTask, GapPreservingTask]
 

@@ -5,7 +5,7 @@ from .errors import UnsupportedModelError
 from .expansion import plan_expansion
 from .plan import ExpansionPlan
 from .rules import Rule, register_rule
-from .task import DistillationTask, GapPreservingTask, hand_over
+from .task import DistillationTask, GapPreservingTask, StaticTeacherConfig, hand_over
 from .teacher import DynamicTeacher, expand
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     'ExpansionPlan',
     'GapPreservingTask',
     'Rule',
+    'StaticTeacherConfig',
     'UnsupportedModelError',
     'expand',
     'hand_over',

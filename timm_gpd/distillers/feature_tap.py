@@ -23,11 +23,16 @@ class ModelOutput(NamedTuple):
         logits: shape (B, num_classes).
         stages: feature maps from shallow to deep, each of shape (B, C, H, W); empty if they were not asked for.
         embedding: the classifier's input, shape (B, D); None if it was not asked for.
+        token: logits of the distillation token, shape (B, num_classes), apart from which ``logits`` are then; None
+            if they were not asked for, and in evaluation mode, in which ``logits`` are the mean of both.
+        each: of several static teachers, what each of them computed; ``logits`` are then of their mean probabilities.
     """
 
     logits: torch.Tensor
     stages: Tuple[torch.Tensor, ...] = ()
     embedding: Optional[torch.Tensor] = None
+    token: Optional[torch.Tensor] = None
+    each: Tuple['ModelOutput', ...] = ()
 
     def detach(self) -> 'ModelOutput':
         """Cuts the output off from the graph that it was computed in.
@@ -39,6 +44,8 @@ class ModelOutput(NamedTuple):
             self.logits.detach(),
             tuple(stage.detach() for stage in self.stages),
             None if self.embedding is None else self.embedding.detach(),
+            None if self.token is None else self.token.detach(),
+            tuple(output.detach() for output in self.each),
         )
 
 
@@ -51,8 +58,8 @@ class Tap(nn.Module):
 
     Args:
         model: timm model.
-        needs: of ``'stages'`` and ``'embedding'``, those that are asked for, each with the names of the losses that
-            need it.
+        needs: of ``'stages'``, ``'embedding'`` and ``'token'``, those that are asked for, each with the names of the
+            losses that need it.
 
     Raises:
         ValueError: if the model does not offer what is needed.
@@ -62,10 +69,14 @@ class Tap(nn.Module):
         super().__init__()
         self.model = model
         self.needs = dict(needs)
-        if not needs:
+        if 'token' in needs:
+            self._require('set_distilled_training', needs['token'])
+        features = [losses for need, losses in needs.items() if need != 'token']
+        self.needs_features = bool(features)
+        if not features:
             return
-        self._require('forward_features', ', '.join(needs.values()))
-        self._require('forward_head', ', '.join(needs.values()))
+        self._require('forward_features', ', '.join(features))
+        self._require('forward_head', ', '.join(features))
         if 'stages' in needs:
             self._require('forward_intermediates', needs['stages'])
             self._require('feature_info', needs['stages'])
@@ -87,38 +98,57 @@ class Tap(nn.Module):
         Raises:
             ValueError: if an embedding was asked for and the classifier does not receive one vector per image.
         """
-        if not self.needs:
-            return ModelOutput(self.model(x))
+        if not self.needs_features:
+            return self._output(self.model(x))
         stages: List[torch.Tensor] = []
         if 'stages' in self.needs:
             features, stages = self.model.forward_intermediates(x, indices=self.indices, output_fmt='NCHW')
         else:
             features = self.model.forward_features(x)
         if 'embedding' not in self.needs:
-            return ModelOutput(self.model.forward_head(features), tuple(stages))
+            return self._output(self.model.forward_head(features), tuple(stages))
         with self._classifier_inputs() as inputs:
             logits = self.model.forward_head(features)
         if len({x.shape for x in inputs}) != 1 or inputs[0].shape[:2].numel() != inputs[0].numel():
             self._fail('no single embedding', self.needs['embedding'])
         embeddings = [x.flatten(1) for x in inputs]
-        return ModelOutput(
+        return self._output(
             logits, tuple(stages), torch.stack(embeddings).mean(0) if len(embeddings) > 1 else embeddings[0]
         )
 
+    def _output(
+        self,
+        logits: Any,
+        stages: Tuple[torch.Tensor, ...] = (),
+        embedding: Optional[torch.Tensor] = None,
+    ) -> ModelOutput:
+        if 'token' in self.needs and isinstance(logits, (tuple, list)) and len(logits) == 2:
+            return ModelOutput(logits[0], stages, embedding, logits[1])
+        return ModelOutput(logits, stages, embedding)
+
+    def separate_token(self) -> None:
+        """Lets the model give the logits of its distillation token apart while it trains, if they are asked for."""
+        if 'token' in self.needs:
+            self.model.set_distilled_training(True)
+
     @torch.no_grad()
-    def verify(self, x: torch.Tensor) -> None:
+    def verify(self, x: torch.Tensor) -> ModelOutput:
         """Checks that tapping the model does not change it.
 
         Args:
             x: images, shape (B, in_chans, H, W).
 
+        Returns:
+            What it made of them, in evaluation mode.
+
         Raises:
             ValueError: if the logits are not those of ``model(x)``.
         """
         with evaluation_mode(self.model):
-            expected, logits = self.model(x), self(x).logits
-        if not torch.allclose(logits, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item()):
+            expected, output = self.model(x), self(x)
+        if not torch.allclose(output.logits, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item()):
             self._fail('features that lead to other logits than its forward does', ', '.join(self.needs.values()))
+        return output
 
     def _classifiers(self) -> List[nn.Module]:
         """The classifier, or with a distillation token the two whose logits are averaged."""

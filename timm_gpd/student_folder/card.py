@@ -19,6 +19,7 @@ _OF_THE_MACHINE = (
     'data',
     'data_dir',
     'device',
+    'kd_device',
     'experiment',
     'log_interval',
     'log_tensorboard',
@@ -160,7 +161,7 @@ def _details(student: nn.Module, recipe: Dict[str, Any]) -> Dict[str, str]:
         )
     if recipe.get('kd_model_name'):
         details['Static teacher'] = (
-            f'`{_without_folder(recipe["kd_model_name"])}`, by the losses `{recipe["kd_distill_type"]}`'
+            f'`{_without_folders(recipe, "kd_model_name")}`, by the losses `{recipe["kd_distill_type"]}`'
         )
     if not recipe.get('converted_from'):
         details['Data'] = f'`{_dataset(recipe)}`'
@@ -213,10 +214,18 @@ def _usage(student: nn.Module) -> List[str]:
 def _recipe_of_any_machine(recipe: Dict[str, Any]) -> Dict[str, Any]:
     """What repeats the run elsewhere: no folders of this machine, and no argument that was left unset."""
     return {
-        key: _without_folder(value)
+        key: _without_folders(recipe, key)
         for key, value in recipe.items()
         if key not in _OF_THE_MACHINE and value is not None and value != '' and value != {}
     }
+
+
+def _without_folders(recipe: Dict[str, Any], key: str) -> Any:
+    """A value of a recipe without folders of this machine, each for itself where it is of several static teachers."""
+    value = recipe[key]
+    if key.startswith('kd_') and isinstance(value, str) and ',' in (recipe.get('kd_model_name') or ''):
+        return ','.join(_without_folder(part) for part in value.split(','))
+    return _without_folder(value)
 
 
 def _without_folder(value: Any) -> Any:

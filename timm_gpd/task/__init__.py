@@ -2,6 +2,7 @@
 
 from .distillation import DistillationTask
 from .gap_preserving import GapPreservingTask
+from .given_teacher import StaticTeacherConfig
 from .handing_over import hand_over
 
-__all__ = ['DistillationTask', 'GapPreservingTask', 'hand_over']
+__all__ = ['DistillationTask', 'GapPreservingTask', 'StaticTeacherConfig', 'hand_over']

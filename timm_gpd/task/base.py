@@ -10,7 +10,7 @@ from timm.utils import unwrap_model
 from ..errors import InputError
 from ..private_torch import trace_backward
 from .learners import Learners
-from .static_teacher import StaticTeacher
+from .static_teacher import AnyStaticTeacher
 
 __all__ = ['BaseTask']
 
@@ -20,15 +20,15 @@ class BaseTask(TrainingTask):
 
     Attributes:
         trainable_module: the :class:`Learners`, in the end also wrapped in DDP.
-        static_teacher: the static teacher, or None.
+        static_teacher: the static teacher, or several as one, or None.
         settings: what a checkpoint's modules must have been made with to be loaded.
     """
 
-    static_teacher: Optional[StaticTeacher]
+    static_teacher: Optional[AnyStaticTeacher]
     settings: Dict[str, Any]
 
     @property
-    def teacher(self) -> Optional[StaticTeacher]:
+    def teacher(self) -> Optional[AnyStaticTeacher]:
         """The static teacher, under the name that timm's distillation tasks use."""
         return self.static_teacher
 

@@ -1,7 +1,7 @@
 """Distillation from a static teacher alone, with the losses of the literature, as one of timm's training tasks."""
 
 import logging
-from typing import Any, Dict, Mapping, Optional, Union
+from typing import Any, Dict, Mapping, Optional
 
 import torch
 import torch.nn as nn
@@ -11,8 +11,8 @@ from ..distillers import distill_settings
 from ..expansion.images import accepted_input_shape, input_shape
 from ..expansion.student import unwrap_student
 from .base import BaseTask
+from .given_teacher import GivenTeacher, count_static_teachers, create_static_teacher
 from .learners import Learners, StudentLearner, example_batch
-from .static_teacher import StaticTeacher, resolve_static_teacher
 from .step_loss import StepLoss, loss_weights
 
 __all__ = ['DistillationTask']
@@ -29,17 +29,22 @@ class DistillationTask(BaseTask):
     Args:
         student: timm model with a classifier, without the wrappers of ``torch.compile`` and DDP, which are for the
             task.
-        static_teacher: timm model name (created with pretrained weights), timm DistillationTeacher or module. A module
-            is used as it is, not copied: it is moved to ``device`` and frozen.
+        static_teacher: timm model name (created with pretrained weights), timm DistillationTeacher or module, or a
+            :class:`timm_gpd.StaticTeacherConfig` of one, which tells how to run it; or a list of several. A module is
+            used as it is, not copied: it is moved to ``device`` and frozen.
         criterion: task loss of logits and targets (default: cross-entropy).
-        distill_type: names of losses, separated by commas, keys of ``timm_gpd.distillers.DISTILLERS``.
+        distill_type: names of losses, separated by commas, keys of ``timm_gpd.distillers.DISTILLERS``. Of several
+            teachers ``dkd`` is from the mean of their probabilities, and ``dkd@2`` from the second.
         distill_args: their hyperparameters, see :func:`timm_gpd.distillers.distill_settings`.
         distill_loss_weight: weight b of L_KD.
         task_loss_weight: weight a of the task loss. Given alone, b = 1 - a.
-        temperature: temperature of the loss ``kd`` or ``logit``.
+        temperature: temperature of the losses ``kd`` or ``logit``, and ``token``.
         device: device of the task.
         dtype: dtype of the task.
         verbose: log what was built.
+        token_distill_type: what the loss ``token`` compares with, ``'soft'`` or ``'hard'``.
+        student_feature_dim: width that the student's embedding must have, if any.
+        teacher_feature_dim: the same of the static teacher's.
 
     Raises:
         ValueError: if a loss does not exist, the static teacher has other classes than the student, or one of the two
@@ -49,7 +54,7 @@ class DistillationTask(BaseTask):
     def __init__(
         self,
         student: nn.Module,
-        static_teacher: Union[str, nn.Module],
+        static_teacher: GivenTeacher,
         criterion: Optional[nn.Module] = None,
         distill_type: str = 'logit',
         distill_args: Optional[Mapping[str, Any]] = None,
@@ -59,18 +64,21 @@ class DistillationTask(BaseTask):
         device: Optional[torch.device] = None,
         dtype: Optional[torch.dtype] = None,
         verbose: bool = True,
+        token_distill_type: str = 'soft',
+        student_feature_dim: Optional[int] = None,
+        teacher_feature_dim: Optional[int] = None,
     ) -> None:
         super().__init__(device=device, dtype=dtype, verbose=verbose)
         student = unwrap_student(student)
-        settings = distill_settings(distill_type, distill_args, temperature)
+        settings = distill_settings(
+            distill_type, distill_args, temperature, token_distill_type, count_static_teachers(static_teacher)
+        )
         self.settings = dict(distillers=settings)
         self.task_loss_weight, self.distill_loss_weight = loss_weights(task_loss_weight, distill_loss_weight)
         self.criterion = criterion if criterion is not None else nn.CrossEntropyLoss()
-        self.static_teacher = StaticTeacher(
-            resolve_static_teacher(static_teacher, student, self.device, self.dtype), student, settings
-        )
+        self.static_teacher = create_static_teacher(static_teacher, student, settings, self.device, self.dtype)
         shape = accepted_input_shape(student) or input_shape(student)
-        example = example_batch(student, self.static_teacher, settings, shape)
+        example = example_batch(student, self.static_teacher, settings, shape, student_feature_dim, teacher_feature_dim)
         self.trainable_module = StudentLearner(
             student, settings, StepLoss(self.criterion, self.task_loss_weight, self.distill_loss_weight)
         )

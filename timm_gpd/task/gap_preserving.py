@@ -14,10 +14,10 @@ from ..teacher.branches import branch_kinds
 from ..teacher.early_backward import refuse_gradients
 from .base import BaseTask
 from .gap_control import GapControl, resolve_gap_control
+from .given_teacher import GivenTeacher, count_static_teachers, create_static_teacher
 from .gpd_loss import GpdLoss, WeightSchedule
 from .learners import example_batch
 from .nested import create_learners, draw_ratios_for
-from .static_teacher import StaticTeacher, resolve_static_teacher
 from .step_loss import StepLoss, loss_weights
 
 __all__ = ['GapPreservingTask']
@@ -40,8 +40,7 @@ class GapPreservingTask(BaseTask):
         student: timm model with a classifier, or any model whose ``classifier`` is named; without the wrappers of
             ``torch.compile`` and DDP, which are for the task. Not modified; its weights are where the dynamic teacher
             starts.
-        static_teacher: timm model name (created with pretrained weights), timm DistillationTeacher, module, or None. A
-            module is used as it is, not copied: it is moved to ``device`` and frozen.
+        static_teacher: None, one or several, see :class:`timm_gpd.DistillationTask`.
         criterion: task loss of logits and targets, a module or a function (default: cross-entropy). Parameters that a
             module has are trained and saved.
         ratio: expansion ratio r.
@@ -51,12 +50,11 @@ class GapPreservingTask(BaseTask):
         scale: ``'student'``, ``'teacher'`` or ``'balanced'``, see :func:`timm_gpd.expand`.
         gpd_loss: how the student learns from the dynamic teacher, a key of ``timm_gpd.losses.GPD_LOSSES``.
         gpd_weight: weight w of that loss, at the start.
-        distill_type: how both learn from the static teacher: names of losses, separated by commas, keys of
-            ``timm_gpd.distillers.DISTILLERS``.
-        distill_args: their hyperparameters, see :func:`timm_gpd.distillers.distill_settings`.
+        distill_type: how both learn from the static teacher, see :class:`timm_gpd.DistillationTask`.
+        distill_args: hyperparameters of these losses, see :func:`timm_gpd.distillers.distill_settings`.
         distill_loss_weight: weight b (the paper's lambda) of the static teacher, as in timm's distillation tasks.
         task_loss_weight: weight a of the task loss. Given alone, b = 1 - a.
-        temperature: temperature of the loss ``kd`` or ``logit``.
+        temperature: temperature of the losses ``kd`` or ``logit``, and ``token``.
         device: device of the task.
         dtype: dtype of the task.
         verbose: log what was built.
@@ -75,6 +73,9 @@ class GapPreservingTask(BaseTask):
         seed: of the ratios that are drawn.
         gap_control: what keeps the dynamic teacher near its student, a :class:`timm_gpd.task.gap_control.Switch` or
             ``GapTarget``; None for nothing.
+        token_distill_type: see :class:`timm_gpd.DistillationTask`.
+        student_feature_dim: the same.
+        teacher_feature_dim: the same.
 
     Raises:
         ValueError: if an argument is out of range, or the static teacher has other classes than the student or not the
@@ -85,7 +86,7 @@ class GapPreservingTask(BaseTask):
     def __init__(
         self,
         student: nn.Module,
-        static_teacher: Union[str, nn.Module, None] = None,
+        static_teacher: Optional[GivenTeacher] = None,
         criterion: Optional[Callable[..., torch.Tensor]] = None,
         ratio: int = 2,
         num_branches: int = 1,
@@ -111,11 +112,12 @@ class GapPreservingTask(BaseTask):
         between: int = 2,
         seed: int = 0,
         gap_control: Optional[GapControl] = None,
+        token_distill_type: str = 'soft',
+        student_feature_dim: Optional[int] = None,
+        teacher_feature_dim: Optional[int] = None,
     ) -> None:
         super().__init__(device=device, dtype=dtype, verbose=verbose)
         student = unwrap_student(student)
-        if static_teacher is not None and static_teacher is student:
-            raise InputError('the static teacher is the student itself: give another model, which is frozen')
         check_number('share_weight', share_weight)
         if not 0 <= share_weight <= 1:
             raise InputError(f'share_weight must be from 0 to 1, but is {share_weight!r}')
@@ -129,12 +131,13 @@ class GapPreservingTask(BaseTask):
         self.task_loss_weight, self.distill_loss_weight = loss_weights(task_loss_weight, distill_loss_weight)
         self.criterion = criterion if criterion is not None else nn.CrossEntropyLoss()
         self.settings = dict(ratio=ratio, branches=list(branch_kinds(num_branches, branches)), scale=scale)
-        distillers = distill_settings(distill_type, distill_args, temperature)
+        distillers = distill_settings(
+            distill_type, distill_args, temperature, token_distill_type, count_static_teachers(static_teacher)
+        )
 
         self.static_teacher = None
         if static_teacher is not None:
-            static_teacher = resolve_static_teacher(static_teacher, student, self.device, self.dtype)
-            self.static_teacher = StaticTeacher(static_teacher, student, distillers)
+            self.static_teacher = create_static_teacher(static_teacher, student, distillers, self.device, self.dtype)
         if noise is None and self.ratios is not None:
             noise = 0.0  # ratios between start exact without it, and tell replicas apart themselves
         dynamic_teacher = expand(student, ratio, num_branches, noise, scale, branches, classifier)
@@ -144,18 +147,15 @@ class GapPreservingTask(BaseTask):
             self.trainable_module = create_learners(method, dynamic_teacher, {}, step_loss, self.gpd_loss)
         else:
             self.settings['distillers'] = distillers
-            example = example_batch(student, self.static_teacher, distillers, dynamic_teacher.plan.input_shape)
+            shape = dynamic_teacher.plan.input_shape
+            example = example_batch(
+                student, self.static_teacher, distillers, shape, student_feature_dim, teacher_feature_dim
+            )
             self.trainable_module = create_learners(method, dynamic_teacher, distillers, step_loss, self.gpd_loss)
             self.trainable_module.add_distillers(distillers, *example)
         self.eval_model = StudentView(dynamic_teacher)
         if verbose:
-            count = sum(p.numel() for p in dynamic_teacher.parameters())
-            _logger.info(
-                f'GapPreservingTask: ratio={ratio}, branches={self.settings["branches"]}, scale={scale}, '
-                f'gpd_loss={self.gpd_loss}, gpd_weight={gpd_weight}, task_loss_weight={self.task_loss_weight}, '
-                f'distill_loss_weight={self.distill_loss_weight}, distillers={self.settings.get("distillers")}; '
-                f'dynamic teacher of {count} parameters, student of {sum(p.numel() for p in student.parameters())}'
-            )
+            _log(self, student)
 
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> Dict[str, torch.Tensor]:
         """Joint forward pass and loss.
@@ -275,3 +275,14 @@ class GapPreservingTask(BaseTask):
     def get_state_modules(self, ema: bool = False) -> Dict[str, nn.Module]:
         modules = {'dynamic_teacher': self.get_dynamic_teacher(ema), **super().get_state_modules(ema)}
         return {**modules, 'gap_control': self.gap_control} if self.gap_control.state_dict() else modules
+
+
+def _log(task: GapPreservingTask, student: nn.Module) -> None:
+    count = sum(p.numel() for p in task.get_dynamic_teacher().parameters())
+    _logger.info(
+        f'GapPreservingTask: ratio={task.settings["ratio"]}, branches={task.settings["branches"]}, '
+        f'scale={task.settings["scale"]}, gpd_loss={task.gpd_loss}, gpd_weight={task.gpd_weight}, '
+        f'task_loss_weight={task.task_loss_weight}, distill_loss_weight={task.distill_loss_weight}, '
+        f'distillers={task.settings.get("distillers")}; dynamic teacher of {count} parameters, '
+        f'student of {sum(p.numel() for p in student.parameters())}'
+    )

@@ -1,19 +1,22 @@
 """What is trained in one forward pass: a model, the learners in it, and the loss of each."""
 
 from functools import partial
-from typing import Callable, Dict, List, Mapping, Optional, Set, Tuple
+from typing import Callable, Dict, List, Mapping, Optional, Sequence, Set, Tuple
 
 import torch
 import torch.nn as nn
 from timm.models import group_parameters
 
 from ..distillers import Distillers, DistillSettings, ModelOutput, Tap, evaluation_mode, example_output, tap_learner
+from ..errors import InputError
+from ..expansion.copies import blank_copy
+from ..expansion.images import blank_images
 from ..teacher import DynamicTeacher, JointOutput
 from ..teacher.dynamic_teacher import ModelRun
 from ..teacher.early_backward import reaches_others
 from ..teacher.functional import call_with_parameters
 from .gap_control import Switch
-from .static_teacher import StaticTeacher
+from .static_teacher import AnyStaticTeacher
 from .step_loss import StepLoss
 
 __all__ = ['JointLearners', 'Learners', 'StudentLearner', 'example_batch']
@@ -34,6 +37,8 @@ class Learners(nn.Module):
         super().__init__()
         self.model = model
         self.taps = dict(taps)
+        for tap in self.taps.values():
+            tap.separate_token()
         self.step_loss = step_loss
 
     def run(self, x: torch.Tensor) -> Dict[str, ModelOutput]:
@@ -189,9 +194,11 @@ def _run_tapped(tap: Tap, parameters: Mapping[str, torch.Tensor], x: torch.Tenso
 
 def example_batch(
     student: nn.Module,
-    static_teacher: StaticTeacher,
+    static_teacher: AnyStaticTeacher,
     settings: DistillSettings,
     shape: Tuple[int, int, int],
+    student_feature_dim: Optional[int] = None,
+    teacher_feature_dim: Optional[int] = None,
 ) -> Tuple[torch.Tensor, ModelOutput]:
     """Random images of the student's size, and the static teacher's output for them.
 
@@ -200,6 +207,8 @@ def example_batch(
         static_teacher: what it will learn from.
         settings: losses, from :func:`timm_gpd.distillers.distill_settings`.
         shape: channels, height and width (pixels) of the images.
+        student_feature_dim: width that the student's embedding must have, if any.
+        teacher_feature_dim: the same of the static teacher's, of each where there are several.
 
     Returns:
         Images, shape (1, in_chans, H, W), and the output.
@@ -208,6 +217,35 @@ def example_batch(
         ValueError: if one of the two does not offer what the losses need, or would be another model if tapped for it.
     """
     x = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0)).to(next(student.parameters()))
-    tap_learner(student, settings).verify(x)
+    tap = tap_learner(student, settings)
+    output = tap.verify(x)
+    if 'token' in tap.needs:
+        _check_token(student, shape)
     static_teacher.verify(x)
-    return x, static_teacher(x)
+    static_output = static_teacher(x)
+    _check_width('student', student_feature_dim, [output])
+    _check_width('static teacher', teacher_feature_dim, static_output.each or [static_output])
+    return x, static_output
+
+
+def _check_token(student: nn.Module, shape: Tuple[int, int, int]) -> None:
+    """Of some architectures there are models with a distillation token and without: the first give two logits."""
+    copy = blank_copy(student).train()
+    copy.set_distilled_training(True)
+    with torch.no_grad():
+        output = copy(blank_images(copy, shape))
+    if not isinstance(output, (tuple, list)) or len(output) != 2:
+        raise InputError(
+            f'{type(student).__name__} is without a distillation token here, which the loss token would need: choose '
+            'a model that has one, such as deit_tiny_distilled_patch16_224, or another loss'
+        )
+
+
+def _check_width(owner: str, width: Optional[int], outputs: Sequence[ModelOutput]) -> None:
+    if width is None:
+        return
+    found = [output.embedding.shape[-1] for output in outputs if output.embedding is not None]
+    if not found:
+        raise InputError(f"no loss compares the {owner}'s features, which were to have width {width}: leave that out")
+    if set(found) != {width}:
+        raise InputError(f"the {owner}'s features have width {found[0]}, and not {width}: leave the number out")

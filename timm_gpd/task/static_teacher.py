@@ -1,76 +1,180 @@
-"""The static teacher: any pretrained model, frozen, behind timm's own wrapper."""
+"""Static teachers: pretrained models of any kind, frozen, that look at the student's images in their own way."""
 
-import os
-from typing import Optional, Union
+import logging
+import math
+from typing import List, Optional, Sequence, Union
 
 import torch
 import torch.nn as nn
-from timm.models import load_state_dict
+import torch.nn.functional as F
 from timm.task import DistillationTeacher
 from timm.utils import unwrap_model
 
 from ..distillers import DistillSettings, ModelOutput, tap_teacher
-from ..errors import LIBRARY_ERRORS, InputError, is_bug, one_line
+from ..distillers.feature_tap import model_name
+from ..errors import LIBRARY_ERRORS, InputError, NamedError, first_line, is_bug
 from ..expansion.images import input_shape
-from ..expansion.student import count_classes
 
-__all__ = ['StaticTeacher', 'resolve_static_teacher']
+__all__ = ['AnyStaticTeacher', 'ClassMap', 'StaticTeacher', 'StaticTeachers']
 
 IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+
+# Of every class of the student the teacher's class, or several of them.
+ClassMap = Sequence[Union[int, Sequence[int]]]
+
+_logger = logging.getLogger(__name__)
 
 
 class StaticTeacher(nn.Module):
     """A frozen teacher that looks at the student's images, tapped for what the losses need of it.
 
     Always in evaluation mode, and without gradients. The student's images become what the teacher was trained on:
-    normalised its own way, a grey image three times for an RGB teacher, the mean of three channels for a grey one.
+    of its size, normalised its own way, a grey image three times for an RGB teacher, the mean of three channels for a
+    grey one, on its device and in its dtype. What it makes of them is of the student's classes, device and dtype.
 
     Args:
-        teacher: from :func:`resolve_static_teacher`.
-        student: its ``pretrained_cfg`` tells how its images are normalised; the teacher may expect another way.
+        teacher: from :func:`timm_gpd.task.given_teacher.resolve_static_teacher`.
+        student: its ``pretrained_cfg`` tells how its images are normalised; the teacher may expect another way, which
+            is warned about.
         settings: losses, from :func:`timm_gpd.distillers.distill_settings`.
+        img_size: pixels of the side of the square images that the teacher is shown (default: the student's images).
+        class_map: of every class of the student the teacher's class, or several, whose probabilities are added up;
+            None where both have the same classes.
+        number: which of several teachers it is, from 1; 0 for the only one.
 
     Raises:
         InputError: if the teacher does not offer what the losses need, or its images have other channels.
     """
 
-    def __init__(self, teacher: DistillationTeacher, student: nn.Module, settings: DistillSettings) -> None:
+    def __init__(
+        self,
+        teacher: DistillationTeacher,
+        student: nn.Module,
+        settings: DistillSettings,
+        img_size: Optional[int] = None,
+        class_map: Optional[ClassMap] = None,
+        number: int = 0,
+    ) -> None:
         super().__init__()
-        self.teacher = teacher
-        student_channels, self.channels = input_shape(student)[0], input_shape(unwrap_model(teacher.model))[0]
+        self.teacher, self.img_size = teacher, img_size
+        model = unwrap_model(teacher.model)
+        student_channels, self.channels = input_shape(student)[0], input_shape(model)[0]
         if student_channels != self.channels and {student_channels, self.channels} != {1, 3}:
             raise InputError(
                 f"the static teacher takes images of {self.channels} channels and the student's have "
                 f'{student_channels}: give one of as many; grey images (1) and RGB (3) do for each other'
             )
         cfg = getattr(student, 'pretrained_cfg', None) or {}
+        like = next((parameter for parameter in student.parameters()), teacher.mean_kd)
         for key, imagenet in IMAGENET.items():
-            of_student = torch.tensor(cfg.get(key, imagenet)).to(teacher.mean_kd)
-            of_teacher = getattr(teacher, f'{key}_kd')
-            self.register_buffer(f'student_{key}', _per_channel(of_student, student_channels), persistent=False)
-            self.register_buffer(f'teacher_{key}', _per_channel(of_teacher, self.channels), persistent=False)
-        self.tap = tap_teacher(teacher.model, settings)
+            of_student, of_teacher = torch.tensor(cfg.get(key, imagenet)), getattr(teacher, f'{key}_kd')
+            for owner, values, channels in (
+                ('student', of_student, student_channels),
+                ('teacher', of_teacher, self.channels),
+            ):
+                self.register_buffer(f'{owner}_{key}', _per_channel(values, channels).to(like), persistent=False)
+        if not all((getattr(self, f'student_{key}') == getattr(self, f'teacher_{key}')).all() for key in IMAGENET):
+            _logger.warning(
+                f"the student's images have {self._statistics('student')}, and the static teacher {model_name(model)} "
+                f'expects {self._statistics("teacher")}: they are normalised again for it'
+            )
+        self.register_buffer('class_indices', _class_indices(class_map, like.device), persistent=False)
+        self.tap = tap_teacher(teacher.model, settings, number)
         self.train(False)
 
     @torch.no_grad()
     def forward(self, x: torch.Tensor) -> ModelOutput:
         """Output for images of shape (B, in_chans, H, W), normalised for the student."""
-        return self.tap(self._normalize(x))
+        return self._for_student(self.tap(self._for_teacher(x)), x)
 
+    @torch.no_grad()
     def verify(self, x: torch.Tensor) -> None:
-        """Checks on images of shape (B, in_chans, H, W) that tapping the teacher does not change it."""
-        self.tap.verify(self._normalize(x))
+        """Checks on images of shape (B, in_chans, H, W) that the teacher takes them, and is the same if tapped.
+
+        Raises:
+            InputError: if it does not take them, or would be another model if tapped.
+        """
+        images = self._for_teacher(x)
+        try:
+            self.tap.verify(images)
+        except LIBRARY_ERRORS as error:
+            if isinstance(error, NamedError) or is_bug(error):
+                raise
+            raise InputError(
+                f'the static teacher {model_name(unwrap_model(self.teacher.model))} takes no images of '
+                f'{images.shape[-2]} x {images.shape[-1]} pixels ({first_line(error)}): show it others by '
+                '--kd-img-size, in Python img_size'
+            ) from error
 
     def train(self, mode: bool = True) -> 'StaticTeacher':
         return super().train(False)
 
-    def _normalize(self, x: torch.Tensor) -> torch.Tensor:
-        if torch.equal(self.student_mean, self.teacher_mean) and torch.equal(self.student_std, self.teacher_std):
-            return x
-        x = x * self.student_std + self.student_mean
-        if x.shape[1] != self.channels:
-            x = x.mean(1, keepdim=True) if self.channels == 1 else x.expand(-1, self.channels, -1, -1)
-        return (x - self.teacher_mean) / self.teacher_std
+    def _is_normalized_alike(self) -> bool:
+        return torch.equal(self.student_mean, self.teacher_mean) and torch.equal(self.student_std, self.teacher_std)
+
+    def _statistics(self, owner: str) -> str:
+        mean, std = (
+            ', '.join(f'{value:.4g}' for value in getattr(self, f'{owner}_{key}').flatten().tolist())
+            for key in ('mean', 'std')
+        )
+        return f'mean ({mean}) and standard deviation ({std})'
+
+    def _for_teacher(self, x: torch.Tensor) -> torch.Tensor:
+        if not self._is_normalized_alike():
+            x = x * self.student_std + self.student_mean
+            if x.shape[1] != self.channels:
+                x = x.mean(1, keepdim=True) if self.channels == 1 else x.expand(-1, self.channels, -1, -1)
+            x = (x - self.teacher_mean) / self.teacher_std
+        if self.img_size is not None and x.shape[-2:] != (self.img_size, self.img_size):
+            x = F.interpolate(x, (self.img_size, self.img_size), mode='bilinear', antialias=True)
+        like = next((p for p in self.teacher.model.parameters() if p.is_floating_point()), x)
+        return x.to(like.device, like.dtype)
+
+    def _for_student(self, output: ModelOutput, x: torch.Tensor) -> ModelOutput:
+        like = next((p for p in self.teacher.model.parameters() if p.is_floating_point()), x)
+        if like.device != x.device or like.dtype != x.dtype:  # else it is as autocast has made it
+            output = ModelOutput(
+                output.logits.to(x.device, x.dtype),
+                tuple(stage.to(x.device, x.dtype) for stage in output.stages),
+                None if output.embedding is None else output.embedding.to(x.device, x.dtype),
+            )
+        if self.class_indices.numel():
+            output = output._replace(logits=_map_classes(output.logits, self.class_indices))
+        return output
+
+
+class StaticTeachers(nn.Module):
+    """Several static teachers, which look at the same images.
+
+    Args:
+        teachers: each by itself, of the student's classes.
+    """
+
+    def __init__(self, teachers: Sequence[StaticTeacher]) -> None:
+        super().__init__()
+        self.teachers = nn.ModuleList(teachers)
+        self.train(False)
+
+    def __len__(self) -> int:
+        return len(self.teachers)
+
+    @torch.no_grad()
+    def forward(self, x: torch.Tensor) -> ModelOutput:
+        """Output for images of shape (B, in_chans, H, W): logits of their mean probabilities, and that of each."""
+        outputs = [teacher(x) for teacher in self.teachers]
+        log_probabilities = torch.stack([output.logits.log_softmax(-1) for output in outputs])
+        return ModelOutput(log_probabilities.logsumexp(0) - math.log(len(outputs)), each=tuple(outputs))
+
+    def verify(self, x: torch.Tensor) -> None:
+        """Checks every teacher, see :meth:`StaticTeacher.verify`."""
+        for teacher in self.teachers:
+            teacher.verify(x)
+
+    def train(self, mode: bool = True) -> 'StaticTeachers':
+        return super().train(False)
+
+
+AnyStaticTeacher = Union[StaticTeacher, StaticTeachers]
 
 
 def _per_channel(values: torch.Tensor, channels: int) -> torch.Tensor:
@@ -79,95 +183,14 @@ def _per_channel(values: torch.Tensor, channels: int) -> torch.Tensor:
     return (values if len(values) == channels else values.mean().expand(channels)).view(1, -1, 1, 1)
 
 
-def resolve_static_teacher(
-    teacher: Union[str, nn.Module],
-    student: nn.Module,
-    device: Optional[torch.device] = None,
-    dtype: Optional[torch.dtype] = None,
-    path: Optional[str] = None,
-) -> DistillationTeacher:
-    """A frozen teacher of the student's classes.
-
-    Args:
-        teacher: timm model name (``hf-hub:`` and ``local-dir:`` too), created with pretrained weights; a module, taken
-            as it is; or a DistillationTeacher.
-        student: the model that it will teach.
-        device: device of the teacher.
-        dtype: dtype of the teacher.
-        path: checkpoint with the weights of a teacher that is named, instead of those that timm knows.
-
-    Raises:
-        ValueError: if the teacher has other classes, or the checkpoint cannot be loaded. A name whose weights know
-            other classes would get a classifier of random weights instead, silently.
-    """
-    classes = None
-    if isinstance(teacher, str):
-        teacher = _create(teacher, student, device, dtype, path)
-        classes = unwrap_model(teacher.model).pretrained_cfg.get('num_classes')
-    elif not isinstance(teacher, DistillationTeacher):
-        teacher = DistillationTeacher(teacher, device=device, dtype=dtype)
-    if classes is None:
-        classes = getattr(unwrap_model(teacher.model), 'num_classes', None)
-    if classes is not None:  # of one that does not tell, the logits are compared when its losses are made
-        _check_classes(classes, student)
-    return teacher.to(device).requires_grad_(False)
+def _class_indices(class_map: Optional[ClassMap], device: torch.device) -> torch.Tensor:
+    """A class map as a matrix, a row for every class of the student, filled up with -1; empty where there is none."""
+    rows: List[List[int]] = [[row] if isinstance(row, int) else list(row) for row in class_map or ()]
+    width = max(map(len, rows), default=0)
+    return torch.tensor([row + [-1] * (width - len(row)) for row in rows], dtype=torch.long, device=device)
 
 
-def _create(
-    name: str,
-    student: nn.Module,
-    device: Optional[torch.device],
-    dtype: Optional[torch.dtype],
-    path: Optional[str],
-) -> DistillationTeacher:
-    num_classes, channels = count_classes(student), input_shape(student)[0]
-
-    def create() -> DistillationTeacher:
-        return DistillationTeacher(name, num_classes, channels, pretrained_path=path, device=device, dtype=dtype)
-
-    if not path:
-        try:
-            teacher = create()
-        except (RuntimeError, OSError, ValueError, AssertionError) as error:  # timm's, of a name or of its weights
-            if is_bug(error):
-                raise
-            raise InputError(one_line(error)) from error
-        _check_adapted(name, unwrap_model(teacher.model), channels)
-        return teacher
-    if not os.path.isfile(path):
-        raise InputError(f"the static teacher's checkpoint {path} does not exist")
-    try:
-        weights = load_state_dict(path)
-    except LIBRARY_ERRORS as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0].partition('. ')[0]
-        raise InputError(f'{path} cannot be read as a checkpoint: {reason}')
-    try:
-        return create()
-    except RuntimeError as error:
-        # The last line is about the classifier's bias, where only that does not fit.
-        problem = (str(error).strip().splitlines() or [''])[-1].strip()
-        for key, tensor in weights.items():
-            if problem.startswith(f'size mismatch for {key}:') and problem.endswith(f'[{num_classes}]).'):
-                _check_classes(len(tensor), student)
-        raise InputError(f'{path} does not fit {name}: {one_line(error)}')
-
-
-def _check_adapted(name: str, teacher: nn.Module, channels: int) -> None:
-    """timm adapts the kernel of a first convolution to other channels; other first layers it leaves untrained."""
-    cfg = getattr(teacher, 'pretrained_cfg', None) or {}
-    first = cfg.get('first_conv')
-    for layer in first if isinstance(first, (tuple, list)) else [first] if first else []:
-        if cfg['input_size'][0] != channels and not isinstance(teacher.get_submodule(layer), nn.Conv2d):
-            raise InputError(
-                f'the static teacher {name} was trained on images of {cfg["input_size"][0]} channels, and '
-                f'its first layer cannot be adapted to {channels}: give another one'
-            )
-
-
-def _check_classes(classes: int, student: nn.Module) -> None:
-    of_student = count_classes(student)
-    if classes != of_student:
-        raise InputError(
-            f'the static teacher has {classes} classes and the student {of_student}: '
-            'give one that was trained on the same classes'
-        )
+def _map_classes(logits: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """Logits of the student's classes, from the teacher's: those of sums of probabilities."""
+    found = logits[:, indices.clamp(min=0)]  # (B, classes of the student, most of the teacher's for one)
+    return found.masked_fill(indices < 0, -math.inf).logsumexp(-1)

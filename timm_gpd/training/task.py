@@ -7,16 +7,17 @@ from typing import Any, Dict, Optional
 import torch
 import torch.nn as nn
 from timm.layers import SplitBatchNorm2d
-from timm.task import ClassificationTask, DistillationTeacher, MultiLabelClassificationTask, TrainingTask
+from timm.task import ClassificationTask, MultiLabelClassificationTask, TrainingTask
 from timm.utils import unwrap_model
 
-from ..distillers import distill_settings
+from ..distillers import distill_settings, loss_and_teacher
 from ..errors import UsageError, usage_errors
 from ..task import DistillationTask, GapPreservingTask
 from ..task.gap_control import GapControl, GapTarget, Switch
 from ..task.gpd_loss import OF_ONE_LOGIT, GpdLoss
-from ..task.static_teacher import StaticTeacher, resolve_static_teacher
+from ..task.static_teacher import AnyStaticTeacher
 from .criterion import create_criterion
+from .static_teachers import read_static_teachers
 from .student import recorded_classes
 
 __all__ = ['check_task', 'create_task', 'get_student', 'get_validation_models']
@@ -37,10 +38,17 @@ def check_task(args: argparse.Namespace) -> None:
     """
     with usage_errors('check --gpd-loss and --gpd-loss-args'):
         GpdLoss(args.gpd_loss, args.gpd_loss_args)
+    teachers = read_static_teachers(args)
     with usage_errors('check --kd-distill-type and --kd-loss-args'):
-        distillers = distill_settings(args.kd_distill_type, args.kd_loss_args, args.kd_temperature)
-    if args.kd_model_path and not args.kd_model_name:
-        raise UsageError('--kd-model-path needs --kd-model-name, the architecture of that checkpoint')
+        distillers = distill_settings(
+            args.kd_distill_type,
+            args.kd_loss_args,
+            args.kd_temperature,
+            args.kd_token_distill_type,
+            len(teachers) or 1,
+        )
+    if args.kd_token_distill_type == 'hard' and teachers and 'token' not in map(_loss_of, distillers):
+        raise UsageError('--kd-token-distill-type hard is of the loss token: add it to --kd-distill-type')
     create_criterion(args)
     if args.gpd and args.split_bn:
         raise UsageError(
@@ -54,9 +62,18 @@ def check_task(args: argparse.Namespace) -> None:
     reason = 'compares probabilities of classes that exclude each other, and with --task multilabel they do not: choose'
     if args.gpd and args.gpd_method != 'netaug' and args.gpd_loss not in MULTILABEL_GPD_LOSSES:
         raise UsageError(f'--gpd-loss {args.gpd_loss} {reason} {" or ".join(MULTILABEL_GPD_LOSSES)}')
-    for name in distillers if args.kd_model_name else ():
-        if name not in MULTILABEL_DISTILLERS:
+    for name in distillers if teachers else ():
+        if _loss_of(name) not in MULTILABEL_DISTILLERS:
             raise UsageError(f'--kd-distill-type {name} {reason} of {", ".join(MULTILABEL_DISTILLERS)}')
+    if len(teachers) > 1:
+        raise UsageError(
+            'several of --kd-model-name are validated by the mean of their probabilities of classes that exclude each '
+            'other, and with --task multilabel they do not: give one'
+        )
+
+
+def _loss_of(name: str) -> str:
+    return loss_and_teacher(name)[0]
 
 
 def create_task(
@@ -64,7 +81,7 @@ def create_task(
     student: nn.Module,
     device: torch.device,
     is_joint: Optional[bool] = None,
-    static_teacher: Optional[StaticTeacher] = None,
+    static_teacher: Optional[AnyStaticTeacher] = None,
 ) -> TrainingTask:
     """What the run trains: gap preserving with ``--gpd``, else distillation or classification.
 
@@ -90,13 +107,12 @@ def create_task(
         distill_loss_weight=args.distill_loss_weight,
         task_loss_weight=args.task_loss_weight,
         temperature=args.kd_temperature,
+        token_distill_type=args.kd_token_distill_type,
+        student_feature_dim=args.kd_student_feature_dim,
+        teacher_feature_dim=args.kd_teacher_feature_dim,
     )
+    static: Any = static_teacher if static_teacher is not None else read_static_teachers(args) or None
     with usage_errors('check --kd-model-name, --kd-model-path and --kd-distill-type' if args.kd_model_name else ''):
-        static: Optional[DistillationTeacher] = None
-        if static_teacher is not None:
-            static = static_teacher.teacher
-        elif args.kd_model_name:
-            static = resolve_static_teacher(args.kd_model_name, student, device, dtype, args.kd_model_path)
         if args.gpd if is_joint is None else is_joint:
             return GapPreservingTask(
                 student,

@@ -14,7 +14,7 @@ from ...errors import UsageError, first_line
 from ...models.variants import plain_name
 from ...teacher.branches import BRANCH_KINDS
 from ..joint_epochs import what_is_wrong
-from .value_kinds import Input, Names, Numbers, Output, Text
+from .value_kinds import Each, Input, Names, Numbers, Output, Text
 
 __all__ = ['FLAGS', 'check_flags', 'check_model_name']
 
@@ -127,8 +127,14 @@ FLAGS: Mapping[str, Callable[[Any], Optional[str]]] = {
     'gpd_epochs': what_is_wrong,
     'gpd_between': COUNT_OR_NONE,
     'gpd_gap_target': POSITIVE,
-    'kd_model_name': Names('models', list_models, _is_model),
+    'kd_model_name': Each(Names('models', list_models, _is_model)),
     'kd_model_path': PATH,
+    'kd_img_size': Each(Numbers(1), int),
+    'kd_class_map': PATH,
+    'kd_dtype': Each(Names('dtypes', lambda: ('float32', 'float16', 'bfloat16'))),
+    'kd_device': Text('by read_static_teachers, and where the teacher is put there'),
+    'kd_student_feature_dim': COUNT,
+    'kd_teacher_feature_dim': COUNT,
     'kd_distill_type': Text('by the task, which lists the losses'),
     'kd_loss_args': KWARGS,
     'kd_temperature': POSITIVE,

@@ -4,7 +4,7 @@ import argparse
 
 from timm.utils import ParseKwargs
 
-from ...distillers import DISTILLERS
+from ...distillers import DISTILLERS, TOKEN_KINDS
 from ...losses import GPD_LOSSES
 from ...task.gap_control import GAP_SCALES
 from ...task.gpd_loss import WEIGHT_SCHEDULES
@@ -103,14 +103,41 @@ def add_static_teacher(parser: argparse.ArgumentParser) -> None:
         '--kd-model-name',
         default=None,
         metavar='MODEL',
-        help='timm model, hf-hub:<repo> or local-dir:<folder>, pretrained',
+        help='timm model, hf-hub:<repo> or local-dir:<folder>, pretrained; several, separated by commas',
     )
     group.add_argument('--kd-model-path', default=None, metavar='FILE', help='load this checkpoint into it instead')
+    group.add_argument(
+        '--kd-img-size',
+        default=None,
+        metavar='PIXELS',
+        help="side of its images, if not the student's",
+    )
+    group.add_argument(
+        '--kd-class-map',
+        default=None,
+        metavar='FILE',
+        help='a line for every class of the student with the number of its own, or of several',
+    )
+    group.add_argument('--kd-dtype', default=None, metavar='DTYPE', help="its dtype, if not the student's: bfloat16")
+    group.add_argument('--kd-device', default=None, metavar='DEVICE', help='where it runs, if not on --device')
     group.add_argument(
         '--kd-distill-type',
         default='logit',
         metavar='NAMES',
-        help=f'losses, separated by commas: {", ".join(DISTILLERS)}',
+        help=f'losses, separated by commas: {", ".join(DISTILLERS)}; of several teachers "dkd" is from the mean of '
+        'their probabilities, and "dkd@2" from the second',
+    )
+    group.add_argument(
+        '--kd-token-distill-type',
+        default='soft',
+        choices=TOKEN_KINDS,
+        help="of the loss token: the teacher's probabilities, or its most probable class",
+    )
+    group.add_argument(
+        '--kd-student-feature-dim', type=int, default=None, metavar='WIDTH', help='checks the width of its embedding'
+    )
+    group.add_argument(
+        '--kd-teacher-feature-dim', type=int, default=None, metavar='WIDTH', help='the same of the static teacher'
     )
     group.add_argument('--kd-loss-type', default='kl', choices=['kl'], help='of the loss logit')
     group.add_argument(
@@ -129,4 +156,4 @@ def add_static_teacher(parser: argparse.ArgumentParser) -> None:
         help="weight of the static teacher's losses (default: 1, or 1 - A where A is given)",
     )
     group.add_argument('--task-loss-weight', type=float, default=None, metavar='A', help='weight of the task loss')
-    group.add_argument('--kd-temperature', type=float, default=4.0, help='temperature of the loss logit (kd)')
+    group.add_argument('--kd-temperature', type=float, default=4.0, help='temperature of logit (kd) and token')

@@ -10,8 +10,6 @@ __all__ = ['TRAIN_REFUSED', 'VALIDATE_REFUSED', 'Refused', 'add_refused']
 _NAFLEX = 'a plan is made for images of one shape, and NaFlex batches are sequences of patches'
 _TORCHSCRIPT = 'TorchScript knows no parametrized modules, and torch has deprecated it: use --torchcompile'
 _FUSER = 'it chooses how TorchScript fuses, and nothing is scripted: use --torchcompile'
-_FEATURES = 'widths of features are read from both models'
-_TOKENS = 'no loss compares the distillation tokens of two models: choose another of --kd-distill-type'
 
 # By flag: timm's default, which a configuration may name, and the reason.
 _BOTH: Dict[str, Tuple[Any, str]] = {
@@ -29,9 +27,6 @@ TRAIN_REFUSED: Dict[str, Tuple[Any, str]] = {
     '--naflex-patchify-channels-first': (False, _NAFLEX),
     '--drop-connect': (None, 'timm does nothing with it: use --drop-path'),
     '--tta': (0, "timm's loaders make no batches of several views of an image, which it would average"),
-    '--kd-student-feature-dim': (None, _FEATURES),
-    '--kd-teacher-feature-dim': (None, _FEATURES),
-    '--kd-token-distill-type': ('soft', _TOKENS),
 }
 VALIDATE_REFUSED: Dict[str, Tuple[Any, str]] = {
     **_BOTH,

@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from typing import Any, Callable, Optional, Sequence, Tuple
 
-__all__ = ['Input', 'Names', 'Numbers', 'Output', 'Text']
+__all__ = ['Each', 'Input', 'Names', 'Numbers', 'Output', 'Text']
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,30 @@ class Names:
             return f'{value} is unknown: {self.what} are {", ".join(known)}'
         near = difflib.get_close_matches(value, known, n=5, cutoff=0.3)
         return f'{value} is unknown: {self.what} of names like it are {", ".join(near) or "none"}'
+
+
+@dataclass(frozen=True)
+class Each:
+    """One value or several, separated by commas; an empty one stands for none.
+
+    Attributes:
+        kind: what each is.
+        read: reads one from its text.
+    """
+
+    kind: Callable[[Any], Optional[str]]
+    read: Callable[[str], Any] = str
+
+    def __call__(self, value: Any) -> Optional[str]:
+        """What is wrong with a value, None where nothing is."""
+        for text in filter(None, str(value).split(',')):
+            try:
+                problem = self.kind(self.read(text))
+            except ValueError:
+                problem = f'must be {self.kind}, but is {text}'
+            if problem:
+                return problem
+        return None
 
 
 @dataclass(frozen=True)
