@@ -99,32 +99,42 @@ class Tap(nn.Module):
             ValueError: if an embedding was asked for and the classifier does not receive one vector per image.
         """
         if not self.needs_features:
-            return self._output(self.model(x))
+            return self.read(self.model(x))
         stages: List[torch.Tensor] = []
         if 'stages' in self.needs:
             features, stages = self.model.forward_intermediates(x, indices=self.indices, output_fmt='NCHW')
         else:
             features = self.model.forward_features(x)
         if 'embedding' not in self.needs:
-            return self._output(self.model.forward_head(features), tuple(stages))
+            return self.read(self.model.forward_head(features), tuple(stages))
         with self._classifier_inputs() as inputs:
             logits = self.model.forward_head(features)
         if len({x.shape for x in inputs}) != 1 or inputs[0].shape[:2].numel() != inputs[0].numel():
             self._fail('no single embedding', self.needs['embedding'])
         embeddings = [x.flatten(1) for x in inputs]
-        return self._output(
+        return self.read(
             logits, tuple(stages), torch.stack(embeddings).mean(0) if len(embeddings) > 1 else embeddings[0]
         )
 
-    def _output(
+    def read(
         self,
-        logits: Any,
+        result: Any,
         stages: Tuple[torch.Tensor, ...] = (),
         embedding: Optional[torch.Tensor] = None,
     ) -> ModelOutput:
-        if 'token' in self.needs and isinstance(logits, (tuple, list)) and len(logits) == 2:
-            return ModelOutput(logits[0], stages, embedding, logits[1])
-        return ModelOutput(logits, stages, embedding)
+        """What the model has returned, as an output.
+
+        Args:
+            result: logits, or with a distillation token in training mode those of the class and those of the token.
+            stages: see :class:`ModelOutput`.
+            embedding: the same.
+
+        Returns:
+            The output.
+        """
+        if 'token' in self.needs and isinstance(result, (tuple, list)) and len(result) == 2:
+            return ModelOutput(result[0], stages, embedding, result[1])
+        return ModelOutput(result, stages, embedding)
 
     def separate_token(self) -> None:
         """Lets the model give the logits of its distillation token apart while it trains, if they are asked for."""

@@ -179,7 +179,8 @@ class SandwichLearners(_NestedLearners):
         model = self.model.at_ratio(ratio)
         parameters = model.computed_parameters(memory_format_of(x))
         early = EarlyBackward((*parameters.values(), x))
-        result = early.run({'loss': self.gpd_loss(model.run(parameters, x), labels, target)})
+        output = self.taps['dynamic_teacher'].read(model.run(parameters, x))
+        result = early.run({'loss': self.gpd_loss(output.logits, labels, target)})
         return result['loss'], early
 
 

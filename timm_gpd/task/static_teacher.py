@@ -13,7 +13,7 @@ from timm.utils import unwrap_model
 from ..distillers import DistillSettings, ModelOutput, tap_teacher
 from ..distillers.feature_tap import model_name
 from ..errors import LIBRARY_ERRORS, InputError, NamedError, first_line, is_bug
-from ..expansion.images import input_shape
+from ..expansion.images import has_record, input_shape
 
 __all__ = ['AnyStaticTeacher', 'ClassMap', 'StaticTeacher', 'StaticTeachers']
 
@@ -58,7 +58,9 @@ class StaticTeacher(nn.Module):
         super().__init__()
         self.teacher, self.img_size = teacher, img_size
         model = unwrap_model(teacher.model)
-        student_channels, self.channels = input_shape(student)[0], input_shape(model)[0]
+        student_channels = self.channels = input_shape(student)[0]
+        if has_record(model) or any(isinstance(module, nn.Conv2d) for module in model.modules()):
+            self.channels = input_shape(model)[0]
         if student_channels != self.channels and {student_channels, self.channels} != {1, 3}:
             raise InputError(
                 f"the static teacher takes images of {self.channels} channels and the student's have "
@@ -126,6 +128,7 @@ class StaticTeacher(nn.Module):
                 x = x.mean(1, keepdim=True) if self.channels == 1 else x.expand(-1, self.channels, -1, -1)
             x = (x - self.teacher_mean) / self.teacher_std
         if self.img_size is not None and x.shape[-2:] != (self.img_size, self.img_size):
+            x = x if x.dtype == torch.float64 else x.float()  # half precision is not resized on every device
             x = F.interpolate(x, (self.img_size, self.img_size), mode='bilinear', antialias=True)
         like = next((p for p in self.teacher.model.parameters() if p.is_floating_point()), x)
         return x.to(like.device, like.dtype)

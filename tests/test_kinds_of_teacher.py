@@ -1,0 +1,489 @@
+"""Static teachers of every kind: several, of other images, classes, precision; and students with a token for them."""
+
+import copy
+import logging
+import math
+
+import pytest
+import timm
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from timm.task import TokenDistillationTask
+from timm.utils import CheckpointSaver
+
+from conftest import TINY_RESNET
+from programs import summary, train
+from steps import batch
+from timm_gpd import DistillationTask, GapPreservingTask, StaticTeacherConfig
+from timm_gpd.errors import UsageError
+from timm_gpd.training.args import parse_train_args
+from timm_gpd.training.task import check_task
+
+TASKS = [DistillationTask, GapPreservingTask]
+
+
+def make_student(**kwargs):
+    student = timm.create_model('test_resnet', **{**TINY_RESNET, **kwargs})
+    student.pretrained_cfg.update(input_size=(1, 32, 32), mean=(0.5,), std=(0.5,))
+    return student
+
+
+def make_teacher(name='test_resnet', num_classes=10, seed=5, mean=0.5, std=0.5, **kwargs):
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        teacher = timm.create_model(name, num_classes=num_classes, in_chans=1, **kwargs).eval()
+        for parameter in teacher.parameters():  # so that images make a difference
+            parameter.data += torch.randn_like(parameter) * 0.1
+    teacher.pretrained_cfg.update(mean=(mean,), std=(std,))
+    return teacher
+
+
+def make_token_student(name='deit_tiny_distilled_patch16_224', seed=0):
+    torch.manual_seed(seed)
+    student = timm.create_model(
+        name, num_classes=10, in_chans=1, img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=2
+    )
+    student.pretrained_cfg.update(input_size=(1, 32, 32), mean=(0.5,), std=(0.5,))
+    return student
+
+
+def make_task(task_class, teacher, distill_type='kd', student=None, **kwargs):
+    return task_class(student or make_student(), teacher, distill_type=distill_type, verbose=False, **kwargs).train()
+
+
+def terms_of(result, loss):
+    """The loss as the student and as the dynamic teacher has it, with the logits that it is of."""
+    return [
+        (result[f'{prefix}/{loss}'], result[output])
+        for prefix, output in (('kd', 'output'), ('teacher_kd', 'teacher_output'))
+        if output in result
+    ]
+
+
+def kd(logits, teacher_logits, temperature=4.0):
+    student, teacher = (values / temperature for values in (logits, teacher_logits))
+    divergence = F.kl_div(student.log_softmax(1), teacher.softmax(1), reduction='batchmean')
+    return divergence * temperature**2
+
+
+# -- several ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('task_class', TASKS)
+def test_the_mean_of_several_is_that_of_their_probabilities(task_class):
+    teachers = [make_teacher(seed=1), make_teacher('test_vit', img_size=32, seed=2, mean=0.2)]
+    task = make_task(task_class, teachers)
+    x, target = batch()
+    mean = (teachers[0](x).softmax(1) + teachers[1]((x * 0.5 + 0.3) / 0.5).softmax(1)) / 2
+    torch.testing.assert_close(task.static_teacher(x).logits.softmax(1), mean)
+    for term, logits in terms_of(task(x, target), 'kd'):
+        torch.testing.assert_close(term, kd(logits, mean.log()))
+
+
+@pytest.mark.parametrize('task_class', TASKS)
+def test_each_of_several_has_its_own_losses_and_weights(task_class):
+    teachers = [make_teacher('test_efficientnet', seed=1), make_teacher('test_vit', img_size=32, seed=2)]
+    arguments = {'kd@1.weight': 2, 'kd@2.temperature': 1, 'feature@1.weight': 0.5}
+    task = make_task(task_class, teachers, 'kd@1,kd@2,feature@1,dist', distill_args=arguments)
+    x, target = batch()
+    result = task(x, target)
+    for term, logits in terms_of(result, 'kd@1'):
+        torch.testing.assert_close(term, 2 * kd(logits, teachers[0](x)))
+    for term, logits in terms_of(result, 'kd@2'):
+        torch.testing.assert_close(term, kd(logits, teachers[1](x), temperature=1))
+    result['loss'].backward()
+    assert [name for name, p in task.get_trainable_module().named_parameters() if p.grad is None] == []
+    widths = {
+        name: distillers['feature@1'].projection.weight.shape
+        for name, distillers in task.get_learners().step_loss.distillers.items()
+    }
+    assert widths['student'] == (teachers[0].num_features, 64) != (64, 64)
+
+    state = task.get_checkpoint_state()
+    make_task(task_class, teachers, 'kd@1,kd@2,feature@1,dist', distill_args=arguments).load_checkpoint_state(
+        state['state_dict'], state['task_state']
+    )
+
+
+@pytest.mark.parametrize(
+    'types, count, message',
+    [
+        ('reviewkd', 2, 'reviewkd compares features, of which 2 static teachers have no mean: .* as in reviewkd@1'),
+        ('kd@3', 2, 'kd@3 is of none of the 2 static teachers: they are numbers 1, 2'),
+        ('kd@0', 2, 'kd@0 is of none'),
+        ('kd@x', 2, 'kd@x is of none'),
+        ('kd@1', 1, 'there is one: it is kd'),
+        ('kd@1,logit@1', 2, 'names a distillation loss twice'),
+        ('kdd@1', 2, "'kdd@1' is not a distillation loss"),
+    ],
+)
+def test_losses_of_teachers_that_there_are_not(types, count, message):
+    with pytest.raises(ValueError, match=message) as error:
+        make_task(DistillationTask, [make_teacher() for _ in range(count)], types)
+    assert '\n' not in str(error.value)
+
+
+def test_no_teacher_in_a_list():
+    with pytest.raises(ValueError, match='list of static teachers is empty'):
+        make_task(DistillationTask, [])
+    with pytest.raises(ValueError, match='a name or a module, but not 3'):
+        make_task(DistillationTask, 3)
+    student = make_student()
+    with pytest.raises(ValueError, match='is the student itself'):
+        make_task(DistillationTask, [make_teacher(), student], student=student)
+
+
+# -- images -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('task_class', TASKS)
+@pytest.mark.parametrize('types', ['kd', 'reviewkd'])
+def test_a_teacher_of_other_images(task_class, types):
+    """Another size, a stage of another size, other statistics; the result is that of images made by hand."""
+    teacher = make_teacher('test_vit', img_size=64, mean=0.1, std=0.3)
+    task = make_task(task_class, StaticTeacherConfig(teacher, img_size=64), types)
+    x, target = batch()
+    large = F.interpolate((x * 0.5 + 0.5 - 0.1) / 0.3, (64, 64), mode='bilinear', antialias=True)
+    torch.testing.assert_close(task.static_teacher(x).logits, teacher(large), rtol=1e-4, atol=1e-5)
+    result = task(x, target)
+    if types == 'kd':
+        for term, logits in terms_of(result, 'kd'):
+            torch.testing.assert_close(term, kd(logits, teacher(large)), rtol=1e-4, atol=1e-5)
+    result['loss'].backward()
+    assert task.static_teacher(batch()[0][..., :24, :24]).logits.shape == (8, 10)  # images of any size
+
+
+def test_a_size_that_the_teacher_does_not_take_is_answered_with_the_flag():
+    with pytest.raises(ValueError, match='test_vit takes no images of 32 x 32 pixels .* by --kd-img-size') as error:
+        make_task(DistillationTask, make_teacher('test_vit', img_size=64, dynamic_img_size=False))
+    assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('name', ['test_vit', 'test_efficientnet'])
+def test_a_name_is_created_for_the_size(name, tmp_path):
+    weights = make_teacher(name, **(dict(img_size=48) if 'vit' in name else {}))
+    torch.save(weights.state_dict(), tmp_path / 'teacher.pth')
+    config = StaticTeacherConfig(name, path=str(tmp_path / 'teacher.pth'), img_size=48)
+    task = make_task(DistillationTask, config)
+    assert task.static_teacher(batch()[0]).logits.shape == (8, 10)
+
+
+def test_other_statistics_are_warned_about(caplog):
+    with caplog.at_level(logging.WARNING):
+        make_task(DistillationTask, make_teacher())
+        rgb = make_teacher()
+        rgb.pretrained_cfg.update(mean=(0.5,) * 3, std=(0.5,) * 3)
+        make_task(DistillationTask, rgb)
+        assert caplog.text == ''
+        make_task(DistillationTask, make_teacher(mean=0.25, std=0.125))
+    assert (
+        "the student's images have mean (0.5) and standard deviation (0.5), and the static teacher test_resnet expects "
+        'mean (0.25) and standard deviation (0.125): they are normalised again for it'
+    ) in caplog.text
+
+
+# -- classes ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('task_class', TASKS)
+def test_more_classes_and_a_map(task_class):
+    """Probabilities of the student's classes are sums of the teacher's, over those that are the student's at all."""
+    teacher = make_teacher(num_classes=30)
+    class_map = [3, 29, [1, 2], *range(10, 17)]
+    task = make_task(task_class, StaticTeacherConfig(teacher, class_map=class_map), 'kd,nd')
+    x, target = batch()
+    probabilities = teacher(x).softmax(1)
+    columns = [probabilities[:, [row] if isinstance(row, int) else row].sum(1) for row in class_map]
+    expected = torch.stack(columns, 1)
+    expected = expected / expected.sum(1, keepdim=True)
+    torch.testing.assert_close(task.static_teacher(x).logits.softmax(1), expected)
+    for term, logits in terms_of(task(x, target), 'kd'):
+        torch.testing.assert_close(term, kd(logits, expected.log()))
+
+
+@pytest.mark.parametrize(
+    'class_map, message',
+    [
+        (range(9), 'the class map is of 9 classes and the student has 10'),
+        (
+            [*range(9), 30],
+            "gives the student's class 9 the static teacher's 30, and its classes are numbers from 0 to 29",
+        ),
+        ([*range(9), -1], "the static teacher's -1"),
+        ([*range(9), 'cat'], "the static teacher's 'c'"),
+        ([*range(9), []], "the student's class 9 none"),
+        (None, 'static teacher has 30 classes and the student 10: .* or a class map'),
+    ],
+)
+def test_maps_that_are_none(class_map, message):
+    with pytest.raises(ValueError, match=message):
+        make_task(DistillationTask, StaticTeacherConfig(make_teacher(num_classes=30), class_map=class_map))
+
+
+def test_a_file_of_more_classes(tmp_path):
+    teacher = make_teacher('test_efficientnet', num_classes=30)
+    torch.save(teacher.state_dict(), tmp_path / 'teacher.pth')
+    config = StaticTeacherConfig('test_efficientnet', path=str(tmp_path / 'teacher.pth'), class_map=range(20, 30))
+    task = make_task(DistillationTask, config)
+    # A name's statistics are those of its weights.
+    mean, std = (sum(teacher.default_cfg[key]) / len(teacher.default_cfg[key]) for key in ('mean', 'std'))
+    assert task.static_teacher.teacher.model.num_classes == 30
+    assert math.isfinite(mean + std)
+    torch.testing.assert_close(
+        task.static_teacher.teacher.model.state_dict(), teacher.state_dict(), msg='the weights of the file'
+    )
+
+
+# -- precision and place ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('task_class', TASKS)
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float64])
+def test_another_precision(task_class, dtype):
+    teacher = make_teacher(mean=0.2)
+    x, target = batch()
+    expected = teacher((x * 0.5 + 0.5 - 0.2) / 0.5)
+    task = make_task(task_class, StaticTeacherConfig(teacher, dtype=dtype, device='cpu', img_size=32), 'kd,feature,at')
+    assert all(p.dtype == dtype for p in task.teacher.parameters())
+    found = task.static_teacher(x)
+    assert {found.logits.dtype, found.embedding.dtype, *(stage.dtype for stage in found.stages)} == {torch.float32}
+    tolerance = 0.1 if dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(found.logits, expected, rtol=tolerance, atol=tolerance * expected.abs().max().item())
+    task(x, target)['loss'].backward()
+
+
+def test_a_module_of_its_own_precision_stays_as_it_is():
+    task = make_task(DistillationTask, make_teacher().double())
+    assert task.static_teacher(batch()[0]).logits.dtype == torch.float32
+    assert all(p.dtype == torch.float64 for p in task.teacher.parameters())
+
+
+def test_a_device_that_is_not_there():
+    if torch.cuda.is_available():
+        pytest.skip('there is a GPU')
+    with pytest.raises(ValueError, match='static teacher cannot be put on device cuda:7: ') as error:
+        make_task(DistillationTask, StaticTeacherConfig(make_teacher(), device='cuda:7'))
+    assert '\n' not in str(error.value)
+
+
+def test_precision_of_the_student_is_not_the_teachers():
+    task = make_task(
+        DistillationTask,
+        StaticTeacherConfig(make_teacher(), dtype=torch.float32, img_size=48),
+        student=make_student().bfloat16(),
+        dtype=torch.bfloat16,
+    )
+    x, target = batch()
+    task(x.bfloat16(), target)['loss'].backward()
+    assert task.static_teacher(x.bfloat16()).logits.dtype == torch.bfloat16
+
+
+class OwnModule(nn.Module):
+    """A teacher without any of timm's attributes."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(1024, 10))
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+@pytest.mark.parametrize('task_class', TASKS)
+@pytest.mark.parametrize('several', [False, True])
+def test_teachers_stay_in_evaluation_mode_and_out_of_checkpoints(task_class, several, tmp_path):
+    own = OwnModule().train()
+    task = make_task(task_class, [own, make_teacher()] if several else own)
+    optimizer = torch.optim.SGD(task.get_trainable_module().parameters(), lr=0.1)
+    saver = CheckpointSaver(task.get_trainable_module(), optimizer, task=task, checkpoint_dir=str(tmp_path))
+    before = copy.deepcopy(own.state_dict())
+    for mode in (True, False, True):
+        task.train(mode)
+        task.static_teacher.train(mode)
+        assert not any(module.training for module in task.static_teacher.modules()) and not own.training
+    x, target = batch()
+    task(x, target)['loss'].backward()
+    optimizer.step()
+    saver.save_checkpoint(0, metric=1.0)
+    checkpoint = torch.load(tmp_path / 'last.pth.tar', weights_only=True)
+    assert all(p.grad is None and not p.requires_grad for p in own.parameters())
+    assert not any(tensor is own.layers[2].weight for tensor in task.get_clip_parameters())
+    shapes = {tuple(value.shape) for value in tensors_of(checkpoint)}
+    assert (10, 1024) not in shapes and shapes
+    torch.testing.assert_close(own.state_dict(), before)
+
+
+def tensors_of(state):
+    if isinstance(state, torch.Tensor):
+        yield state
+    elif isinstance(state, (dict, list, tuple)):
+        for value in state.values() if isinstance(state, dict) else state:
+            yield from tensors_of(value)
+
+
+# -- distillation tokens ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('kind', ['soft', 'hard'])
+def test_token_is_timms_task(kind):
+    teacher = make_teacher()
+    common = dict(distill_loss_weight=0.7, task_loss_weight=0.3, temperature=2.0, verbose=False)
+    ours = make_task(
+        DistillationTask,
+        copy.deepcopy(teacher),
+        'token',
+        make_token_student(),
+        token_distill_type=kind,
+        **{key: value for key, value in common.items() if key != 'verbose'},
+    )
+    theirs = TokenDistillationTask(
+        make_token_student(), teacher, criterion=nn.CrossEntropyLoss(), distill_type=kind, **common
+    ).train()
+    x, target = batch()
+    ours, theirs = ours(x, target), theirs(x, target)
+    for key in ('loss', 'output', 'task_loss'):
+        torch.testing.assert_close(ours[key], theirs[key])
+    torch.testing.assert_close(ours['kd/token'], theirs['distill_loss'])
+
+
+@pytest.mark.parametrize('task_class', TASKS)
+def test_token_beside_other_losses(task_class):
+    """Of both learners; the student is validated by the mean of its logits, and the one that was given is as it was."""
+    student = make_token_student()
+    task = make_task(task_class, make_teacher(), 'token,kd,nd,reviewkd', student)
+    x, target = batch()
+    result = task(x, target)
+    learners = ['kd', 'teacher_kd'] if task_class is GapPreservingTask else ['kd']
+    assert [key for key in result if key.endswith('/token')] == [f'{name}/token' for name in learners]
+    result['loss'].backward()
+    assert [name for name, p in task.get_trainable_module().named_parameters() if p.grad is None] == []
+    assert task_class is DistillationTask or not student.distilled_training
+    logits = task.get_eval_model().eval()(x)
+    assert logits.shape == (8, 10)
+    with pytest.raises(ValueError, match='in training mode'):
+        task.eval()(x, target)
+
+
+def test_token_with_ratios_between_and_gap_control():
+    task = make_task(
+        GapPreservingTask, make_teacher(), 'token', make_token_student(), ratio=3, method='sandwich', noise=0.0
+    )
+    result = task(*batch())
+    assert result['between_loss'] > 0 and result['teacher_kd/token'] > 0
+    result['loss'].backward()
+
+
+@pytest.mark.parametrize('task_class', TASKS)
+def test_models_without_a_token_are_refused(task_class):
+    with pytest.raises(ValueError, match='test_resnet has no set_distilled_training, which token would need'):
+        make_task(task_class, make_teacher(), 'token')
+    without = timm.create_model('pit_ti_224', num_classes=10)  # of a class that can have one
+    with pytest.raises(ValueError, match='PoolingVisionTransformer is without a distillation token here'):
+        make_task(task_class, make_teacher(), 'token', without)
+    with pytest.raises(ValueError, match="token learns soft or hard, but not 'firm'"):
+        make_task(task_class, make_teacher(), 'token', make_token_student(), token_distill_type='firm')
+
+
+# -- widths -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('task_class', TASKS)
+def test_widths_of_features_are_checked(task_class):
+    teacher = make_teacher('test_vit', img_size=32)
+    make_task(task_class, teacher, 'feature', student_feature_dim=64, teacher_feature_dim=teacher.num_features)
+    with pytest.raises(ValueError, match="the student's features have width 64, and not 65"):
+        make_task(task_class, teacher, 'feature', student_feature_dim=65)
+    with pytest.raises(ValueError, match=f"static teacher's features have width {teacher.num_features}, and not 1"):
+        make_task(task_class, teacher, 'feature', teacher_feature_dim=1)
+    with pytest.raises(ValueError, match="no loss compares the student's features"):
+        make_task(task_class, teacher, 'kd', student_feature_dim=64)
+
+
+# -- the command line -------------------------------------------------------------------------------------------------
+
+
+def test_a_run_with_several(tmp_path):
+    """Each of its own kind: a folder of an earlier run, and a file of 30 classes for larger images, in bfloat16."""
+    train(tmp_path, '--experiment', 'first', '--epochs', '1', config='digits')
+    folder = f'local-dir:{tmp_path / "first" / "student"}'
+    torch.save(make_teacher('test_vit', num_classes=30, img_size=48).state_dict(), tmp_path / 'teacher.pth')
+    (tmp_path / 'classes.txt').write_text(''.join(f'{index} {index + 10}\n' for index in range(10)))
+    flags = [
+        *('--kd-model-name', f'{folder},test_vit', '--kd-model-path', f',{tmp_path / "teacher.pth"}'),
+        *('--kd-img-size', ',48', '--kd-class-map', f',{tmp_path / "classes.txt"}', '--kd-dtype', ',bfloat16'),
+        *('--kd-device', 'cpu', '--kd-distill-type', 'kd,dkd@1,reviewkd@2', '--kd-loss-args', 'reviewkd@2.weight=0.1'),
+        *('--kd-teacher-feature-dim', '64', '--model-ema'),
+    ]
+    result = train(tmp_path, '--experiment', 'run', '--gpd-epochs', '1-3', '--epochs', '3', *flags)
+    assert 'the static teacher test_vit expects mean (0.5) and' not in result.stderr
+    rows = summary(tmp_path / 'run')
+    for name in ('kd', 'dkd@1', 'reviewkd@2'):
+        assert all(math.isfinite(float(row[f'train_kd/{name}'])) for row in rows)
+        assert math.isfinite(float(rows[-1][f'train_teacher_kd/{name}']))
+    assert {row['eval_static_top1'] for row in rows} == {rows[0]['eval_static_top1']}
+
+    alone = train(tmp_path, '--experiment', 'alone', '--epochs', '2', *flags, config='digits')
+    assert 'teacher_' not in ' '.join(summary(tmp_path / 'alone')[0]) and alone
+    resumed = train(tmp_path, '--experiment', 'alone', '--epochs', '3', '--resume', 'auto', *flags, config='digits')
+    assert len(summary(tmp_path / 'alone')) == 3 and resumed
+    card = (tmp_path / 'run' / 'student' / 'README.md').read_text()
+    assert str(tmp_path) not in card and '`student,test_vit`' in card
+
+
+@pytest.mark.parametrize('kind', ['soft', 'hard'])
+@pytest.mark.parametrize('config', ['digits', 'digits_gpd'])
+def test_a_run_with_a_distillation_token(config, kind, tmp_path):
+    torch.save(make_teacher().state_dict(), tmp_path / 'teacher.pth')
+    train(
+        tmp_path,
+        *('--experiment', 'run', '--model', 'deit_tiny_distilled_patch16_224', '--model-kwargs', 'img_size=32'),
+        *('patch_size=8', 'embed_dim=24', 'depth=2', 'num_heads=2', '--kd-distill-type', 'token'),
+        *('--kd-token-distill-type', kind, '--kd-model-name', 'test_resnet'),
+        *('--kd-model-path', tmp_path / 'teacher.pth'),
+        config=config,
+    )
+    row = summary(tmp_path / 'run')[-1]
+    assert float(row['train_kd/token']) > 0
+    assert (float(row.get('train_teacher_kd/token', 0)) > 0) == (config == 'digits_gpd')
+    student = timm.create_model(f'local-dir:{tmp_path / "run" / "student"}', pretrained=True).eval()
+    assert student(torch.zeros(1, 1, 32, 32)).shape == (1, 10)
+
+
+@pytest.mark.parametrize(
+    'flags, message',
+    [
+        ('--kd-model-name resnet18,', '--kd-model-name resnet18, has a name that is empty'),
+        ('--kd-model-name resnet18,resnet19x', '--kd-model-name resnet19x is unknown'),
+        ('--kd-model-name resnet18 --kd-img-size 0', '--kd-img-size must be a positive integer, but is 0'),
+        ('--kd-model-name resnet18 --kd-img-size small', '--kd-img-size must be a positive integer, but is small'),
+        ('--kd-model-name resnet18 --kd-img-size 32,64', '--kd-img-size has 2 values and --kd-model-name 1 teachers'),
+        ('--kd-model-name resnet18,resnet34 --kd-model-path a', '--kd-model-path has 1 values and --kd-model-name 2'),
+        ('--kd-model-name resnet18 --kd-dtype int8', '--kd-dtype int8 is unknown: dtypes are float32, float16, bfl'),
+        ('--kd-model-name resnet18 --kd-device gpu', '--kd-device gpu is no device'),
+        ('--kd-model-name resnet18 --kd-class-map missing', '--kd-class-map missing cannot be read: No such file'),
+        ('--kd-model-name resnet18 --kd-class-map MAP', "MAP, line 2: 'cat' is not the number of a class"),
+        ('--kd-model-name resnet18,resnet34 --kd-distill-type at', 'at compares features, of which 2 static teachers'),
+        ('--kd-model-name resnet18 --kd-distill-type kd@1', 'there is one: it is kd (check --kd-distill-type'),
+        ('--kd-model-name resnet18 --kd-token-distill-type hard', '--kd-token-distill-type hard is of the loss token'),
+        ('--kd-model-name a/b,c/d --task multilabel --kd-distill-type at@1', 'validated by the mean of their probabil'),
+        ('--kd-model-name resnet18 --task multilabel --kd-distill-type token', '--kd-distill-type token compares'),
+        ('--kd-model-path a', '--kd-model-path needs --kd-model-name'),
+    ],
+)
+def test_flags_that_are_none_are_answered_before_anything_is_created(flags, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'MAP').write_text('1\ncat\n')
+    with pytest.raises(UsageError) as error:
+        check_task(parse_train_args(['--data-dir', 'x', *flags.split()]))
+    assert message in str(error.value) and '\n' not in str(error.value)
+
+
+def test_a_class_map_that_does_not_fit_is_one_line(tmp_path):
+    torch.save(make_teacher(num_classes=30).state_dict(), tmp_path / 'teacher.pth')
+    (tmp_path / 'classes.txt').write_text('1\n2\n')
+    flags = ['--kd-model-name', 'test_resnet', '--kd-model-path', tmp_path / 'teacher.pth']
+    result = train(tmp_path, '--experiment', 'run', *flags, '--kd-class-map', tmp_path / 'classes.txt', code=2)
+    assert 'the class map is of 2 classes and the student has 10' in result.stderr.splitlines()[-1]
+    result = train(tmp_path, '--experiment', 'run', *flags, code=2)
+    assert 'static teacher has 30 classes and the student 10' in result.stderr.splitlines()[-1]
