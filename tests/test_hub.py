@@ -186,6 +186,23 @@ def test_timm_alone_loads_it(server, cli, run_folder, environment):
     assert result.stdout == 'ResNet 10 test_resnet (1, 32, 32)\n', result.stderr
 
 
+def test_it_is_a_static_teacher(server, cli, run_folder, environment):
+    """By its name on the Hub, beside another one in a folder."""
+    cli('push', run_folder, '--repo-id', 'me/teacher', '--private')
+    folder = f'local-dir:{run_folder / "student"}'
+    code = (
+        'import timm, torch; from timm_gpd import GapPreservingTask; '
+        f'student = timm.create_model({folder!r}); '
+        f'task = GapPreservingTask(student, ["hf-hub:me/teacher", {folder!r}], verbose=False); '
+        f'expected = timm.create_model({folder!r}, pretrained=True).eval()(torch.ones(1, 1, 32, 32)).softmax(1); '
+        'print(torch.allclose(task.static_teacher(torch.ones(1, 1, 32, 32)).logits.softmax(1), expected, atol=1e-5))'
+    )
+    result = subprocess.run(
+        [sys.executable, '-c', code], capture_output=True, text=True, cwd='/', env={**environment, 'PYTHONPATH': ROOT}
+    )
+    assert result.stdout == 'True\n', result.stderr
+
+
 @pytest.mark.parametrize('name', ['checkpoint-0', 'averaged'])
 def test_a_checkpoint_gives_its_own_epoch(server, cli, run_folder, tmp_path, name):
     cli('push', run_folder / f'{name}.pth.tar', '--repo-id', f'me/{name}')

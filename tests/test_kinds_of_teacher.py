@@ -1,71 +1,19 @@
-"""Static teachers of every kind: several, of other images, classes, precision; and students with a token for them."""
+"""Static teachers of every kind: several, of other images, of other classes, in other precision."""
 
 import copy
 import logging
 import math
 
+import numpy as np
 import pytest
-import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.task import TokenDistillationTask
 from timm.utils import CheckpointSaver
 
-from conftest import TINY_RESNET
-from programs import summary, train
 from steps import batch
-from timm_gpd import DistillationTask, GapPreservingTask, StaticTeacherConfig
-from timm_gpd.errors import UsageError
-from timm_gpd.training.args import parse_train_args
-from timm_gpd.training.task import check_task
-
-TASKS = [DistillationTask, GapPreservingTask]
-
-
-def make_student(**kwargs):
-    student = timm.create_model('test_resnet', **{**TINY_RESNET, **kwargs})
-    student.pretrained_cfg.update(input_size=(1, 32, 32), mean=(0.5,), std=(0.5,))
-    return student
-
-
-def make_teacher(name='test_resnet', num_classes=10, seed=5, mean=0.5, std=0.5, **kwargs):
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        teacher = timm.create_model(name, num_classes=num_classes, in_chans=1, **kwargs).eval()
-        for parameter in teacher.parameters():  # so that images make a difference
-            parameter.data += torch.randn_like(parameter) * 0.1
-    teacher.pretrained_cfg.update(mean=(mean,), std=(std,))
-    return teacher
-
-
-def make_token_student(name='deit_tiny_distilled_patch16_224', seed=0):
-    torch.manual_seed(seed)
-    student = timm.create_model(
-        name, num_classes=10, in_chans=1, img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=2
-    )
-    student.pretrained_cfg.update(input_size=(1, 32, 32), mean=(0.5,), std=(0.5,))
-    return student
-
-
-def make_task(task_class, teacher, distill_type='kd', student=None, **kwargs):
-    return task_class(student or make_student(), teacher, distill_type=distill_type, verbose=False, **kwargs).train()
-
-
-def terms_of(result, loss):
-    """The loss as the student and as the dynamic teacher has it, with the logits that it is of."""
-    return [
-        (result[f'{prefix}/{loss}'], result[output])
-        for prefix, output in (('kd', 'output'), ('teacher_kd', 'teacher_output'))
-        if output in result
-    ]
-
-
-def kd(logits, teacher_logits, temperature=4.0):
-    student, teacher = (values / temperature for values in (logits, teacher_logits))
-    divergence = F.kl_div(student.log_softmax(1), teacher.softmax(1), reduction='batchmean')
-    return divergence * temperature**2
-
+from teachers import TASKS, kd, make_student, make_task, make_teacher, terms_of
+from timm_gpd import DistillationTask, StaticTeacherConfig
 
 # -- several ----------------------------------------------------------------------------------------------------------
 
@@ -190,11 +138,11 @@ def test_other_statistics_are_warned_about(caplog):
 def test_more_classes_and_a_map(task_class):
     """Probabilities of the student's classes are sums of the teacher's, over those that are the student's at all."""
     teacher = make_teacher(num_classes=30)
-    class_map = [3, 29, [1, 2], *range(10, 17)]
+    class_map = [3, 29, [1, 2], *np.arange(10, 17)]
     task = make_task(task_class, StaticTeacherConfig(teacher, class_map=class_map), 'kd,nd')
     x, target = batch()
     probabilities = teacher(x).softmax(1)
-    columns = [probabilities[:, [row] if isinstance(row, int) else row].sum(1) for row in class_map]
+    columns = [probabilities[:, row if isinstance(row, list) else [row]].sum(1) for row in class_map]
     expected = torch.stack(columns, 1)
     expected = expected / expected.sum(1, keepdim=True)
     torch.testing.assert_close(task.static_teacher(x).logits.softmax(1), expected)
@@ -322,69 +270,6 @@ def tensors_of(state):
             yield from tensors_of(value)
 
 
-# -- distillation tokens ----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize('kind', ['soft', 'hard'])
-def test_token_is_timms_task(kind):
-    teacher = make_teacher()
-    common = dict(distill_loss_weight=0.7, task_loss_weight=0.3, temperature=2.0, verbose=False)
-    ours = make_task(
-        DistillationTask,
-        copy.deepcopy(teacher),
-        'token',
-        make_token_student(),
-        token_distill_type=kind,
-        **{key: value for key, value in common.items() if key != 'verbose'},
-    )
-    theirs = TokenDistillationTask(
-        make_token_student(), teacher, criterion=nn.CrossEntropyLoss(), distill_type=kind, **common
-    ).train()
-    x, target = batch()
-    ours, theirs = ours(x, target), theirs(x, target)
-    for key in ('loss', 'output', 'task_loss'):
-        torch.testing.assert_close(ours[key], theirs[key])
-    torch.testing.assert_close(ours['kd/token'], theirs['distill_loss'])
-
-
-@pytest.mark.parametrize('task_class', TASKS)
-def test_token_beside_other_losses(task_class):
-    """Of both learners; the student is validated by the mean of its logits, and the one that was given is as it was."""
-    student = make_token_student()
-    task = make_task(task_class, make_teacher(), 'token,kd,nd,reviewkd', student)
-    x, target = batch()
-    result = task(x, target)
-    learners = ['kd', 'teacher_kd'] if task_class is GapPreservingTask else ['kd']
-    assert [key for key in result if key.endswith('/token')] == [f'{name}/token' for name in learners]
-    result['loss'].backward()
-    assert [name for name, p in task.get_trainable_module().named_parameters() if p.grad is None] == []
-    assert task_class is DistillationTask or not student.distilled_training
-    logits = task.get_eval_model().eval()(x)
-    assert logits.shape == (8, 10)
-    with pytest.raises(ValueError, match='in training mode'):
-        task.eval()(x, target)
-
-
-def test_token_with_ratios_between_and_gap_control():
-    task = make_task(
-        GapPreservingTask, make_teacher(), 'token', make_token_student(), ratio=3, method='sandwich', noise=0.0
-    )
-    result = task(*batch())
-    assert result['between_loss'] > 0 and result['teacher_kd/token'] > 0
-    result['loss'].backward()
-
-
-@pytest.mark.parametrize('task_class', TASKS)
-def test_models_without_a_token_are_refused(task_class):
-    with pytest.raises(ValueError, match='test_resnet has no set_distilled_training, which token would need'):
-        make_task(task_class, make_teacher(), 'token')
-    without = timm.create_model('pit_ti_224', num_classes=10)  # of a class that can have one
-    with pytest.raises(ValueError, match='PoolingVisionTransformer is without a distillation token here'):
-        make_task(task_class, make_teacher(), 'token', without)
-    with pytest.raises(ValueError, match="token learns soft or hard, but not 'firm'"):
-        make_task(task_class, make_teacher(), 'token', make_token_student(), token_distill_type='firm')
-
-
 # -- widths -----------------------------------------------------------------------------------------------------------
 
 
@@ -398,92 +283,3 @@ def test_widths_of_features_are_checked(task_class):
         make_task(task_class, teacher, 'feature', teacher_feature_dim=1)
     with pytest.raises(ValueError, match="no loss compares the student's features"):
         make_task(task_class, teacher, 'kd', student_feature_dim=64)
-
-
-# -- the command line -------------------------------------------------------------------------------------------------
-
-
-def test_a_run_with_several(tmp_path):
-    """Each of its own kind: a folder of an earlier run, and a file of 30 classes for larger images, in bfloat16."""
-    train(tmp_path, '--experiment', 'first', '--epochs', '1', config='digits')
-    folder = f'local-dir:{tmp_path / "first" / "student"}'
-    torch.save(make_teacher('test_vit', num_classes=30, img_size=48).state_dict(), tmp_path / 'teacher.pth')
-    (tmp_path / 'classes.txt').write_text(''.join(f'{index} {index + 10}\n' for index in range(10)))
-    flags = [
-        *('--kd-model-name', f'{folder},test_vit', '--kd-model-path', f',{tmp_path / "teacher.pth"}'),
-        *('--kd-img-size', ',48', '--kd-class-map', f',{tmp_path / "classes.txt"}', '--kd-dtype', ',bfloat16'),
-        *('--kd-device', 'cpu', '--kd-distill-type', 'kd,dkd@1,reviewkd@2', '--kd-loss-args', 'reviewkd@2.weight=0.1'),
-        *('--kd-teacher-feature-dim', '64', '--model-ema'),
-    ]
-    result = train(tmp_path, '--experiment', 'run', '--gpd-epochs', '1-3', '--epochs', '3', *flags)
-    assert 'the static teacher test_vit expects mean (0.5) and' not in result.stderr
-    rows = summary(tmp_path / 'run')
-    for name in ('kd', 'dkd@1', 'reviewkd@2'):
-        assert all(math.isfinite(float(row[f'train_kd/{name}'])) for row in rows)
-        assert math.isfinite(float(rows[-1][f'train_teacher_kd/{name}']))
-    assert {row['eval_static_top1'] for row in rows} == {rows[0]['eval_static_top1']}
-
-    alone = train(tmp_path, '--experiment', 'alone', '--epochs', '2', *flags, config='digits')
-    assert 'teacher_' not in ' '.join(summary(tmp_path / 'alone')[0]) and alone
-    resumed = train(tmp_path, '--experiment', 'alone', '--epochs', '3', '--resume', 'auto', *flags, config='digits')
-    assert len(summary(tmp_path / 'alone')) == 3 and resumed
-    card = (tmp_path / 'run' / 'student' / 'README.md').read_text()
-    assert str(tmp_path) not in card and '`student,test_vit`' in card
-
-
-@pytest.mark.parametrize('kind', ['soft', 'hard'])
-@pytest.mark.parametrize('config', ['digits', 'digits_gpd'])
-def test_a_run_with_a_distillation_token(config, kind, tmp_path):
-    torch.save(make_teacher().state_dict(), tmp_path / 'teacher.pth')
-    train(
-        tmp_path,
-        *('--experiment', 'run', '--model', 'deit_tiny_distilled_patch16_224', '--model-kwargs', 'img_size=32'),
-        *('patch_size=8', 'embed_dim=24', 'depth=2', 'num_heads=2', '--kd-distill-type', 'token'),
-        *('--kd-token-distill-type', kind, '--kd-model-name', 'test_resnet'),
-        *('--kd-model-path', tmp_path / 'teacher.pth'),
-        config=config,
-    )
-    row = summary(tmp_path / 'run')[-1]
-    assert float(row['train_kd/token']) > 0
-    assert (float(row.get('train_teacher_kd/token', 0)) > 0) == (config == 'digits_gpd')
-    student = timm.create_model(f'local-dir:{tmp_path / "run" / "student"}', pretrained=True).eval()
-    assert student(torch.zeros(1, 1, 32, 32)).shape == (1, 10)
-
-
-@pytest.mark.parametrize(
-    'flags, message',
-    [
-        ('--kd-model-name resnet18,', '--kd-model-name resnet18, has a name that is empty'),
-        ('--kd-model-name resnet18,resnet19x', '--kd-model-name resnet19x is unknown'),
-        ('--kd-model-name resnet18 --kd-img-size 0', '--kd-img-size must be a positive integer, but is 0'),
-        ('--kd-model-name resnet18 --kd-img-size small', '--kd-img-size must be a positive integer, but is small'),
-        ('--kd-model-name resnet18 --kd-img-size 32,64', '--kd-img-size has 2 values and --kd-model-name 1 teachers'),
-        ('--kd-model-name resnet18,resnet34 --kd-model-path a', '--kd-model-path has 1 values and --kd-model-name 2'),
-        ('--kd-model-name resnet18 --kd-dtype int8', '--kd-dtype int8 is unknown: dtypes are float32, float16, bfl'),
-        ('--kd-model-name resnet18 --kd-device gpu', '--kd-device gpu is no device'),
-        ('--kd-model-name resnet18 --kd-class-map missing', '--kd-class-map missing cannot be read: No such file'),
-        ('--kd-model-name resnet18 --kd-class-map MAP', "MAP, line 2: 'cat' is not the number of a class"),
-        ('--kd-model-name resnet18,resnet34 --kd-distill-type at', 'at compares features, of which 2 static teachers'),
-        ('--kd-model-name resnet18 --kd-distill-type kd@1', 'there is one: it is kd (check --kd-distill-type'),
-        ('--kd-model-name resnet18 --kd-token-distill-type hard', '--kd-token-distill-type hard is of the loss token'),
-        ('--kd-model-name a/b,c/d --task multilabel --kd-distill-type at@1', 'validated by the mean of their probabil'),
-        ('--kd-model-name resnet18 --task multilabel --kd-distill-type token', '--kd-distill-type token compares'),
-        ('--kd-model-path a', '--kd-model-path needs --kd-model-name'),
-    ],
-)
-def test_flags_that_are_none_are_answered_before_anything_is_created(flags, message, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / 'MAP').write_text('1\ncat\n')
-    with pytest.raises(UsageError) as error:
-        check_task(parse_train_args(['--data-dir', 'x', *flags.split()]))
-    assert message in str(error.value) and '\n' not in str(error.value)
-
-
-def test_a_class_map_that_does_not_fit_is_one_line(tmp_path):
-    torch.save(make_teacher(num_classes=30).state_dict(), tmp_path / 'teacher.pth')
-    (tmp_path / 'classes.txt').write_text('1\n2\n')
-    flags = ['--kd-model-name', 'test_resnet', '--kd-model-path', tmp_path / 'teacher.pth']
-    result = train(tmp_path, '--experiment', 'run', *flags, '--kd-class-map', tmp_path / 'classes.txt', code=2)
-    assert 'the class map is of 2 classes and the student has 10' in result.stderr.splitlines()[-1]
-    result = train(tmp_path, '--experiment', 'run', *flags, code=2)
-    assert 'static teacher has 30 classes and the student 10' in result.stderr.splitlines()[-1]

@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, Dict, List, Optional, Sequence, Union
 
 import torch
@@ -15,7 +16,7 @@ from ..distillers import DistillSettings
 from ..errors import LIBRARY_ERRORS, InputError, first_line, is_bug, one_line
 from ..expansion.images import input_shape
 from ..expansion.student import count_classes
-from .static_teacher import AnyStaticTeacher, ClassMap, StaticTeacher, StaticTeachers
+from .static_teacher import AnyStaticTeacher, ClassMap, StaticTeacher, StaticTeachers, classes_in
 
 __all__ = [
     'GivenTeacher',
@@ -238,11 +239,12 @@ def _check_classes(classes: Optional[int], student: nn.Module, class_map: Option
             'class, or several, for each of them'
         )
     for index, row in enumerate(class_map):
-        for found in [row] if isinstance(row, int) else row:
-            if not isinstance(found, int) or found < 0 or (classes is not None and found >= classes):
+        of_teacher = classes_in(row)
+        for found in of_teacher:
+            if not isinstance(found, Integral) or found < 0 or (classes is not None and found >= classes):
                 raise InputError(
                     f"the class map gives the student's class {index} the static teacher's {found!r}, and its classes "
                     f'are numbers from 0' + (f' to {classes - 1}' if classes is not None else '')
                 )
-        if not isinstance(row, int) and not len(row):
+        if not of_teacher:
             raise InputError(f"the class map gives the student's class {index} none of the static teacher's")

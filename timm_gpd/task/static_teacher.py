@@ -2,6 +2,7 @@
 
 import logging
 import math
+from numbers import Integral
 from typing import List, Optional, Sequence, Union
 
 import torch
@@ -15,7 +16,7 @@ from ..distillers.feature_tap import model_name
 from ..errors import LIBRARY_ERRORS, InputError, NamedError, first_line, is_bug
 from ..expansion.images import has_record, input_shape
 
-__all__ = ['AnyStaticTeacher', 'ClassMap', 'StaticTeacher', 'StaticTeachers']
+__all__ = ['AnyStaticTeacher', 'ClassMap', 'StaticTeacher', 'StaticTeachers', 'classes_in']
 
 IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 
@@ -186,9 +187,14 @@ def _per_channel(values: torch.Tensor, channels: int) -> torch.Tensor:
     return (values if len(values) == channels else values.mean().expand(channels)).view(1, -1, 1, 1)
 
 
+def classes_in(row: Union[int, Sequence[int]]) -> List[int]:
+    """The classes that a class map gives one of the student's."""
+    return [row] if isinstance(row, Integral) else list(row)
+
+
 def _class_indices(class_map: Optional[ClassMap], device: torch.device) -> torch.Tensor:
     """A class map as a matrix, a row for every class of the student, filled up with -1; empty where there is none."""
-    rows: List[List[int]] = [[row] if isinstance(row, int) else list(row) for row in class_map or ()]
+    rows: List[List[int]] = [classes_in(row) for row in ([] if class_map is None else class_map)]
     width = max(map(len, rows), default=0)
     return torch.tensor([row + [-1] * (width - len(row)) for row in rows], dtype=torch.long, device=device)
 
