@@ -11,7 +11,7 @@ import torch
 
 from conftest import TINY_RESNET
 from programs import ROOT, quick_arguments, run, summary, train
-from timm_gpd import GapPreservingTask, expand
+from timm_gpd import DistillationTask, GapPreservingTask, StaticTeacherConfig, expand
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
 ON_GPU = ['--device', 'cuda']
@@ -57,6 +57,23 @@ def test_a_step_is_that_of_the_cpu(kwargs):
     largest = max(gradient.abs().max() for gradient in expected_gradients.values())
     for name, gradient in gradients.items():
         torch.testing.assert_close(gradient, expected_gradients[name], rtol=1e-7, atol=1e-10 * largest, msg=name)
+
+
+@pytest.mark.parametrize('task_class', [DistillationTask, GapPreservingTask])
+def test_a_static_teacher_on_another_device(task_class):
+    """The student is on the GPU and the teacher is not: the losses are those with both there."""
+    losses = []
+    for device in ('cpu', None):
+        torch.manual_seed(0)
+        student = timm.create_model('test_resnet', **TINY_RESNET).double().cuda()
+        static = timm.create_model('test_vit', num_classes=20, in_chans=1, img_size=48).double()
+        given = StaticTeacherConfig(static, img_size=48, class_map=range(10, 20), device=device)
+        task = task_class(student, given, distill_type='kd,at', device=torch.device('cuda'), verbose=False).train()
+        assert {parameter.device.type for parameter in task.teacher.parameters()} == {device or 'cuda'}
+        torch.manual_seed(1)
+        result = task(torch.randn(8, 1, 32, 32, dtype=torch.float64).cuda(), torch.arange(8).cuda())
+        losses.append([result['kd/kd'].item(), result['kd/at'].item()])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-8)
 
 
 @pytest.fixture(scope='module')

@@ -19,6 +19,7 @@ from timm_gpd import (
     ExpansionPlan,
     GapPreservingTask,
     Rule,
+    StaticTeacherConfig,
     UnsupportedModelError,
     expand,
     hand_over,
@@ -35,6 +36,7 @@ FACES = {
         'ExpansionPlan',
         'GapPreservingTask',
         'Rule',
+        'StaticTeacherConfig',
         'UnsupportedModelError',
         'expand',
         'hand_over',
@@ -67,7 +69,7 @@ FACES = {
         'tap_learner',
         'tap_teacher',
     ],
-    'timm_gpd.task': ['DistillationTask', 'GapPreservingTask', 'hand_over'],
+    'timm_gpd.task': ['DistillationTask', 'GapPreservingTask', 'StaticTeacherConfig', 'hand_over'],
     'timm_gpd.hub': ['convert', 'main', 'pull', 'push'],
     'timm_gpd.coverage': ['main'],
 }
@@ -113,7 +115,9 @@ def test_tasks() -> None:
     static = make_student()
     gpd = GapPreservingTask(make_student(), static_teacher=static, distill_type='dkd', verbose=False)
     plain = DistillationTask(make_student(), static, distill_type='dkd', distill_args={'beta': 2.0}, verbose=False)
-    for result in (gpd.train()(x, target), plain.train()(x, target)):
+    larger = StaticTeacherConfig(make_student(), img_size=64, class_map=range(10), dtype=torch.bfloat16, device='cpu')
+    several = DistillationTask(make_student(), [static, larger], distill_type='kd,nd@2', verbose=False)
+    for result in (gpd.train()(x, target), plain.train()(x, target), several.train()(x, target)):
         terms: Dict[str, torch.Tensor] = result
         torch.autograd.backward(terms['loss'])
     teacher: DynamicTeacher = gpd.get_dynamic_teacher()

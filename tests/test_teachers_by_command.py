@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from programs import summary, train
-from teachers import make_teacher
+from teachers import make_student, make_teacher, make_token_student
+from timm_gpd import StaticTeacherConfig
 from timm_gpd.errors import UsageError
 from timm_gpd.training.args import parse_train_args
-from timm_gpd.training.task import check_task
+from timm_gpd.training.static_teachers import read_static_teachers
+from timm_gpd.training.task import check_task, create_task
 
 
 def test_a_run_with_several(tmp_path):
@@ -67,6 +69,34 @@ def test_flags_that_are_none_are_answered_before_anything_is_created(flags, mess
     with pytest.raises(UsageError) as error:
         check_task(parse_train_args(['--data-dir', 'x', *flags.split()]))
     assert message in str(error.value) and '\n' not in str(error.value)
+
+
+def test_every_flag_reaches_the_teacher(tmp_path):
+    (tmp_path / 'classes.txt').write_text('3\n1 2\n')
+    flags = f'--kd-model-name a/b,c/d --kd-model-path ,w.pth --kd-img-size 64,32 --kd-class-map ,{tmp_path}/classes.txt'
+    given = parse_train_args([*flags.split(), '--kd-dtype', 'bfloat16,', '--kd-device', 'cpu'])
+    cpu = torch.device('cpu')
+    assert read_static_teachers(given) == [
+        StaticTeacherConfig('a/b', img_size=64, device=cpu, dtype=torch.bfloat16),
+        StaticTeacherConfig('c/d', path='w.pth', img_size=32, class_map=[[3], [1, 2]], device=cpu),
+    ]
+    assert read_static_teachers(parse_train_args(['--kd-model-name', 'a/b', '--kd-model-path', 'x,y.pth'])) == [
+        StaticTeacherConfig('a/b', path='x,y.pth')
+    ]
+    assert read_static_teachers(parse_train_args([])) == []
+
+
+@pytest.mark.parametrize('gpd', [[], ['--gpd']])
+def test_every_flag_reaches_the_losses(gpd, tmp_path):
+    torch.save(make_teacher().state_dict(), tmp_path / 'teacher.pth')
+    named = ['--kd-model-name', 'test_resnet', '--kd-model-path', str(tmp_path / 'teacher.pth'), *gpd]
+    flags = ['--kd-distill-type', 'token', '--kd-token-distill-type', 'hard', '--kd-temperature', '3']
+    task = create_task(parse_train_args([*named, *flags]), make_token_student(), torch.device('cpu'))
+    assert task.settings['distillers'] == {'token': {'kind': 'hard', 'temperature': 3}}
+    for owner, width in (('student', 65), ('teacher', 66)):
+        args = parse_train_args([*named, '--kd-distill-type', 'feature', f'--kd-{owner}-feature-dim', str(width)])
+        with pytest.raises(UsageError, match=f'features have width .*, and not {width}'):
+            create_task(args, make_student(), torch.device('cpu'))
 
 
 def test_a_class_map_that_does_not_fit_is_one_line(tmp_path):

@@ -76,7 +76,9 @@ class StaticTeacher(nn.Module):
                 ('teacher', of_teacher, self.channels),
             ):
                 self.register_buffer(f'{owner}_{key}', _per_channel(values, channels).to(like), persistent=False)
-        if not all((getattr(self, f'student_{key}') == getattr(self, f'teacher_{key}')).all() for key in IMAGENET):
+        pairs = [(getattr(self, f'student_{key}'), getattr(self, f'teacher_{key}')) for key in IMAGENET]
+        self.sees_the_same = all(torch.equal(*pair) for pair in pairs)
+        if not all((of_student == of_teacher).all() for of_student, of_teacher in pairs):
             _logger.warning(
                 f"the student's images have {self._statistics('student')}, and the static teacher {model_name(model)} "
                 f'expects {self._statistics("teacher")}: they are normalised again for it'
@@ -112,9 +114,6 @@ class StaticTeacher(nn.Module):
     def train(self, mode: bool = True) -> 'StaticTeacher':
         return super().train(False)
 
-    def _is_normalized_alike(self) -> bool:
-        return torch.equal(self.student_mean, self.teacher_mean) and torch.equal(self.student_std, self.teacher_std)
-
     def _statistics(self, owner: str) -> str:
         mean, std = (
             ', '.join(f'{value:.4g}' for value in getattr(self, f'{owner}_{key}').flatten().tolist())
@@ -123,7 +122,7 @@ class StaticTeacher(nn.Module):
         return f'mean ({mean}) and standard deviation ({std})'
 
     def _for_teacher(self, x: torch.Tensor) -> torch.Tensor:
-        if not self._is_normalized_alike():
+        if not self.sees_the_same:
             x = x * self.student_std + self.student_mean
             if x.shape[1] != self.channels:
                 x = x.mean(1, keepdim=True) if self.channels == 1 else x.expand(-1, self.channels, -1, -1)
