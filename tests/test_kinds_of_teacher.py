@@ -206,6 +206,23 @@ def test_a_module_of_its_own_precision_stays_as_it_is():
     assert all(p.dtype == torch.float64 for p in task.teacher.parameters())
 
 
+@pytest.mark.parametrize(
+    'arguments, message',
+    [
+        (dict(img_size=0), 'img_size of a static teacher must be an integer of at least 1, but is 0'),
+        (dict(img_size='64'), "but is '64'"),
+        (dict(dtype=torch.int8), 'dtype of a static teacher must be one of floating point'),
+        (dict(dtype='bfloat16'), "but is 'bfloat16'"),
+        (dict(path='a.pth'), 'path a.pth is of a static teacher that is named, and this one is a module'),
+        (dict(device='gpu'), 'static teacher cannot be put on device gpu: '),
+    ],
+)
+def test_arguments_that_are_none(arguments, message):
+    with pytest.raises(ValueError, match=message) as error:
+        make_task(DistillationTask, StaticTeacherConfig(make_teacher(), **arguments))
+    assert '\n' not in str(error.value)
+
+
 def test_a_device_that_is_not_there():
     if torch.cuda.is_available():
         pytest.skip('there is a GPU')

@@ -129,6 +129,7 @@ def resolve_static_teacher(
             name whose weights know other classes would get a classifier of random weights instead, silently.
     """
     config = _config(given)
+    _check_arguments(config)
     classes = None
     if isinstance(config.model, DistillationTeacher):
         teacher = config.model
@@ -142,7 +143,7 @@ def resolve_static_teacher(
     if classes is None or config.class_map is not None:
         classes = getattr(unwrap_model(teacher.model), 'num_classes', None)
     _check_classes(classes, student, config.class_map)
-    place = torch.device(config.device) if config.device is not None else device
+    place = device if config.device is None else config.device
     try:
         teacher.to(place).model.to(dtype=config.dtype)
     except (RuntimeError, AssertionError) as error:
@@ -152,6 +153,16 @@ def resolve_static_teacher(
 
 def _config(given: OneTeacher) -> StaticTeacherConfig:
     return given if isinstance(given, StaticTeacherConfig) else StaticTeacherConfig(given)
+
+
+def _check_arguments(config: StaticTeacherConfig) -> None:
+    if config.path and not isinstance(config.model, str):
+        raise InputError(f'path {config.path} is of a static teacher that is named, and this one is a module')
+    size, dtype = config.img_size, config.dtype
+    if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
+        raise InputError(f'img_size of a static teacher must be an integer of at least 1, but is {size!r}')
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise InputError(f'dtype of a static teacher must be one of floating point, but is {dtype!r}')
 
 
 def _create(config: StaticTeacherConfig, student: nn.Module, dtype: Optional[torch.dtype]) -> nn.Module:
