@@ -48,11 +48,26 @@ FLAGS = {
         lambda task: task.settings['distillers'],
         {'dkd': {'beta': 7}, 'nd': {}},
     ),
+    f'{STATIC} --kd-img-size 48': (lambda task: task.static_teacher.img_size, 48),
+    f'{STATIC} --kd-dtype bfloat16': (
+        lambda task: next(task.static_teacher.teacher.model.parameters()).dtype,
+        torch.bfloat16,
+    ),
     f'{STATIC} --distill-loss-weight 0.5': (lambda task: (task.distill_loss_weight, task.task_loss_weight), (0.5, 1)),
     f'{STATIC} --task-loss-weight 0.25': (lambda task: (task.distill_loss_weight, task.task_loss_weight), (0.75, 0.25)),
 }
-# Which epochs have a dynamic teacher is the run's (tests/test_phases.py); --kd-loss-type has one choice.
-ELSEWHERE = {'--gpd', '--gpd-epochs', '--kd-loss-type'}
+# Which epochs have a dynamic teacher is the run's (tests/test_phases.py); --kd-loss-type has one choice; and what needs
+# another student, a file, a second device or an error is in tests/test_teachers_by_command.py.
+ELSEWHERE = {
+    '--gpd',
+    '--gpd-epochs',
+    '--kd-loss-type',
+    '--kd-class-map',
+    '--kd-device',
+    '--kd-student-feature-dim',
+    '--kd-teacher-feature-dim',
+    '--kd-token-distill-type',
+}
 
 
 @pytest.fixture(scope='module')
