@@ -5,7 +5,7 @@
     python benchmarks/study.py search   # successive halving over ways and learning rates, on the validation split
     python benchmarks/study.py lengths  # plain training's learning rate where it takes longer, on the validation split
     python benchmarks/study.py confirm  # the winners and plain training, fresh seeds, on the test split
-    python benchmarks/study.py report   # a table, and accuracy against cost as a picture beside the results
+    python benchmarks/study.py report   # tables, and accuracy against cost as a picture beside the results
 
 What counts was said before it was run. A way gains at equal epochs if over at least five fresh seeds, paired by seed
 and each at its own best learning rate, its students' mean top-1 on the test split is above that of plain training by
@@ -276,6 +276,29 @@ def best_ways(results: Results, epochs: int, count: int) -> List[str]:
     return sorted(top1, key=lambda way: -top1[way])[:count]
 
 
+def searched(results: Results) -> str:
+    """A table of the search: the best top-1 of every way after so many epochs, and its learning rate."""
+    best: Dict[str, Dict[int, Trial]] = {}
+    for trial, record in results.records.items():
+        if trial.seed == SEARCH_SEED:
+            of_way = best.setdefault(trial.way, {})
+            other = of_way.get(trial.epochs)
+            if other is None or record['top1'] > results.records[other]['top1']:
+                of_way[trial.epochs] = trial
+    rounds = sorted({trial.epochs for of_way in best.values() for trial in of_way.values()})
+    rounds = [epochs for epochs in rounds if any(epochs in of_way for way, of_way in best.items() if way != PLAIN)]
+    lines = [f'| way | {" | ".join(f"{epochs} epochs" for epochs in rounds)} |', '|---' * (len(rounds) + 1) + '|']
+    last = {way: max(epochs for epochs in of_way if epochs in rounds) for way, of_way in best.items()}
+    for way in sorted(best, key=lambda way: (-last[way], -results.records[best[way][last[way]]]['top1'])):
+        cells = ['' for _ in rounds]
+        for place, epochs in enumerate(rounds):
+            if epochs in best[way]:
+                trial = best[way][epochs]
+                cells[place] = f'{results.records[trial]["top1"]:.2f} ({trial.lr:g})'
+        lines.append(f'| {way} | {" | ".join(cells)} |')
+    return '\n'.join(lines)
+
+
 def confirmed(results: Results) -> Dict[Any, Dict[int, Record]]:
     """What was confirmed: records by seed, by way, learning rate and epochs."""
     groups: Dict[Any, Dict[int, Record]] = {}
@@ -402,7 +425,7 @@ def main() -> None:
         ways = args.ways or best_ways(results, args.epochs, args.winners)
         confirm(results, ways, args.seeds, args.epochs, args.lengths, args.test_split)
     else:
-        print(report(results))
+        print(f'{searched(results)}\n\n{report(results)}')
         plot(results, args.results.with_suffix('.png'))
 
 

@@ -78,6 +78,7 @@ def test_what_is_confirmed_is_compared_at_equal_epochs_and_at_equal_cost(results
     assert cells[8] == '2.00 ± 0.00, better in 3 of 3'  # plain training of 4 epochs
     longer = 8**0.5 - 4**0.5  # the shortest plain training that costs as much or more has 8 epochs
     assert cells[9] == f'{2 - longer:.2f} ± 0.00, better in 3 of 3 (8 epochs)'
+    assert '| netaug | 53.00 (0.2) | 54.00 (0.2) |' in study.searched(found)
     study.plot(found, found.path.with_suffix('.png'))
     assert found.path.with_suffix('.png').stat().st_size > 10_000
     (cells,) = [row for row in rows if row[1:4] == ['netaug', '0.2', '8']]
