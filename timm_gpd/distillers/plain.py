@@ -1,8 +1,10 @@
 """Losses that compare two models as they are, without parameters."""
 
+from typing import Callable
+
 import torch
 
-from ..losses import at_loss, dist_loss, dkd_loss, kd_loss, nkd_loss, rkd_loss, rld_loss, wttm_loss
+from ..losses import at_loss, dist_loss, dkd_loss, kd_loss, needs_target, nkd_loss, rkd_loss, rld_loss, wttm_loss
 from ..losses.hyperparameters import loss_defaults
 from .base import Distiller, deepest_pairs
 from .feature_tap import ModelOutput
@@ -10,58 +12,58 @@ from .feature_tap import ModelOutput
 __all__ = ['AT', 'DIST', 'DKD', 'KD', 'NKD', 'RKD', 'RLD', 'WTTM']
 
 
-class KD(Distiller):
+class LogitsDistiller(Distiller):
+    """A function of two logits, and of the target if it asks for it.
+
+    Attributes:
+        loss: the function; what it has defaults of are the hyperparameters.
+    """
+
+    loss: Callable[..., torch.Tensor]
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        cls.defaults, cls.needs_target = loss_defaults(cls.loss), needs_target(cls.loss)
+
+    def forward(self, learner: ModelOutput, teacher: ModelOutput, target: torch.Tensor) -> torch.Tensor:
+        rest = (target,) if self.needs_target else ()
+        return self.loss(learner.logits, teacher.logits, *rest, **self.hyperparameters)
+
+
+class KD(LogitsDistiller):
     """Softened probabilities, :func:`timm_gpd.losses.kd_loss`."""
 
-    defaults = loss_defaults(kd_loss)
-
-    def forward(self, learner: ModelOutput, teacher: ModelOutput, target: torch.Tensor) -> torch.Tensor:
-        return kd_loss(learner.logits, teacher.logits, **self.hyperparameters)
+    loss = staticmethod(kd_loss)
 
 
-class DKD(Distiller):
+class DKD(LogitsDistiller):
     """Target class and others apart, :func:`timm_gpd.losses.dkd_loss`."""
 
-    defaults = loss_defaults(dkd_loss)
-
-    def forward(self, learner: ModelOutput, teacher: ModelOutput, target: torch.Tensor) -> torch.Tensor:
-        return dkd_loss(learner.logits, teacher.logits, target, **self.hyperparameters)
+    loss = staticmethod(dkd_loss)
 
 
-class NKD(Distiller):
+class NKD(LogitsDistiller):
     """The target class, weighted by the teacher, and the others, :func:`timm_gpd.losses.nkd_loss`."""
 
-    defaults = loss_defaults(nkd_loss)
-
-    def forward(self, learner: ModelOutput, teacher: ModelOutput, target: torch.Tensor) -> torch.Tensor:
-        return nkd_loss(learner.logits, teacher.logits, target, **self.hyperparameters)
+    loss = staticmethod(nkd_loss)
 
 
-class RLD(Distiller):
+class RLD(LogitsDistiller):
     """What a teacher that errs is sure of, and the classes below the target, :func:`timm_gpd.losses.rld_loss`."""
 
-    defaults = loss_defaults(rld_loss)
-
-    def forward(self, learner: ModelOutput, teacher: ModelOutput, target: torch.Tensor) -> torch.Tensor:
-        return rld_loss(learner.logits, teacher.logits, target, **self.hyperparameters)
+    loss = staticmethod(rld_loss)
 
 
-class WTTM(Distiller):
+class WTTM(LogitsDistiller):
     """Probabilities of which the teacher's alone are softened, :func:`timm_gpd.losses.wttm_loss`."""
 
-    defaults = loss_defaults(wttm_loss)
-
-    def forward(self, learner: ModelOutput, teacher: ModelOutput, target: torch.Tensor) -> torch.Tensor:
-        return wttm_loss(learner.logits, teacher.logits, **self.hyperparameters)
+    loss = staticmethod(wttm_loss)
 
 
-class DIST(Distiller):
+class DIST(LogitsDistiller):
     """Correlations of probabilities, :func:`timm_gpd.losses.dist_loss`."""
 
-    defaults = loss_defaults(dist_loss)
-
-    def forward(self, learner: ModelOutput, teacher: ModelOutput, target: torch.Tensor) -> torch.Tensor:
-        return dist_loss(learner.logits, teacher.logits, **self.hyperparameters)
+    loss = staticmethod(dist_loss)
 
 
 class RKD(Distiller):

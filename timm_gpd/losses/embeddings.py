@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 
+from .precision import in_whole_precision
 from .targets import are_indices
 
 __all__ = ['nd_loss', 'rkd_loss', 'rsd_loss']
@@ -72,7 +73,7 @@ def rkd_loss(
         raise ValueError('rkd_loss compares the images of a batch: give it at least 2')
     # dot products of unit vectors need more than half precision to tell small angles
     with torch.autocast(student_embedding.device.type, enabled=False):
-        student, teacher = (_in_whole_precision(e).flatten(1) for e in (student_embedding, teacher_embedding.detach()))
+        student, teacher = (in_whole_precision(e).flatten(1) for e in (student_embedding, teacher_embedding.detach()))
         distance = F.smooth_l1_loss(_relative_distances(student), _relative_distances(teacher))
         angle = F.smooth_l1_loss(_angles(student), _angles(teacher))
     return distance_weight * distance + angle_weight * angle
@@ -105,7 +106,7 @@ def rsd_loss(student_features: torch.Tensor, teacher_features: torch.Tensor, kap
         raise ValueError('rsd_loss normalises over the images of a batch: give it at least 2')
     with torch.autocast(student_features.device.type, enabled=False):
         student, teacher = (
-            _normalise_over_batch(_in_whole_precision(features))
+            _normalise_over_batch(in_whole_precision(features))
             for features in (student_features, teacher_features.detach())
         )
         correlation_DD = teacher.T @ student / len(student)
@@ -117,10 +118,6 @@ def rsd_loss(student_features: torch.Tensor, teacher_features: torch.Tensor, kap
 def _normalise_over_batch(features: torch.Tensor) -> torch.Tensor:
     std, mean = torch.std_mean(features, 0, unbiased=False)
     return (features - mean) / (std + 1e-5)
-
-
-def _in_whole_precision(features: torch.Tensor) -> torch.Tensor:
-    return features.float() if features.dtype in (torch.float16, torch.bfloat16) else features
 
 
 def _relative_distances(embedding: torch.Tensor) -> torch.Tensor:

@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 
+from .precision import in_whole_precision
 from .targets import target_classes
 
 __all__ = [
@@ -111,10 +112,9 @@ def dkd_loss(
         student_logits, teacher_logits = standardize_logits(student_logits), standardize_logits(teacher_logits)
     index = target_classes(target, student_logits).unsqueeze(1)
     is_target = torch.zeros_like(student_logits, dtype=torch.bool).scatter(1, index, True)
-    student, teacher = student_logits / temperature, teacher_logits.detach() / temperature
-    target_part = _kl_divergence(_one_and_rest(student, index), _one_and_rest(teacher, index))
-    other_part = _kl_divergence(_without(student, is_target), _without(teacher, is_target))
-    return (alpha * target_part + beta * other_part) * temperature**2
+    logits = student_logits, teacher_logits.detach()
+    target_part = _divergence_of_one(*logits, index, index, temperature)
+    return alpha * target_part + beta * _divergence_without(*logits, is_target, temperature)
 
 
 def rld_loss(
@@ -157,14 +157,10 @@ def rld_loss(
     if standardize:
         student_logits, teacher_logits = standardize_logits(student_logits), standardize_logits(teacher_logits)
     index, teacher_logits = target_classes(target, student_logits).unsqueeze(1), teacher_logits.detach()
-    sure = _kl_divergence(
-        _one_and_rest(student_logits / alpha_temperature, index),
-        _one_and_rest(teacher_logits / alpha_temperature, teacher_logits.argmax(1, keepdim=True)),
-    )
+    most_probable = teacher_logits.argmax(1, keepdim=True)
+    sure = _divergence_of_one(student_logits, teacher_logits, index, most_probable, alpha_temperature)
     left_out = teacher_logits >= teacher_logits.gather(1, index)
-    student, teacher = (_without(logits / temperature, left_out) for logits in (student_logits, teacher_logits))
-    others = _kl_divergence(student, teacher)
-    return alpha * sure * alpha_temperature**2 + beta * others * temperature**2
+    return alpha * sure + beta * _divergence_without(student_logits, teacher_logits, left_out, temperature)
 
 
 def nkd_loss(
@@ -193,7 +189,7 @@ def nkd_loss(
         ValueError: if the target's shape is neither.
     """
     index = target_classes(target, student_logits).unsqueeze(1)
-    student_logits, teacher_logits = _in_whole_precision(student_logits), _in_whole_precision(teacher_logits.detach())
+    student_logits, teacher_logits = in_whole_precision(student_logits), in_whole_precision(teacher_logits.detach())
     of_target = teacher_logits.softmax(-1).gather(1, index) * F.log_softmax(student_logits, -1).gather(1, index)
     others = torch.ones_like(teacher_logits, dtype=torch.bool).scatter(1, index, False)
     student, teacher = (x[others].view(len(x), -1) / temperature for x in (student_logits, teacher_logits))
@@ -241,8 +237,8 @@ def dist_loss(
     Returns:
         A scalar in [0, 2 * (beta + gamma) * temperature ** 2].
     """
-    student = (_in_whole_precision(student_logits) / temperature).softmax(-1)
-    teacher = (_in_whole_precision(teacher_logits.detach()) / temperature).softmax(-1)
+    student = (in_whole_precision(student_logits) / temperature).softmax(-1)
+    teacher = (in_whole_precision(teacher_logits.detach()) / temperature).softmax(-1)
     inter = _pearson_distance(student, teacher)
     intra = _pearson_distance(student.T, teacher.T)
     return (beta * inter + gamma * intra) * temperature**2
@@ -279,18 +275,38 @@ def ofa_loss(
     return -(((teacher + mask) ** eps - mask) * student).sum(-1).mean()
 
 
-def _one_and_rest(logits: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Log probabilities of a class, of indices (B, 1), and of all others together, shape (B, 2)."""
-    log_probabilities = F.log_softmax(logits, dim=-1)
-    rest = log_probabilities.scatter(1, index, float('-inf')).logsumexp(-1, keepdim=True)
-    return torch.cat([log_probabilities.gather(1, index), rest], 1)
+def _divergence_of_one(
+    student_logits: torch.Tensor,
+    teacher_logits: torch.Tensor,
+    of_student: torch.Tensor,
+    of_teacher: torch.Tensor,
+    temperature: float,
+) -> torch.Tensor:
+    """Divergence of (a class, all others together), of indices (B, 1) in each model, times temperature squared."""
+
+    def split(logits: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        log_probabilities = F.log_softmax(logits / temperature, dim=-1)
+        rest = log_probabilities.scatter(1, index, float('-inf')).logsumexp(-1, keepdim=True)
+        return torch.cat([log_probabilities.gather(1, index), rest], 1)
+
+    return _kl_divergence(split(student_logits, of_student), split(teacher_logits, of_teacher)) * temperature**2
 
 
-def _without(logits: torch.Tensor, left_out: torch.Tensor) -> torch.Tensor:
-    """Log probabilities among some classes; of those left out log 1, not log 0: they add nothing to a divergence."""
-    has_none = left_out.all(1, keepdim=True)
-    log_probabilities = F.log_softmax(logits.masked_fill(left_out & ~has_none, float('-inf')), dim=-1)
-    return log_probabilities.masked_fill(left_out, 0.0)
+def _divergence_without(
+    student_logits: torch.Tensor,
+    teacher_logits: torch.Tensor,
+    left_out: torch.Tensor,
+    temperature: float,
+) -> torch.Tensor:
+    """Divergence among the classes that are not left out, times temperature squared; 0 where none is left."""
+    infinite = left_out & ~left_out.all(1, keepdim=True)
+
+    def among(logits: torch.Tensor) -> torch.Tensor:
+        log_probabilities = F.log_softmax((logits / temperature).masked_fill(infinite, float('-inf')), dim=-1)
+        # Log 1 instead of log 0 of what is left out: both sides' are the same and add nothing to the divergence.
+        return log_probabilities.masked_fill(left_out, 0.0)
+
+    return _kl_divergence(among(student_logits), among(teacher_logits)) * temperature**2
 
 
 def _kl_divergence(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
@@ -301,8 +317,3 @@ def _pearson_distance(a: torch.Tensor, b: torch.Tensor, eps: float = 1e-8) -> to
     """1 - correlation, a mean over rows. ``eps`` matters: the product of two columns' norms is often as small."""
     a, b = a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True)
     return 1 - ((a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1) + eps)).mean()
-
-
-def _in_whole_precision(logits: torch.Tensor) -> torch.Tensor:
-    """Half precision as float32: on a CPU autocast leaves it, and products of small numbers are 0 in it."""
-    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
