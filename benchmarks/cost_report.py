@@ -92,11 +92,7 @@ def write_report(results: Dict[str, Any], folder: str) -> None:
             for device in DEVICES
             if not list(rows(results, device))
         ),
-        'On a GPU a step of little work waits for Python, which is busy for 70 ms with ViT-Ti and for 46 ms with its '
-        'floor on the processor of that machine: 128 images of 224 px in bfloat16 took 1.52 times the floor by the '
-        'clock, while the kernels of both ran for 42.4 and 41.2 ms, 1.03 times (`torch.profiler`; no call waited for '
-        'the GPU). Larger models and batches come near the latter.',
-        '',
+        *(line for note in results.get('notes', []) for line in (note, '')),  # what people have found out
         *way_rows(results),
         '## Around the step',
         '',

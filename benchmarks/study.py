@@ -224,22 +224,24 @@ def search_lengths(results: Results, epochs: int, lengths: Sequence[int]) -> Non
         results.measure([Trial(PLAIN, lr * by, length * epochs, SEARCH_SEED, 'validation') for by in (1, 0.5)])
 
 
-def best_learning_rate(results: Results, way: str, epochs: int) -> float:
-    """The learning rate of the best run of a way on the validation split.
+def best_of_search(results: Results) -> Dict[str, Dict[int, Trial]]:
+    """The best run of the search, by way and epochs."""
+    best: Dict[str, Dict[int, Trial]] = {}
+    for trial, record in results.records.items():
+        if trial.seed == SEARCH_SEED:
+            of_way = best.setdefault(trial.way, {})
+            other = of_way.get(trial.epochs)
+            if other is None or record['top1'] > results.records[other]['top1']:
+                of_way[trial.epochs] = trial
+    return best
 
-    Args:
-        results: with a search's lines.
-        way: a key of ``WAYS``.
-        epochs: of the run.
-    """
-    found = {
-        trial.lr: record['top1']
-        for trial, record in results.records.items()
-        if (trial.way, trial.epochs, trial.seed) == (way, epochs, SEARCH_SEED)
-    }
-    if not found:
+
+def best_learning_rate(results: Results, way: str, epochs: int) -> float:
+    """The learning rate of the best run of a way in the search."""
+    found = best_of_search(results).get(way, {}).get(epochs)
+    if found is None:
         sys.exit(f'nothing is known about {way} for {epochs} epochs: search first, or name other --epochs')
-    return max(found, key=lambda lr: found[lr])
+    return found.lr
 
 
 def confirm(
@@ -268,23 +270,14 @@ def confirm(
 
 
 def best_ways(results: Results, epochs: int, count: int) -> List[str]:
-    """The best ways besides plain training, by their best run of so many epochs on the validation split."""
-    top1: Dict[str, float] = {}
-    for trial, record in results.records.items():
-        if (trial.epochs, trial.seed) == (epochs, SEARCH_SEED) and trial.way != PLAIN:
-            top1[trial.way] = max(record['top1'], top1.get(trial.way, 0.0))
-    return sorted(top1, key=lambda way: -top1[way])[:count]
+    """The best ways besides plain training, by their best run of so many epochs in the search."""
+    runs = [of_way[epochs] for way, of_way in best_of_search(results).items() if way != PLAIN and epochs in of_way]
+    return [run.way for run in sorted(runs, key=lambda run: -results.records[run]['top1'])[:count]]
 
 
 def searched(results: Results) -> str:
     """A table of the search: the best top-1 of every way after so many epochs, and its learning rate."""
-    best: Dict[str, Dict[int, Trial]] = {}
-    for trial, record in results.records.items():
-        if trial.seed == SEARCH_SEED:
-            of_way = best.setdefault(trial.way, {})
-            other = of_way.get(trial.epochs)
-            if other is None or record['top1'] > results.records[other]['top1']:
-                of_way[trial.epochs] = trial
+    best = best_of_search(results)
     rounds = sorted({trial.epochs for of_way in best.values() for trial in of_way.values()})
     rounds = [epochs for epochs in rounds if any(epochs in of_way for way, of_way in best.items() if way != PLAIN)]
     lines = [f'| way | {" | ".join(f"{epochs} epochs" for epochs in rounds)} |', '|---' * (len(rounds) + 1) + '|']

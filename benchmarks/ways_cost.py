@@ -105,7 +105,7 @@ def _in_turn(*steps: Step) -> Step:
 
 
 def ways(bench: WayBench) -> Dict[str, Dict[str, Any]]:
-    """Every way: what its floor is in words, its floor, and a step of it."""
+    """Every way: what its floor is in words, its floor, and a step of it, or a ``count`` of steps."""
     both, all_three = partial(bench.plain_models, (2, 1)), partial(bench.plain_models, (3, 2, 1))
     paused = bench.paused_floor
     return {
@@ -123,6 +123,7 @@ def ways(bench: WayBench) -> Dict[str, Dict[str, Any]]:
         'switch, no step paused': dict(models='2, 1', floor=both, step=partial(bench.way, gap_control=Decided(0))),
         'switch, half of the steps paused': dict(
             models='2, 1 and 1, forward of 2',
+            count=2,
             floor=lambda: _in_turn(both(), paused()),
             step=lambda: _twice(bench.way(gap_control=Decided(2))),
         ),
@@ -131,6 +132,7 @@ def ways(bench: WayBench) -> Dict[str, Dict[str, Any]]:
         ),
         'phases, half of the steps joint': dict(
             models='2, 1 and 1',
+            count=2,
             floor=lambda: _in_turn(both(), bench.plain_models((1,))),
             step=bench.half_a_window,
         ),
@@ -154,9 +156,8 @@ def main() -> None:
     args = parser.parse_args()
     results = load_results(args.output)
     for name in args.models:
-        for way in ways(WayBench(name, args.device, args.mode, args.batch, args.size)):
-            bench = WayBench(name, args.device, args.mode, args.batch, args.size)
-            made = ways(bench)[way]
+        bench = WayBench(name, args.device, args.mode, args.batch, args.size)
+        for way, made in ways(bench).items():
             steps = {'floor': made['floor'](), 'plain': bench.plain_models((1,)), way: made['step']()}
             times = time_in_turns(bench, steps, args.repeats, args.warmup)
             row = dict(
@@ -164,7 +165,7 @@ def main() -> None:
                 models=made['models'],
                 floor=statistics.median(times['floor']),
                 ratio=median_ratio(times[way], times['floor']),
-                over_plain=median_ratio(times[way], times['plain']) / (2 if 'half of' in way else 1),
+                over_plain=median_ratio(times[way], times['plain']) / made.get('count', 1),
                 setting=f'{args.device} {name} {args.mode}, {args.batch} at {args.size} px',
                 processor=device_name(args.device),
                 torch=torch.__version__,
