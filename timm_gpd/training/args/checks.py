@@ -91,7 +91,7 @@ FLAGS: Mapping[str, Callable[[Any], Optional[str]]] = {
     'target_key': FIELD,
     'multilabel_threshold': Numbers(0, 1, above=True, below=True),
     'max_bad_images': SHARE,
-    'digits_train_size': Numbers(10, 1787),
+    'digits_train_size': Numbers(10, 888),
     'train_num_samples': COUNT,
     'val_num_samples': COUNT,
     'epoch_repeats': AT_LEAST_0,
