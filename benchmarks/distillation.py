@@ -147,7 +147,7 @@ def main() -> None:
     parser.add_argument('--seeds', type=int, default=5, metavar='N', help='fresh seeds')
     parser.add_argument('--lengths', nargs='+', type=int, default=LENGTHS, metavar='N', help='of plain training')
     parser.add_argument('--epochs', type=int, default=8, metavar='N', help='of a run that confirms')
-    parser.add_argument('extra', nargs='*', metavar='ARG', help='after --: more arguments of every train.py')
+    parser.add_argument('--extra', default='', metavar='"ARG ..."', help='more arguments of every train.py, as one')
     args = parser.parse_args()
     results = Results(args.results, args.config, args.data_dir, args.jobs, args.device, args.static_teacher, args.extra)
     if args.step == 'search':
