@@ -149,7 +149,9 @@ def main() -> None:
     parser.add_argument('--epochs', type=int, default=8, metavar='N', help='of a run that confirms')
     parser.add_argument('--extra', default='', metavar='"ARG ..."', help='more arguments of every train.py, as one')
     args = parser.parse_args()
-    results = Results(args.results, args.config, args.data_dir, args.jobs, args.device, args.static_teacher, args.extra)
+    results = Results(
+        args.results, args.config, args.data_dir, args.jobs, args.device, args.static_teacher, args.extra.split()
+    )
     if args.step == 'search':
         search(results, _ways(args.ways or ['shared']), args.lrs, args.rungs, args.keep, args.search_seeds)
     elif args.step == 'lengths':
