@@ -35,7 +35,7 @@ from ways import PLAIN, SHARED, STATIC, WAYS
 LEARNING_RATES = (0.1, 0.2, 0.4, 0.8, 1.6)
 FEWEST_EPOCHS = {'last quarter': 4}  # of ways whose window would hold none
 LENGTHS = (1, 2, 4, 8)  # of plain training, over the others', each twice the one before
-LONGER = 2  # of the best way
+LONGER = 2  # of the best way, over the others
 
 
 def search(
@@ -106,19 +106,21 @@ def confirm(
     seeds: int,
     epochs: int,
     lengths: Sequence[int],
+    longer: int = LONGER,
 ) -> None:
     """Trains ways and plain training with fresh seeds.
 
     Args:
         results: with the lines of a search and of the lengths.
-        ways: besides plain training, the best first: that one runs ``LONGER`` times as many epochs, too.
+        ways: besides plain training, the best first.
         seeds: fresh seeds of each.
         epochs: of each way.
         lengths: of plain training, over ``epochs``.
+        longer: the best way runs so many times the epochs, too.
     """
     runs = [(way, best_learning_rate(results, way, epochs), epochs) for way in ways]
     runs += [(PLAIN, best_learning_rate(results, PLAIN, epochs * length), epochs * length) for length in lengths]
-    runs += [(ways[0], best_learning_rate(results, ways[0], epochs), epochs * LONGER)] if ways else []
+    runs += [(ways[0], best_learning_rate(results, ways[0], epochs), epochs * longer)] if ways else []
     fresh = range(FIRST_FRESH_SEED, FIRST_FRESH_SEED + seeds)
     results.measure([Trial(*run, seed, 'test') for run in runs for seed in fresh])
 
@@ -146,6 +148,7 @@ def main() -> None:
     parser.add_argument('--winners', type=int, default=3, metavar='N', help='ways that are confirmed')
     parser.add_argument('--seeds', type=int, default=5, metavar='N', help='fresh seeds')
     parser.add_argument('--lengths', nargs='+', type=int, default=LENGTHS, metavar='N', help='of plain training')
+    parser.add_argument('--longer', type=int, default=LONGER, metavar='N', help='the best way again, N times as long')
     parser.add_argument('--epochs', type=int, default=8, metavar='N', help='of a run that confirms')
     parser.add_argument('--extra', default='', metavar='"ARG ..."', help='more arguments of every train.py, as one')
     args = parser.parse_args()
@@ -158,7 +161,7 @@ def main() -> None:
         search_lengths(results, args.epochs, args.lengths, args.search_seeds)
     elif args.step == 'confirm':
         ways = _ways(args.ways) if args.ways else best_ways(results, args.epochs, args.winners)
-        confirm(results, ways, args.seeds, args.epochs, args.lengths)
+        confirm(results, ways, args.seeds, args.epochs, args.lengths, args.longer)
     else:
         print(f'{searched(results)}\n\n{report(results)}')
         plot(results, args.results.with_suffix('.png'))
