@@ -77,7 +77,9 @@ class Results:
 
     def measure(self, trials: Sequence[Trial]) -> Dict[Trial, Record]:
         """Runs what has no line yet. Returns the records of all."""
-        missing = sorted((trial for trial in trials if trial not in self.records), key=lambda trial: -trial.epochs)
+        missing = sorted(
+            (trial for trial in dict.fromkeys(trials) if trial not in self.records), key=lambda trial: -trial.epochs
+        )
         with ThreadPoolExecutor(self.jobs) as pool:
             for _ in tqdm(pool.map(self._run, missing), total=len(missing), unit='run', disable=None):
                 pass

@@ -95,6 +95,14 @@ def test_what_was_not_searched_is_not_confirmed(results):
         distillation.confirm(results()[0], ['netaug'], seeds=1, epochs=4, lengths=LENGTHS)
 
 
+def test_a_best_way_that_is_not_to_run_longer_runs_once(results):
+    found, ran = results()
+    distillation.search(found, ['plain', 'netaug'], [0.2], rungs=(4,), keep=0.25)
+    ran.clear()
+    distillation.confirm(found, ['netaug'], seeds=3, epochs=4, lengths=[1], longer=1)
+    assert len(ran) == 6 and {trial.epochs for trial in ran} == {4}
+
+
 def test_nothing_to_report(results):
     with pytest.raises(SystemExit, match='nothing is confirmed yet'):
         report(results()[0])
