@@ -133,6 +133,7 @@ FLAGS: Mapping[str, Callable[[Any], Optional[str]]] = {
     'kd_class_map': PATH,
     'kd_dtype': Each(Names('dtypes', lambda: ('float32', 'float16', 'bfloat16'))),
     'kd_device': Text('by read_static_teachers, and where the teacher is put there'),
+    'kd_cache': PATH,
     'kd_student_feature_dim': COUNT,
     'kd_teacher_feature_dim': COUNT,
     'kd_distill_type': Text('by the task, which lists the losses'),
