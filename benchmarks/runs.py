@@ -10,7 +10,7 @@ import tempfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import timm
 import torch
@@ -22,6 +22,7 @@ from ways import WAYS, needs_static_teacher
 __all__ = ['ROOT', 'Record', 'Results', 'Trial']
 
 ROOT = Path(__file__).resolve().parents[1]
+NOT_FINITE = 3  # exit code of train.py
 
 Record = Dict[str, Any]
 
@@ -88,14 +89,17 @@ class Results:
     def _run(self, trial: Trial) -> None:
         with tempfile.TemporaryDirectory() as folder:
             command = self.command(trial)
-            seconds = _call([*command, '--output', folder, '--experiment', 'run'])
-            with open(Path(folder, 'run', 'summary.csv'), newline='') as file:
-                row = list(csv.DictReader(file))[-1]
+            seconds, is_finite = _call([*command, '--output', folder, '--experiment', 'run'])
+            row = {'eval_top1': 0.0}  # of one whose loss is not finite
+            if is_finite:
+                with open(Path(folder, 'run', 'summary.csv'), newline='') as file:
+                    row = list(csv.DictReader(file))[-1]
         record = {
             **trial._asdict(),
             'top1': float(row['eval_top1']),
             'teacher_top1': float(row['eval_teacher_top1']) if row.get('eval_teacher_top1') else None,
             'static_top1': float(row['eval_static_top1']) if row.get('eval_static_top1') else None,
+            'is_finite': is_finite,
             'device': self.device,
             'processor_seconds': round(seconds, 1),
             'command': ' '.join(part.removeprefix(f'{ROOT}{os.sep}') for part in command[1:]),
@@ -129,15 +133,15 @@ class Results:
         ]
 
 
-def _call(command: Sequence[str]) -> float:
-    """Runs a command on one core. Returns its processor time in seconds."""
+def _call(command: Sequence[str]) -> Tuple[float, bool]:
+    """Runs a command on one core. Returns its processor time in seconds, and whether its loss stayed finite."""
     with tempfile.TemporaryFile('w+') as log:
         path = os.pathsep.join([str(ROOT), os.environ.get('PYTHONPATH', '')])
         environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': path}
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode:
+        if process.returncode not in (0, NOT_FINITE):
             log.seek(0)
             sys.exit(f'{" ".join(command)} failed with exit code {process.returncode}: {log.read()[-500:]}')
-    return usage.ru_utime + usage.ru_stime
+    return usage.ru_utime + usage.ru_stime, process.returncode == 0
