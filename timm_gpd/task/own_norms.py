@@ -9,7 +9,7 @@ from torch.nn.utils import get_total_norm
 
 from ..axes import TensorMap
 from ..errors import InputError
-from ..teacher.shared_tensors import add_to_first_replicas, multiply_first_replicas, refuse_shards
+from ..teacher.shared_tensors import add_to_first_replicas, multiply_first_replicas
 from .gap_preserving import GapPreservingTask
 
 __all__ = ['OwnNorms']
@@ -60,11 +60,18 @@ class OwnNorms:
 
         Args:
             limit: the largest norm that either model's gradient may have.
+
+        Raises:
+            RuntimeError: if gradients are shards.
         """
         learners = self.task.get_learners()
         teacher, step_loss = learners.model, learners.step_loss
         stored = {name: p.grad for name, p in teacher.wide.named_parameters() if p.grad is not None}
-        refuse_shards(stored)
+        if any(hasattr(gradient, 'full_tensor') for gradient in stored.values()):
+            raise RuntimeError(
+                "clipping by each model's own norm needs whole gradients, and these are DTensors: train with "
+                'DistributedDataParallel (task.prepare_distributed()), or clip by the norm of all'
+            )
         maps = [teacher.plan.tensors.get(name, TensorMap(tuple(g.shape), ())) for name, g in stored.items()]
         scales = [teacher.gradient_scales(name) for name in stored]
         student = self._pop_student(stored, maps)
