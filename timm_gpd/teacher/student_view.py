@@ -25,6 +25,7 @@ class View(nn.Module):
 
     @property
     def training(self) -> bool:
+        """Whether the model that it runs trains."""
         return getattr(self.dynamic_teacher, self.runs).training
 
     @training.setter
