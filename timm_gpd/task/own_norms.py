@@ -9,7 +9,9 @@ from torch.nn.utils import get_total_norm
 
 from ..axes import TensorMap
 from ..errors import InputError
-from ..teacher.shared_tensors import add_to_first_replicas, multiply_first_replicas
+from ..private_torch import multiply_each
+from ..teacher.computed_parameters import GradientScales
+from ..teacher.shared_tensors import add_to_first_replicas
 from .gap_preserving import GapPreservingTask
 
 __all__ = ['OwnNorms']
@@ -79,21 +81,19 @@ class OwnNorms:
         losses = {id(p): p.grad for p in step_loss.parameters() if p.grad is not None}
         of_teacher = [losses.pop(id(p)) for p in step_loss.distillers_of('dynamic_teacher') if id(p) in losses]
         of_student = list(losses.values())
-        norms = []
-        for gradient, own, tensor_map, scale in zip(stored.values(), student, maps, scales):
-            rest = gradient / scale.teacher
-            add_to_first_replicas([rest], [own * (-scale.student / scale.teacher)], [tensor_map])
-            multiply_first_replicas([rest], [1 / scale.first], [tensor_map])
-            norms.append(torch.linalg.vector_norm(rest))
         student_factor = _factor(get_total_norm([*student, *of_student]), limit)
+        own = [gradient * scale.student for gradient, scale in zip(student, scales)]
+        add_to_first_replicas(list(stored.values()), multiply_each(own, -1.0), maps)  # what is left is the teacher's
+        norms = [
+            _teacher_norm(gradient, tensor_map, scale)
+            for gradient, tensor_map, scale in zip(stored.values(), maps, scales)
+        ]
         teacher_factor = _factor(get_total_norm([*norms, *of_teacher]), limit)
-
         for gradient in (*stored.values(), *of_teacher):
             gradient *= teacher_factor
         for gradient in of_student:
             gradient *= student_factor
-        lacking = [own * (scale.student * (student_factor - teacher_factor)) for own, scale in zip(student, scales)]
-        add_to_first_replicas(list(stored.values()), lacking, maps)
+        add_to_first_replicas(list(stored.values()), multiply_each(own, student_factor), maps)
 
     def _pop_student(self, stored: Mapping[str, torch.Tensor], maps: Sequence[TensorMap]) -> List[torch.Tensor]:
         """The student's gradients that belong to the stored tensors', of all processes where these are."""
@@ -110,6 +110,16 @@ class OwnNorms:
         dist.all_reduce(flat, group=trained.process_group)
         parts = flat.split([gradient.numel() for gradient in gradients])
         return [part.view(gradient.shape).to(gradient) for part, gradient in zip(parts, gradients)]
+
+
+def _teacher_norm(gradient: torch.Tensor, tensor_map: TensorMap, scale: GradientScales) -> torch.Tensor:
+    """Norm of the gradient of a weight of the teacher's, from that of what is stored."""
+    dtype = torch.promote_types(gradient.dtype, torch.float32)
+    norm = torch.linalg.vector_norm(gradient, dtype=dtype)
+    if scale.first != 1:  # of the squared norm, what first replicas are too large by
+        first = torch.linalg.vector_norm(tensor_map.first_replica(gradient), dtype=dtype)
+        norm = (norm.square() - (1 - scale.first**-2) * first.square()).clamp(min=0).sqrt()
+    return norm / scale.teacher
 
 
 def _factor(norm: torch.Tensor, limit: float) -> torch.Tensor:

@@ -13,7 +13,7 @@ from .gradient_shares import scale_gradients_of_first_replicas
 from .parameter_layout import ParameterLayout
 from .shared_tensors import SharedTensors, multiply_first_replicas
 
-__all__ = ['ComputedParameters']
+__all__ = ['ComputedParameters', 'GradientScales']
 
 
 class GradientScales(NamedTuple):
