@@ -34,6 +34,7 @@ from timm_gpd.training.resume import find_checkpoint, resume_run
 from timm_gpd.training.run import Run
 from timm_gpd.training.student import check_image_sizes, create_student, recorded_classes, resolve_input, set_input
 from timm_gpd.training.task import check_task, create_task
+from timm_gpd.training.teacher_stores import describe_stores, describe_use
 
 _logger = logging.getLogger('train')
 
@@ -85,6 +86,8 @@ def train(args: Arguments, compute: Compute, processes: Processes, log: LogFile)
     )
     last_epoch = args.stop_epoch or phases.num_epochs
     overview = describe(task, input_config, phases.joint_epochs, last_epoch) if processes.is_primary else []
+    static_teacher = getattr(task, 'static_teacher', None)  # of this package's tasks
+    overview += describe_stores(args, static_teacher, loader_train, loader_eval, processes.world_size, last_epoch)
     checkpoint = processes.share(find_checkpoint(args, folder.path))
     trained = phases.begin(task, student, checkpoint)
     del task  # another phase frees what it held
@@ -161,6 +164,8 @@ def train(args: Arguments, compute: Compute, processes: Processes, log: LogFile)
         )
         run.train(position)
     run.finish()
+    for line in describe_use(static_teacher, processes):
+        _logger.info(line)
     if processes.is_primary:
         print(f'--result\n{json.dumps(folder.best_results(args.eval_metric, lower_is_better), indent=4)}')
 

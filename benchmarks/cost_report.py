@@ -59,6 +59,32 @@ def way_rows(results: Dict[str, Any]) -> Iterator[str]:
     yield ''
 
 
+def static_rows(results: Dict[str, Any]) -> Iterator[str]:
+    """The table of steps with a static teacher, if they were measured."""
+    if not results.get('static'):
+        return
+    yield '## With a static teacher'
+    yield ''
+    yield (
+        'A step of student and dynamic teacher, M = 1, that both learn from a static teacher; the floor has one of its '
+        'forward passes in addition. "Losses" is what the losses from it cost both learners by themselves, forward and '
+        'backward, with the modules that they train, and the last ratio is over the floor and that. On the CPU in '
+        'processor time. Measured by `OMP_NUM_THREADS=1 python benchmarks/step_cost.py --static --modes fp32`.'
+    )
+    yield ''
+    yield (
+        '| device | student, static teacher | mode | batch | loss | floor | losses | step over floor '
+        '| over floor and losses | processor | torch |'
+    )
+    yield '|---' * 11 + '|'
+    for row in results['static'].values():
+        figures = [f'{row["seconds"][name]:.3g} s' for name in ('floor', 'losses')]
+        figures += [f'{row[ratio]:.3f}' for ratio in ('ratio', 'ratio_with_losses')]
+        cells = [row['device'], f'{row["name"]}, {row["static"]}', row['mode'], f'{row["batch"]} at {row["size"]} px']
+        yield f'| {" | ".join([*cells, row["losses"], *figures, row["processor"], row["torch"]])} |'
+    yield ''
+
+
 def write_report(results: Dict[str, Any], folder: str) -> None:
     """Writes cost.json and cost.md."""
     os.makedirs(folder, exist_ok=True)
@@ -93,6 +119,7 @@ def write_report(results: Dict[str, Any], folder: str) -> None:
             if not list(rows(results, device))
         ),
         *(line for note in results.get('notes', []) for line in (note, '')),  # what people have found out
+        *static_rows(results),
         *way_rows(results),
         '## Around the step',
         '',

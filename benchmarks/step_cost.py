@@ -7,12 +7,13 @@ Devices and precisions that this run does not measure keep what an earlier run w
 
     python benchmarks/step_cost.py              all of the CPU part, and CUDA's where there is one
     python benchmarks/step_cost.py --models resnet18 --modes fp32 --profile
+    OMP_NUM_THREADS=1 python benchmarks/step_cost.py --static --modes fp32    the rows with a static teacher alone
 """
 
 import argparse
 import copy
-import ctypes
 import gc
+import itertools
 import json
 import os
 import statistics
@@ -28,11 +29,16 @@ import torch.nn.functional as F
 
 from cost_report import DEVICES, MODELS, MODES, ROOT, SETTINGS, load_results, write_report
 from machine import device_name
+from peak_memory import peak_memory
 
 sys.path.insert(0, ROOT)
 
 from timm_gpd import DynamicTeacher, GapPreservingTask, expand
 from timm_gpd.training.cpu import tune_process_for
+
+# Students, and the static teachers of their rows; losses of logits, and of features.
+STATIC = {'resnet18': 'resnet34', 'vit_tiny_patch16_224': 'vit_small_patch16_224'}
+LOSSES = ('dkd', 'reviewkd', 'nd')
 
 
 def create_student(name: str, size: int) -> nn.Module:
@@ -81,14 +87,17 @@ class Bench:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.mode == 'amp')
 
     def _stepper(self, module: nn.Module, loss: Callable[[], torch.Tensor]) -> Callable[[], None]:
-        optimizer = torch.optim.SGD(module.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-4, fused=True)
+        parameters = list(module.parameters())
+        settings = dict(lr=1e-3, momentum=0.9, weight_decay=1e-4, fused=True)
+        optimizer = torch.optim.SGD(parameters, **settings) if parameters else None
 
         def step() -> None:
             with self._autocast():
                 value = loss()
             value.backward()
-            optimizer.step()
-            optimizer.zero_grad()
+            if optimizer is not None:
+                optimizer.step()
+                optimizer.zero_grad()
 
         return step
 
@@ -101,23 +110,25 @@ class Bench:
     def floor(self) -> Callable[[], None]:
         wide = expand(self.student, self.ratio, scale='teacher').wide
         steps = [self.plain(self._to_device(wide)), self.plain(copy.deepcopy(self.student))]
+        static = torch.compile(self.static) if self.static is not None and self.mode == 'compile' else self.static
 
         def step() -> None:
             for part in steps:
                 part()
-            if self.static is not None:
+            if static is not None:
                 with torch.no_grad(), self._autocast():
-                    self.static(self.x)
+                    static(self.x)
 
         return step
 
+    def task(self, **arguments: Any) -> GapPreservingTask:
+        return GapPreservingTask(
+            self.student, **{'ratio': self.ratio, 'device': self.device, 'verbose': False, **arguments}
+        )
+
     def gpd(self, branches: int) -> Callable[[], None]:
         """One training step of student and dynamic teacher."""
-        return self.step_of(
-            GapPreservingTask(
-                self.student, self.static, ratio=self.ratio, num_branches=branches, device=self.device, verbose=False
-            )
-        )
+        return self.step_of(self.task(num_branches=branches))
 
     def step_of(self, task: GapPreservingTask) -> Callable[[], None]:
         """One training step of a task."""
@@ -145,6 +156,45 @@ class Bench:
             torch.cuda.synchronize()
 
 
+class ProcessorBench(Bench):
+    """The same, in processor time on a CPU, which other programs disturb less."""
+
+    def seconds(self, step: Callable[[], None]) -> float:
+        if self.device.type != 'cpu':
+            return super().seconds(step)
+        start = time.process_time()
+        step()
+        return time.process_time() - start
+
+    def distilling(self, losses: str) -> Callable[[], None]:
+        """One training step of student and dynamic teacher, which learn from the static teacher."""
+        return self.step_of(self.task(static_teacher=self.static, distill_type=losses))
+
+    def losses_alone(self, losses: str) -> Callable[[], None]:
+        """What both learners' losses from the static teacher cost by themselves, uncompiled: forward and backward pass
+        from outputs that are there, and the step of the modules that they train."""
+        task = self.task(static_teacher=self.static, distill_type=losses)
+        learners = task.get_learners()
+        with torch.no_grad(), self._autocast():
+            outputs, static_output = learners.run(self.x), task.static_teacher(self.x)
+        received = [
+            tensor.requires_grad_()
+            for output in outputs.values()
+            for tensor in (output.logits, *output.stages, output.embedding)
+            if tensor is not None
+        ]
+        distillers = learners.step_loss.distillers.train()
+
+        def loss() -> torch.Tensor:
+            for tensor in received:
+                tensor.grad = None
+            return sum(
+                sum(distillers[name](output, static_output, self.target).values()) for name, output in outputs.items()
+            )
+
+        return self._stepper(distillers, loss)
+
+
 def time_in_turns(
     bench: Bench,
     steps: Dict[str, Callable[[], None]],
@@ -170,51 +220,21 @@ def median_ratio(times: List[float], reference: List[float]) -> float:
 # -- memory, in a process of its own -----------------------------------------------------------------------------------
 
 
-def peak_memory(bench: Bench, subject: str, steps: int = 3) -> int:
-    """Bytes at the peak of a few steps: tensors that are held between steps, and what a step adds (Linux, or CUDA)."""
-    step = bench.subject(subject)
-    step()  # compiles, which is not part of a step
-    if bench.device.type == 'cuda':
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        gc.collect()
-        held = _held_bytes()
-        ctypes.CDLL(None).malloc_trim(0)
-        with open('/proc/self/clear_refs', 'w') as file:
-            file.write('5')  # starts the peak again
-        others = _resident('VmRSS') - held
-    for _ in range(steps):
-        step()
-    return torch.cuda.max_memory_allocated() if bench.device.type == 'cuda' else _resident('VmHWM') - others
-
-
-def _held_bytes() -> int:
-    """Bytes of all tensors that have values, views counted once."""
-    tensors = (item for item in gc.get_objects() if type(item) in (torch.Tensor, nn.Parameter))
-    storages = {
-        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
-        for tensor in tensors
-        if tensor.device.type == 'cpu'
-    }
-    return sum(storages.values())
-
-
-def _resident(field: str) -> int:
-    with open('/proc/self/status') as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(field))
+def memory_of(bench: Bench, subject: str) -> int:
+    return peak_memory(bench.subject(subject), bench.device)
 
 
 def measure_memory_apart(arguments: Dict[str, Any], subject: str) -> int:
-    """:func:`peak_memory` in a new process."""
+    """:func:`memory_of` in a new process."""
     command = [sys.executable, os.path.abspath(__file__), '--memory-of', subject, '--cell', json.dumps(arguments)]
     return int(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split()[-1])
 
 
 def measure_gpu_memory(arguments: Dict[str, Any], subject: str) -> int:
-    """:func:`peak_memory` here: a GPU's allocator counts exactly, what others hold is taken away."""
+    """:func:`memory_of` here: a GPU's allocator counts exactly, what others hold is taken away."""
     gc.collect()
     others = torch.cuda.memory_allocated()
-    return peak_memory(Bench(**arguments), subject) - others
+    return memory_of(Bench(**arguments), subject) - others
 
 
 # -- the cells of the table --------------------------------------------------------------------------------------------
@@ -263,6 +283,27 @@ def measure_cell(arguments: Dict[str, Any], branches: List[int], repeats: int, m
     return cell
 
 
+def static_steps(bench: ProcessorBench, losses: str) -> Dict[str, Callable[[], None]]:
+    return {'floor': bench.floor(), 'losses': bench.losses_alone(losses), 'step': bench.distilling(losses)}
+
+
+def measure_static(arguments: Dict[str, Any], losses: str, repeats: int) -> Dict[str, Any]:
+    """A step with a static teacher, over its floor, and over the floor with the losses' own cost in it."""
+    bench = ProcessorBench(**arguments)
+    steps = static_steps(bench, losses)
+    times = time_in_turns(bench, steps, repeats, warmup=2)
+    with_losses = [sum(pair) for pair in zip(times['floor'], times['losses'])]
+    return {
+        **arguments,
+        'losses': losses,
+        'processor': device_name(arguments['device']),
+        'torch': torch.__version__,
+        'seconds': {name: statistics.median(values) for name, values in times.items()},
+        'ratio': median_ratio(times['step'], times['floor']),
+        'ratio_with_losses': median_ratio(times['step'], with_losses),
+    }
+
+
 def measure_rest(name: str, size: int, branches: List[int], repeats: int) -> Dict[str, Any]:
     """Seconds of what is done now and then: expanding, extracting, and reading both models' parameters in a step."""
     student = create_student(name, size)
@@ -293,17 +334,15 @@ def measure_rest(name: str, size: int, branches: List[int], repeats: int) -> Dic
 # -- profile -----------------------------------------------------------------------------------------------------------
 
 
-def print_profile(arguments: Dict[str, Any], subjects: List[str]) -> None:
-    """Where the time of a step goes, by operator."""
-    bench = Bench(**arguments)
-    for subject in subjects:
-        step = bench.subject(subject)
+def print_profile(bench: Bench, steps: Dict[str, Callable[[], None]]) -> None:
+    """Where the time of some steps goes, by operator."""
+    for name, step in steps.items():
         step()
         with torch.profiler.profile() as profile:
             step()
             bench._wait()
-        sort = 'self_cuda_time_total' if arguments['device'] == 'cuda' else 'self_cpu_time_total'
-        print(f'{arguments["name"]}, {subject}:')
+        sort = 'self_cuda_time_total' if bench.device.type == 'cuda' else 'self_cpu_time_total'
+        print(f'{name}:')
         print(profile.key_averages().table(sort_by=sort, row_limit=15, max_name_column_width=50))
 
 
@@ -316,7 +355,8 @@ def main() -> None:
     )
     parser.add_argument('--branches', nargs='+', type=int, default=[1, 6], metavar='M')
     parser.add_argument('--repeats', type=int, default=7, help='turns; the median is reported')
-    parser.add_argument('--static', metavar='MODEL', help='adds a static teacher, printed only')
+    parser.add_argument('--static', action='store_true', help='nothing but the rows with a static teacher')
+    parser.add_argument('--losses', nargs='+', default=list(LOSSES), help='of the rows with a static teacher')
     parser.add_argument('--no-memory', action='store_true', help='times only')
     parser.add_argument('--profile', action='store_true', help='print a profile instead')
     parser.add_argument('--output', default=os.path.join(ROOT, 'docs'), metavar='FOLDER')
@@ -324,30 +364,53 @@ def main() -> None:
     parser.add_argument('--cell', type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.memory_of:
-        print(peak_memory(Bench(**args.cell), args.memory_of))
+        print(memory_of(Bench(**args.cell), args.memory_of))
         return
 
     results = load_results(args.output)
-    for device in args.devices:
-        for batch, size in SETTINGS[device]:
-            for name in args.models:
-                for mode in args.modes:
-                    arguments = dict(name=name, device=device, mode=mode, batch=batch, size=size, static=args.static)
-                    if args.profile:
-                        print_profile(arguments, ['floor', *map(str, args.branches)])
-                        continue
-                    cell = measure_cell(arguments, args.branches, args.repeats, not args.no_memory)
-                    print(
-                        f'{device} {name} {mode} {batch} at {size} px: floor {cell["seconds"]["floor"]:.3f} s, time '
-                        + ', '.join(f'M={count}: {ratio:.3f}' for count, ratio in cell['ratio'].items())
-                        + '; memory '
-                        + ', '.join(f'M={count}: {ratio:.3f}' for count, ratio in cell.get('memory_ratio', {}).items()),
-                        flush=True,
-                    )
-                    if args.static is None:
-                        results['cells'][f'{device}/{name}/{mode}/{batch}/{size}'] = cell
-                        write_report(results, args.output)
-    if args.profile or args.static is not None:
+    cells = [
+        dict(name=name, device=device, mode=mode, batch=batch, size=size)
+        for device in args.devices
+        for batch, size in SETTINGS[device]
+        for name in args.models
+        for mode in args.modes
+    ]
+    for arguments in () if args.static else cells:
+        where = '{device} {name} {mode} {batch} at {size} px'.format_map(arguments)
+        if args.profile:
+            bench = Bench(**arguments)
+            print_profile(
+                bench, {f'{where}, {name}': bench.subject(name) for name in ('floor', *map(str, args.branches))}
+            )
+            continue
+        cell = measure_cell(arguments, args.branches, args.repeats, not args.no_memory)
+        print(
+            f'{where}: floor {cell["seconds"]["floor"]:.3f} s, time '
+            + ', '.join(f'M={count}: {ratio:.3f}' for count, ratio in cell['ratio'].items())
+            + '; memory '
+            + ', '.join(f'M={count}: {ratio:.3f}' for count, ratio in cell.get('memory_ratio', {}).items()),
+            flush=True,
+        )
+        results['cells']['{device}/{name}/{mode}/{batch}/{size}'.format_map(arguments)] = cell
+        write_report(results, args.output)
+    for arguments, losses in itertools.product(cells, args.losses):
+        if arguments['name'] not in STATIC:
+            continue
+        arguments = {**arguments, 'static': STATIC[arguments['name']]}
+        where = '{device} {name} from {static} {mode} {batch} at {size} px, '.format_map(arguments) + losses
+        if args.profile:
+            bench = ProcessorBench(**arguments)
+            print_profile(bench, {f'{where}, {name}': step for name, step in static_steps(bench, losses).items()})
+            continue
+        cell = measure_static(arguments, losses, args.repeats)
+        print(
+            f'{where}: floor {cell["seconds"]["floor"]:.3f} s, losses {cell["seconds"]["losses"]:.3f} s, time '
+            f'{cell["ratio"]:.3f}, with losses in the floor {cell["ratio_with_losses"]:.3f}',
+            flush=True,
+        )
+        results.setdefault('static', {})[where] = cell
+        write_report(results, args.output)
+    if args.profile or args.static:
         return
     for name in (*args.models, 'resnet50') if 'cpu' in args.devices else ():
         results['rest'][name] = measure_rest(name, 224, [1, 6], 3)

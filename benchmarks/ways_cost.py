@@ -12,7 +12,6 @@ import argparse
 import copy
 import os
 import statistics
-import time
 from functools import partial
 from typing import Any, Callable, Dict, Sequence
 
@@ -21,8 +20,8 @@ from timm.task import ClassificationTask
 
 from cost_report import ROOT, load_results, write_report
 from machine import device_name
-from step_cost import Bench, median_ratio, time_in_turns
-from timm_gpd import GapPreservingTask, expand, hand_over
+from step_cost import ProcessorBench, median_ratio, time_in_turns
+from timm_gpd import expand, hand_over
 from timm_gpd.task.gap_control import Switch
 
 Step = Callable[[], None]
@@ -42,15 +41,8 @@ class Decided(Switch):
         return {**terms, 'paused': torch.full_like(terms['paused'], float(is_paused))}
 
 
-class WayBench(Bench):
+class WayBench(ProcessorBench):
     """Steps of ways of training, and their floors."""
-
-    def seconds(self, step: Step) -> float:
-        if self.device.type != 'cpu':
-            return super().seconds(step)
-        start = time.process_time()
-        step()
-        return time.process_time() - start
 
     def plain_models(self, ratios: Sequence[int]) -> Step:
         """One training step of the plain model of each ratio."""
@@ -68,18 +60,18 @@ class WayBench(Bench):
 
     def way(self, **arguments: Any) -> Step:
         """A step of a task."""
-        return self.step_of(self._task(**arguments))
+        return self.step_of(self.task(**arguments))
 
     def nested(self, method: str, drawn: Sequence[int], **arguments: Any) -> Step:
         """A step of a task with ratios between, whose draw is always the same."""
-        task = self._task(method=method, **arguments)
+        task = self.task(method=method, **arguments)
         assert task.ratios is not None
         task.ratios.draw = lambda: tuple(drawn)
         return self.step_of(task)
 
     def half_a_window(self) -> Step:
         """A step of joint training, and one of the student that has been handed over to plain training."""
-        joint = self._task()
+        joint = self.task()
         plain = ClassificationTask(joint.get_student(), criterion=torch.nn.CrossEntropyLoss(), device=self.device)
         optimizers = [torch.optim.SGD(task.get_trainable_module().parameters(), lr=1e-3) for task in (joint, plain)]
         hand_over(joint, optimizers[0], plain, optimizers[1])
@@ -89,11 +81,6 @@ class WayBench(Bench):
         if ratio == 1:
             return copy.deepcopy(self.student)
         return self._to_device(expand(self.student, ratio, scale='teacher').wide)
-
-    def _task(self, **arguments: Any) -> GapPreservingTask:
-        return GapPreservingTask(
-            self.student, **{'ratio': self.ratio, 'device': self.device, 'verbose': False, **arguments}
-        )
 
 
 def _in_turn(*steps: Step) -> Step:

@@ -100,6 +100,15 @@ class TestTap:
         assert [stage.shape[1] for stage in output.stages] == [info['num_chs'] for info in net.feature_info[1:]]
         assert not net.fc._forward_pre_hooks
 
+    def test_a_pass_that_fails_leaves_the_classifier(self):
+        net = model('test_resnet')
+        fc = net.fc
+        hook = fc.register_forward_pre_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            Tap(net, BOTH)(images())
+        hook.remove()
+        assert net.fc is fc and Tap(net, BOTH)(images()).embedding.shape == (4, fc.in_features)
+
     def test_nothing_asked_is_the_model(self):
         net, x = nn.Linear(3, 2), torch.randn(4, 3)
         output = Tap(net, {})(x)

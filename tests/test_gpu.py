@@ -168,3 +168,24 @@ def test_out_of_memory_is_one_line(tmp_path):
     assert result.returncode == 2, result.stderr[-3000:]
     last = result.stderr.strip().splitlines()[-1]
     assert 'out of memory with batches of 100: lower --batch-size' in last and 'Traceback' not in result.stderr
+
+
+def test_stored_outputs_are_those_of_the_gpu_and_leave_its_memory_alone(tmp_path):
+    def stored():
+        torch.manual_seed(0)
+        student = timm.create_model('test_resnet', **TINY_RESNET)
+        static = timm.create_model('test_vit', num_classes=10, in_chans=1, img_size=32)
+        for model in (student, static):
+            model.pretrained_cfg.update(input_size=(1, 32, 32), mean=(0.5,), std=(0.5,))
+        config = StaticTeacherConfig(static, cache=str(tmp_path))
+        return DistillationTask(student.cuda(), config, device=torch.device('cuda'), verbose=False).static_teacher
+
+    images = torch.randn(8, 1, 32, 32, device='cuda')
+    first = stored()
+    expected = first(images).logits
+    second = stored()
+    found = second(images).logits
+    assert found.device.type == 'cuda' and torch.equal(found, expected) and second.computed == 0
+    assert {parameter.device.type for parameter in second.static.teacher.parameters()} == {'cpu'}
+    torch.testing.assert_close(second(images + 1).logits, second.static(images + 1).logits)
+    assert {parameter.device.type for parameter in second.static.teacher.parameters()} == {'cuda'}

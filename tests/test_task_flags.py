@@ -1,5 +1,7 @@
 """Flags of what is trained arrive at the task."""
 
+from pathlib import Path
+
 import pytest
 import timm
 import torch
@@ -52,6 +54,10 @@ FLAGS = {
     f'{STATIC} --kd-dtype bfloat16': (
         lambda task: next(task.static_teacher.teacher.model.parameters()).dtype,
         torch.bfloat16,
+    ),
+    f'{STATIC} --kd-cache {{teacher}}-outputs': (
+        lambda task: Path(task.static_teacher.store.folder).parent.name,
+        'teacher.pth-outputs',
     ),
     f'{STATIC} --distill-loss-weight 0.5': (lambda task: (task.distill_loss_weight, task.task_loss_weight), (0.5, 1)),
     f'{STATIC} --task-loss-weight 0.25': (lambda task: (task.distill_loss_weight, task.task_loss_weight), (0.75, 0.25)),

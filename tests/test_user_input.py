@@ -123,13 +123,17 @@ def test_digits_are_stratified_and_written_once(tmp_path):
     folder = write_digits(str(tmp_path), 100, seed=3)
     counts = {
         split: [len(os.listdir(os.path.join(folder, split, str(digit)))) for digit in range(10)]
-        for split in ('train', 'validation')
+        for split in ('train', 'validation', 'test')
     }
     assert sum(counts['train']) == 100 and set(counts['train']) <= {9, 10, 11}
-    assert sum(counts['validation']) == 1697
+    assert (sum(counts['validation']), sum(counts['test'])) == (798, 899)
     image = os.path.join(folder, 'train', '0', os.listdir(os.path.join(folder, 'train', '0'))[0])
     before = os.stat(image).st_mtime_ns
     assert write_digits(str(tmp_path), 100, seed=3) == folder
     assert os.stat(image).st_mtime_ns == before
     assert Image.open(image).size == (8, 8)
-    assert write_digits(str(tmp_path), 100, seed=4) != folder
+    other = write_digits(str(tmp_path), 888, seed=4)
+    for digit in map(str, range(10)):
+        test = os.listdir(os.path.join(folder, 'test', digit))
+        assert sorted(os.listdir(os.path.join(other, 'test', digit))) == sorted(test)  # whatever the seed
+        assert not {*test} & {*os.listdir(os.path.join(other, 'train', digit))}

@@ -83,7 +83,8 @@ class Tap(nn.Module):
             self.indices = stage_indices(model)
         if 'embedding' in needs:
             self._require('get_classifier', needs['embedding'])
-            if not self._classifiers():
+            self.classifiers = self._classifiers()
+            if not self.classifiers:
                 self._fail('no classifier to take an embedding from', needs['embedding'])
 
     def forward(self, x: torch.Tensor) -> ModelOutput:
@@ -109,7 +110,8 @@ class Tap(nn.Module):
             return self.read(self.model.forward_head(features), tuple(stages))
         with self._classifier_inputs() as inputs:
             logits = self.model.forward_head(features)
-        if len({x.shape for x in inputs}) != 1 or inputs[0].shape[:2].numel() != inputs[0].numel():
+        shapes = [x.shape for x in inputs]  # compared and not hashed, which would fix a compiler's batch size
+        if not shapes or any(shape != shapes[0] for shape in shapes) or any(size != 1 for size in shapes[0][2:]):
             self._fail('no single embedding', self.needs['embedding'])
         embeddings = [x.flatten(1) for x in inputs]
         return self.read(
@@ -160,26 +162,36 @@ class Tap(nn.Module):
             self._fail('features that lead to other logits than its forward does', ', '.join(self.needs.values()))
         return output
 
-    def _classifiers(self) -> List[nn.Module]:
-        """The classifier, or with a distillation token the two whose logits are averaged."""
+    def _classifiers(self) -> List[Tuple[str, str]]:
+        """Where the classifier is, or with a distillation token the two whose logits are averaged: owners and names."""
         classifier = self.model.get_classifier()
         modules = classifier if isinstance(classifier, (tuple, list, nn.ModuleList)) else [classifier]
         # of some models it is the whole head, pooling included
-        return [getattr(module, 'fc', module) for module in modules if isinstance(module, nn.Module)]
+        wanted = [getattr(module, 'fc', module) for module in modules if isinstance(module, nn.Module)]
+        places = [
+            name.rpartition('.')
+            for name, module in self.model.named_modules(remove_duplicate=False)
+            if name and any(module is each for each in wanted)
+        ]
+        return [(owner, name) for owner, _, name in places]
 
     @contextlib.contextmanager
     def _classifier_inputs(self) -> Iterator[List[torch.Tensor]]:
-        # forward_head(pre_logits=True) would be a second pass through the head, with another dropout mask and another
-        # update of its BatchNorm statistics
+        """Within it classifiers write down what they receive.
+
+        ``forward_head(pre_logits=True)`` would be a second pass through the head, with another dropout mask and another
+        update of its BatchNorm statistics, and a compiler follows no hook that is registered on the way.
+        """
         inputs: List[torch.Tensor] = []
-        handles = [
-            module.register_forward_pre_hook(lambda _, args: inputs.append(args[0])) for module in self._classifiers()
-        ]
+        owners = [(self.model.get_submodule(path), name) for path, name in self.classifiers]
+        classifiers = [getattr(owner, name) for owner, name in owners]
         try:
+            for (owner, name), classifier in zip(owners, classifiers):
+                setattr(owner, name, _Recorder(classifier, inputs))
             yield inputs
         finally:
-            for handle in handles:
-                handle.remove()
+            for (owner, name), classifier in zip(owners, classifiers):
+                setattr(owner, name, classifier)
 
     def _require(self, attribute: str, losses: str) -> None:
         if not hasattr(self.model, attribute):
@@ -189,6 +201,18 @@ class Tap(nn.Module):
         raise InputError(
             f'{model_name(self.model)} has {what}, which {losses} would need: choose another model or another loss'
         )
+
+
+class _Recorder(nn.Module):
+    """A module in whose place it stands, with a list of what that receives."""
+
+    def __init__(self, module: nn.Module, inputs: List[torch.Tensor]) -> None:
+        super().__init__()
+        self.module, self.inputs = module, inputs
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.inputs.append(x)
+        return self.module(x)
 
 
 @torch.no_grad()

@@ -75,11 +75,23 @@ class Fusion(nn.Module):
         """Imitation of the teacher's level, and what the next shallower level receives, both of the given size."""
         x = self.reduce(x)
         if self.attention is not None:
-            residual = F.interpolate(residual, x.shape[-2:], mode='nearest')
-            share = self.attention(torch.cat([x, residual], 1))
-            x = x * share[:, :1] + residual * share[:, 1:]
-        x = F.interpolate(x, size, mode='nearest')
+            share = self._shares(x, residual)
+            x = x * share[:, :1] + _resized(residual, x.shape[-2:]) * share[:, 1:]
+        x = _resized(x, size)
         return self.expand(x), x
+
+    def _shares(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """What attention gives to both, shape (B, 2, H, W): that of one stacked on the other, resized.
+
+        Both are large, so they are not stacked, and a 1x1 convolution comes to the same before resizing as after it.
+        """
+        conv, sigmoid = self.attention
+        of_x, of_residual = conv.weight.chunk(2, 1)
+        return sigmoid(F.conv2d(x, of_x, conv.bias) + _resized(F.conv2d(residual, of_residual), x.shape[-2:]))
+
+
+def _resized(x: torch.Tensor, size: Tuple[int, int]) -> torch.Tensor:
+    return x if x.shape[-2:] == size else F.interpolate(x, size, mode='nearest')
 
 
 def _levels(output: ModelOutput) -> List[torch.Tensor]:

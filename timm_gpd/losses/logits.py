@@ -191,9 +191,12 @@ def nkd_loss(
     index = target_classes(target, student_logits).unsqueeze(1)
     student_logits, teacher_logits = in_whole_precision(student_logits), in_whole_precision(teacher_logits.detach())
     of_target = teacher_logits.softmax(-1).gather(1, index) * F.log_softmax(student_logits, -1).gather(1, index)
-    others = torch.ones_like(teacher_logits, dtype=torch.bool).scatter(1, index, False)
-    student, teacher = (x[others].view(len(x), -1) / temperature for x in (student_logits, teacher_logits))
-    of_others = (teacher.softmax(-1) * F.log_softmax(student, -1)).sum(-1)
+    is_target = torch.zeros_like(teacher_logits, dtype=torch.bool).scatter(1, index, True)
+    student, teacher = (  # masked and not taken out, as a compiler knows no shape of what a mask takes out
+        F.log_softmax((logits / temperature).masked_fill(is_target, float('-inf')), -1)
+        for logits in (student_logits, teacher_logits)
+    )
+    of_others = (teacher.exp() * student.masked_fill(is_target, 0.0)).sum(-1)
     return -of_target.mean() - gamma * temperature**2 * of_others.mean()
 
 

@@ -19,6 +19,7 @@ _OF_THE_MACHINE = (
     'data',
     'data_dir',
     'device',
+    'kd_cache',
     'kd_device',
     'experiment',
     'log_interval',

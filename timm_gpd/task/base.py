@@ -10,7 +10,7 @@ from timm.utils import unwrap_model
 from ..errors import InputError
 from ..private_torch import trace_backward
 from .learners import Learners
-from .static_teacher import AnyStaticTeacher
+from .stored_teacher import AnyStaticTeacher
 
 __all__ = ['BaseTask']
 

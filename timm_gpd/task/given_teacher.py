@@ -16,7 +16,8 @@ from ..distillers import DistillSettings
 from ..errors import LIBRARY_ERRORS, InputError, first_line, is_bug, one_line
 from ..expansion.images import input_shape
 from ..expansion.student import count_classes
-from .static_teacher import AnyStaticTeacher, ClassMap, StaticTeacher, StaticTeachers, classes_in
+from .static_teacher import ClassMap, StaticTeacher, StaticTeachers, classes_in
+from .stored_teacher import AnyStaticTeacher, StoredTeacher
 
 __all__ = [
     'GivenTeacher',
@@ -40,6 +41,8 @@ class StaticTeacherConfig:
             probabilities are added up; None where both have the same classes.
         device: where it runs; None for the student's device.
         dtype: its dtype; None for the student's, and of a module for its own.
+        cache: folder in which its outputs are stored, and found again, see
+            :class:`timm_gpd.task.stored_teacher.StoredTeacher`; None for nowhere.
     """
 
     model: Union[str, nn.Module]
@@ -48,6 +51,7 @@ class StaticTeacherConfig:
     class_map: Optional[ClassMap] = None
     device: Union[str, torch.device, None] = None
     dtype: Optional[torch.dtype] = None
+    cache: Optional[str] = None
 
 
 # What tasks take as a static teacher: one or several, or what another task has made of them.
@@ -92,18 +96,19 @@ def create_static_teacher(
     Raises:
         InputError: see :func:`resolve_static_teacher` and :class:`StaticTeacher`.
     """
-    if isinstance(given, (StaticTeacher, StaticTeachers)):
+    if isinstance(given, (StaticTeacher, StaticTeachers, StoredTeacher)):
         return given
     each: List[OneTeacher] = list(given) if isinstance(given, (list, tuple)) else [given]
     several = len(each) > 1
-    teachers = []
+    teachers: List[nn.Module] = []
     for index, one in enumerate(each):
         config = _config(one)
         if config.model is student:
             raise InputError('the static teacher is the student itself: give another model, which is frozen')
         teacher = resolve_static_teacher(config, student, device, dtype)
         number = index + 1 if several else 0
-        teachers.append(StaticTeacher(teacher, student, settings, config.img_size, config.class_map, number))
+        static = StaticTeacher(teacher, student, settings, config.img_size, config.class_map, number)
+        teachers.append(static if config.cache is None else StoredTeacher(static, config.cache))
     return StaticTeachers(teachers) if several else teachers[0]
 
 

@@ -16,8 +16,8 @@ from ..teacher.dynamic_teacher import ModelRun
 from ..teacher.early_backward import reaches_others
 from ..teacher.functional import call_with_parameters
 from .gap_control import Switch
-from .static_teacher import AnyStaticTeacher
 from .step_loss import StepLoss
+from .stored_teacher import AnyStaticTeacher
 from .student_gradients import StudentGradients
 
 __all__ = ['JointLearners', 'Learners', 'StudentLearner', 'example_batch']

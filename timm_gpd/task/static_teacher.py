@@ -16,7 +16,7 @@ from ..distillers.feature_tap import model_name
 from ..errors import LIBRARY_ERRORS, InputError, NamedError, first_line, is_bug
 from ..expansion.images import has_record, input_shape
 
-__all__ = ['AnyStaticTeacher', 'ClassMap', 'StaticTeacher', 'StaticTeachers', 'classes_in']
+__all__ = ['ClassMap', 'StaticTeacher', 'StaticTeachers', 'classes_in']
 
 IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 
@@ -150,10 +150,10 @@ class StaticTeachers(nn.Module):
     """Several static teachers, which look at the same images.
 
     Args:
-        teachers: each by itself, of the student's classes.
+        teachers: each by itself, of the student's classes, some perhaps with a store.
     """
 
-    def __init__(self, teachers: Sequence[StaticTeacher]) -> None:
+    def __init__(self, teachers: Sequence[nn.Module]) -> None:
         super().__init__()
         self.teachers = nn.ModuleList(teachers)
         self.train(False)
@@ -175,9 +175,6 @@ class StaticTeachers(nn.Module):
 
     def train(self, mode: bool = True) -> 'StaticTeachers':
         return super().train(False)
-
-
-AnyStaticTeacher = Union[StaticTeacher, StaticTeachers]
 
 
 def _per_channel(values: torch.Tensor, channels: int) -> torch.Tensor:

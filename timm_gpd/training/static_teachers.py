@@ -43,6 +43,7 @@ def read_static_teachers(args: argparse.Namespace) -> List[StaticTeacherConfig]:
             class_map=_read_class_map(of_each['kd_class_map'][index]),
             device=_read_device(of_each['kd_device'][index]),
             dtype=_read_dtype(of_each['kd_dtype'][index]),
+            cache=args.kd_cache,
         )
         for index, name in enumerate(names)
     ]

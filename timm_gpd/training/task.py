@@ -15,7 +15,7 @@ from ..errors import UsageError, usage_errors
 from ..task import DistillationTask, GapPreservingTask
 from ..task.gap_control import GapControl, GapTarget, Switch
 from ..task.gpd_loss import OF_ONE_LOGIT, GpdLoss
-from ..task.static_teacher import AnyStaticTeacher
+from ..task.stored_teacher import AnyStaticTeacher
 from .criterion import create_criterion
 from .static_teachers import read_static_teachers
 from .student import recorded_classes

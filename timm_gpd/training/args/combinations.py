@@ -48,6 +48,7 @@ _ONLY_WITH = {
         'kd_class_map',
         'kd_dtype',
         'kd_device',
+        'kd_cache',
         'kd_distill_type',
         'kd_token_distill_type',
         'kd_student_feature_dim',
@@ -81,6 +82,8 @@ _IDLE_OF_GLYPHS = (
     'aa',
     'train_interpolation',
 )
+# Data sets that are read as a stream.
+_STREAMS = ('hfids', 'tfds', 'wds')
 # Arguments of a model that have flags of their own.
 _OF_FLAGS = {
     'num_classes': '--num-classes',
@@ -134,6 +137,13 @@ def check_train_combinations(values: Mapping[str, Any], parser: argparse.Argumen
                 f'{", ".join(flag_of(name) for name in idle)} does nothing with --dataset glyphs, whose augmentation '
                 'is its own'
             )
+    is_stream = values['dataset'].partition('/')[0].lower() in _STREAMS
+    if values['kd_cache'] and is_stream and (not values['no_aug'] or _mixes(values)):
+        raise UsageError(
+            f'--kd-cache finds an image that looks as it did before, and those of the stream {values["dataset"]} are '
+            'augmented and mixed by random numbers that nothing records: add --no-aug and leave out --mixup and '
+            '--cutmix, or take a data set that is no stream'
+        )
     metrics = _metrics(values)
     if values['eval_metric'] not in metrics:
         raise UsageError(f'--eval-metric {values["eval_metric"]} is unknown: this run has {", ".join(metrics)}')
@@ -200,13 +210,16 @@ def _check_images(values: Mapping[str, Any]) -> None:
 
 
 def _check_batches(values: Mapping[str, Any]) -> None:
-    mixed = values['mixup'] > 0 or values['cutmix'] > 0 or values['cutmix_minmax'] is not None
     odd = [size for size in values['train_batch_sizes'] or [values['batch_size']] if size % 2]
-    if mixed and odd:
+    if _mixes(values) and odd:
         raise UsageError(f'--mixup and --cutmix mix pairs of images, and a batch of {odd[0]} is odd: set --batch-size')
     for low, high in (values['scale'], values['ratio']):
         if low > high:
             raise UsageError(f'--scale and --ratio go from low to high, but {low:g} is above {high:g}')
+
+
+def _mixes(values: Mapping[str, Any]) -> bool:
+    return values['mixup'] > 0 or values['cutmix'] > 0 or values['cutmix_minmax'] is not None
 
 
 def _check_schedule(values: Mapping[str, Any]) -> None:

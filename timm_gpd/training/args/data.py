@@ -61,7 +61,7 @@ def add_data(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
         type=int,
         default=300,
         metavar='N',
-        help='digits: training images, stratified and chosen by --seed; the rest validate',
+        help='digits: training images, stratified and chosen by --seed',
     )
     return group
 

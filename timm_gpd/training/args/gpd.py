@@ -121,6 +121,12 @@ def add_static_teacher(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--kd-dtype', default=None, metavar='DTYPE', help="its dtype, if not the student's: bfloat16")
     group.add_argument('--kd-device', default=None, metavar='DEVICE', help='where it runs, if not on --device')
     group.add_argument(
+        '--kd-cache',
+        default=None,
+        metavar='DIR',
+        help='store its outputs there, and read those that are there: a later run needs no forward pass of it',
+    )
+    group.add_argument(
         '--kd-distill-type',
         default='logit',
         metavar='NAMES',

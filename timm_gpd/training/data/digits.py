@@ -15,13 +15,16 @@ NUM_CLASSES = 10
 
 
 def write_digits(data_dir: str, train_size: int, seed: int) -> str:
-    """Writes the digits once as ``<data_dir>/digits-<train_size>-<seed>/{train,validation}/<class>/<index>.png``.
+    """Writes the digits once as ``<data_dir>/digits-<train_size>-<seed>/<split>/<class>/<index>.png``.
 
-    The 1,797 grayscale images of 8x8 pixels come from UCI's "Optical Recognition of Handwritten Digits" test set.
+    The 1,797 grayscale images of 8x8 pixels come from UCI's "Optical Recognition of Handwritten Digits" test set. Half
+    of them are the split ``test``, the same for every seed and size: what is tuned on ``validation`` of any draw has
+    not seen them.
 
     Args:
         data_dir: folder that the image folder goes into.
-        train_size: training images, stratified over the ten classes; the rest are for validation.
+        train_size: images of the split ``train``, stratified over the ten classes; the others of its half are
+            ``validation``.
         seed: seed that chooses them.
 
     Returns:
@@ -44,20 +47,20 @@ def write_digits(data_dir: str, train_size: int, seed: int) -> str:
     from PIL import Image
 
     digits = load_digits()
-    count = len(digits.target)
-    if not NUM_CLASSES <= train_size <= count - NUM_CLASSES:
-        raise UsageError(
-            f'--digits-train-size must be between {NUM_CLASSES} and {count - NUM_CLASSES}, but is {train_size}'
-        )
+    everything = np.arange(len(digits.target))
+    others, test = train_test_split(everything, test_size=0.5, stratify=digits.target, random_state=0)
+    most = len(others) - NUM_CLASSES
+    if not NUM_CLASSES <= train_size <= most:
+        raise UsageError(f'--digits-train-size must be between {NUM_CLASSES} and {most}, but is {train_size}')
     train, validation = train_test_split(
-        np.arange(count), train_size=train_size, stratify=digits.target, random_state=seed
+        others, train_size=train_size, stratify=digits.target[others], random_state=seed
     )
     try:
         os.makedirs(data_dir, exist_ok=True)
         partial = tempfile.mkdtemp(prefix='.digits-', dir=data_dir)
     except OSError as error:
         raise UsageError(f'cannot write the digits to {data_dir}: {error.strerror}; choose another --data-dir')
-    for split, indices in (('train', train), ('validation', validation)):
+    for split, indices in (('train', train), ('validation', validation), ('test', test)):
         for index in indices:
             class_dir = os.path.join(partial, split, str(digits.target[index]))
             os.makedirs(class_dir, exist_ok=True)

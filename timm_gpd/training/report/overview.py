@@ -10,6 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ...task import GapPreservingTask
+from ...task.stored_teacher import stored_teachers
 from ...teacher.functional import call_with_parameters
 from ..student import InputConfig
 from ..task import get_validation_models
@@ -85,7 +86,8 @@ def measure_models(task: TrainingTask, input_config: InputConfig) -> Dict[str, M
         sizes[f'ratio {ratio}'] = ModelSize(count, count_macs(view, image), share)
     static: Optional[nn.Module] = getattr(task, 'teacher', None)  # as timm's distillation tasks call it
     if static is not None:
-        sizes['static teacher'] = ModelSize(_count(static), count_macs(static, image))
+        # One with a store computes only what is not there, which nobody knows before.
+        sizes['static teacher'] = ModelSize(_count(static), 0 if stored_teachers(static) else count_macs(static, image))
     return sizes
 
 
