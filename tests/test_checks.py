@@ -177,6 +177,9 @@ def test_optimizers_by_the_names_that_timm_reads(name):
         ('--gpd --gpd-method netaug --gpd-ratio 1', '--gpd-method netaug trains wider models than the student: raise'),
         ('--gpd --gpd-method netaug --kd-model-name resnet18', '--gpd-method netaug distils nothing'),
         ('--gpd --gpd-method sandwich --gpd-ratio 3 --torchcompile', 'runs ratios between 1 and --gpd-ratio 3 uncomp'),
+        ('--gpd --clip-grad 5 --clip-mode own-norm --gpd-branches 2', 'own-norm goes with one branch'),
+        ('--gpd --clip-grad 5 --clip-mode own-norm --torchcompile', 'own-norm needs the student'),
+        ('--gpd --clip-grad 5 --clip-mode own-norm --amp', 'own-norm does not go with the scaled gradients'),
         ('--task multilabel --eval-metric top1', 'this run has loss, map, micro_f1, macro_f1, sample_f1'),
     ],
 )
@@ -205,6 +208,7 @@ def test_what_does_not_go_together_in_validation(flags, message, tmp_path):
         ('--epochs 3', '--warmup-epochs 5 of --epochs 3: the learning rate never reaches its value'),
         ('--gpd-ratio 4', '--gpd-ratio does nothing without --gpd'),
         ('--gpd-method netaug', '--gpd-method does nothing without --gpd'),
+        ('--clip-mode own-norm', '--clip-mode does nothing without --clip-grad'),
         ('--gpd-switch', '--gpd-switch does nothing without --gpd'),
         ('--gpd --gpd-gap-scales distillation', '--gpd-gap-scales does nothing without --gpd-gap-target'),
         ('--gpd --gpd-between 1', '--gpd-between does nothing with --gpd-method joint'),

@@ -15,9 +15,11 @@ from torch.distributed.tensor import DTensor
 from conftest import TINY_RESNET
 from timm_gpd import DistillationTask, GapPreservingTask
 from timm_gpd.task.gap_control import GapTarget, Switch
+from timm_gpd.task.own_norms import OwnNorms
 
 STEPS = 2
 APART = 0.3  # standard deviation
+LIMIT = 0.1
 # Neither batch norm nor relations between images: all losses are means over images.
 TASKS = {
     'gpd': lambda: GapPreservingTask(make_student(), num_branches=3, noise=0.1, verbose=False),
@@ -32,6 +34,7 @@ TASKS = {
     },
     'switch': lambda: make_apart(Switch()),
     'gap target': lambda: make_apart(GapTarget(0.5, 'distillation')),
+    'own norms': lambda: make_clipped(),
     'static': lambda: DistillationTask(make_student(), make_static_teacher(), distill_type='kd,dkd', verbose=False),
 }
 # Batch norm and centres of classes: each process has a batch of its own, and gradients are still shared.
@@ -68,6 +71,13 @@ def make_apart(gap_control):
     return task
 
 
+def make_clipped():
+    """A task whose two gradients are clipped by their own norms, which bind."""
+    task = GapPreservingTask(make_student(), scale='balanced', noise=0.1, verbose=False)
+    task.clip = OwnNorms(task)
+    return task
+
+
 def make_task(name):
     torch.manual_seed(0)
     if name not in (WITH_STATE, PAUSED):
@@ -98,6 +108,8 @@ def train(task: TrainingTask, part: slice):
         target = torch.randint(10, (8,), generator=generator)
         optimizer.zero_grad()
         task(x[part], target[part])['loss'].backward()
+        if hasattr(task, 'clip'):
+            task.clip(LIMIT)
         gradients.append(
             {
                 name.removeprefix('module.'): whole(parameter.grad).clone()

@@ -184,6 +184,22 @@ def test_a_ratio_between_leaves_no_trace(monkeypatch):
     assert not torch.equal(teacher.state_dict()['wide.bn1.running_mean'], before['wide.bn1.running_mean'])
 
 
+@pytest.mark.parametrize('k, inside', [(1, 'student'), (2, 'wide')])
+def test_a_view_has_the_mode_of_the_model_that_it_runs(k, inside, monkeypatch):
+    """Whichever of the two is set, and when."""
+    teacher = trained_teacher(monkeypatch)
+    view, model = teacher.at_ratio(k), getattr(teacher, inside)
+    x = torch.randn(4, 1, 32, 32, dtype=torch.float64)
+    for set_mode in (teacher.eval, teacher.train, view.eval, view.train, lambda: teacher.train(False)):
+        set_mode()
+        assert view.training is model.training is model.bn1.training is teacher.at_ratio(k).training
+        alone = torch.allclose(view(x)[:2], view(x[:2]), rtol=1e-9)
+        assert alone is not view.training, 'a batch is normalised by itself in training mode only'
+    copied = copy.deepcopy(view)
+    copied.train()
+    assert copied.training and not view.training
+
+
 def test_gradient_checkpointing_recomputes_the_ratio_that_ran(monkeypatch):
     teacher = trained_teacher(monkeypatch)
     x = torch.randn(4, 1, 32, 32, dtype=torch.float64)

@@ -18,6 +18,7 @@ from ..teacher.functional import call_with_parameters
 from .gap_control import Switch
 from .step_loss import StepLoss
 from .stored_teacher import AnyStaticTeacher
+from .student_gradients import StudentGradients
 
 __all__ = ['JointLearners', 'Learners', 'StudentLearner', 'example_batch']
 
@@ -107,6 +108,12 @@ class JointLearners(Learners):
         }
         super().__init__(dynamic_teacher, taps, step_loss)
         self.knows_all_sources = True
+        self.student_gradients: Optional[StudentGradients] = None
+
+    def take_down_student_gradients(self) -> StudentGradients:
+        """From now on the student's gradients are taken down apart from the teacher's, into what is returned."""
+        self.student_gradients = StudentGradients()
+        return self.student_gradients
 
     def run(self, x: torch.Tensor) -> Dict[str, ModelOutput]:
         student, teacher = self.model.joint(x, *self._runs())
@@ -148,7 +155,14 @@ class JointLearners(Learners):
 
         Args:
             x: example images, shape (B, in_chans, H, W).
+
+        Raises:
+            InputError: if a compiler could not follow them.
         """
+        if self.student_gradients is not None:
+            raise InputError(
+                "a compiler keeps none of the student's gradients, by whose norm it is clipped: leave out compile()"
+            )
         with evaluation_mode(self.model), torch.enable_grad():
             logits = self.run(x)['dynamic_teacher'].logits
         self.knows_all_sources = not reaches_others(logits, self.model.parameters())
@@ -185,7 +199,12 @@ class JointLearners(Learners):
 
     def _runs(self) -> List[ModelRun]:
         """Student and dynamic teacher through their taps, as functions of parameters."""
-        return [partial(_run_tapped, self.taps[learner]) for learner in ('student', 'dynamic_teacher')]
+        return [self._run_student, partial(_run_tapped, self.taps['dynamic_teacher'])]
+
+    def _run_student(self, parameters: Mapping[str, torch.Tensor], x: torch.Tensor) -> ModelOutput:
+        if self.student_gradients is not None:
+            parameters = self.student_gradients.watch(parameters)
+        return _run_tapped(self.taps['student'], parameters, x)
 
 
 def _run_tapped(tap: Tap, parameters: Mapping[str, torch.Tensor], x: torch.Tensor) -> ModelOutput:

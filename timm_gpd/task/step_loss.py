@@ -78,6 +78,10 @@ class StepLoss(nn.Module):
         """
         if isinstance(self.criterion, nn.Module):
             yield from self.criterion.parameters()
+        yield from self.distillers_of(learner)
+
+    def distillers_of(self, learner: str) -> Iterator[nn.Parameter]:
+        """What one learner's losses from the static teacher learn with."""
         if learner in self.distillers:
             yield from self.distillers[learner].parameters()
 

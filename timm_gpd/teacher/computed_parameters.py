@@ -1,6 +1,6 @@
 """What student and dynamic teacher run on, computed from the tensors that are stored."""
 
-from typing import Dict, Mapping, Tuple
+from typing import Dict, Mapping, NamedTuple, Tuple
 
 import torch
 import torch.nn as nn
@@ -13,7 +13,21 @@ from .gradient_shares import scale_gradients_of_first_replicas
 from .parameter_layout import ParameterLayout
 from .shared_tensors import SharedTensors, multiply_first_replicas
 
-__all__ = ['ComputedParameters']
+__all__ = ['ComputedParameters', 'GradientScales']
+
+
+class GradientScales(NamedTuple):
+    """What gradients are multiplied by on their way into a stored tensor.
+
+    Attributes:
+        teacher: those of the dynamic teacher's weights.
+        first: those of its first replicas, besides.
+        student: those of the student's weights.
+    """
+
+    teacher: float
+    first: float
+    student: float
 
 
 class ComputedParameters(nn.Module):
@@ -117,6 +131,22 @@ class ComputedParameters(nn.Module):
             for name, tensor_map in maps.items()
         }
         return scale_gradients_of_first_replicas(teacher, maps, factors)
+
+    def gradient_scales(self, name: str) -> GradientScales:
+        """What gradients of the two models' weights are multiplied by to be those of a stored tensor, without branches.
+
+        Args:
+            name: the tensor's, the first of the student's names.
+
+        Returns:
+            The numbers; ``share_weight``, which is besides, is left out.
+        """
+        divisor = self.plan.tensors[name].divisor if name in self.plan.tensors else 1
+        return {
+            'student': GradientScales(1 / divisor, 1, 1),
+            'teacher': GradientScales(1, 1, divisor),
+            'balanced': GradientScales(1, divisor, 1),
+        }[self.scale]
 
     def teacher_parameters(
         self,

@@ -17,7 +17,7 @@ from .computed_parameters import ComputedParameters
 from .functional import call_with_parameters, memory_format_of
 from .parameter_layout import ParameterLayout
 from .shared_tensors import SharedTensors, refuse_shards
-from .student_view import StudentView
+from .student_view import StudentView, View
 
 __all__ = ['NestedRatios', 'NestedTensors', 'RatioView']
 
@@ -121,7 +121,7 @@ def _in_order_of(tensor: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
     return part.contiguous(memory_format=memory_format_of(tensor)) if is_kernel else part
 
 
-class RatioView(nn.Module):
+class RatioView(View):
     """A teacher of a ratio between 1 and r inside a dynamic teacher, always up to date. It owns nothing.
 
     Its running statistics are no statistics of its own. In training mode it normalises by its batches, and what a layer
@@ -135,10 +135,8 @@ class RatioView(nn.Module):
     """
 
     def __init__(self, dynamic_teacher: Any, tensors: NestedTensors) -> None:
-        super().__init__()
-        object.__setattr__(self, 'dynamic_teacher', dynamic_teacher)  # a reference, not a submodule
+        super().__init__(dynamic_teacher, 'wide')
         self.tensors = tensors
-        self.training = dynamic_teacher.wide.training
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Logits, shape (B, num_classes), of images of shape (B, in_chans, H, W). Differentiable to stored tensors."""
@@ -176,10 +174,6 @@ class RatioView(nn.Module):
         """
         wide = self.dynamic_teacher.wide
         return call_with_parameters(wide, {**parameters, **self.tensors.buffers(wide)}, x, self.tensors.attributes)
-
-    def train(self, mode: bool = True) -> 'RatioView':
-        self.dynamic_teacher.wide.train(mode)
-        return super().train(mode)
 
 
 class NestedRatios(ComputedParameters):

@@ -5,25 +5,47 @@ from typing import Any, Dict
 import torch
 import torch.nn as nn
 
-__all__ = ['StudentView']
+__all__ = ['StudentView', 'View']
 
 
-class StudentView(nn.Module):
+class View(nn.Module):
+    """What runs a model inside a dynamic teacher and owns nothing. Its mode is that model's: to set one sets both.
+
+    Args:
+        dynamic_teacher: a :class:`DynamicTeacher`.
+        runs: name of the model in it, ``'student'`` or ``'wide'``.
+    """
+
+    dynamic_teacher: Any
+
+    def __init__(self, dynamic_teacher: nn.Module, runs: str) -> None:
+        super().__init__()
+        object.__setattr__(self, 'dynamic_teacher', dynamic_teacher)  # a reference, not a submodule
+        self.runs = runs
+
+    @property
+    def training(self) -> bool:
+        """Whether the model that it runs trains."""
+        return getattr(self.dynamic_teacher, self.runs).training
+
+    @training.setter
+    def training(self, mode: bool) -> None:
+        if hasattr(self, 'runs'):  # not yet where nn.Module begins with a mode
+            getattr(self.dynamic_teacher, self.runs).train(mode)
+
+
+class StudentView(View):
     """The student inside a dynamic teacher, as a model of its own that is always up to date.
 
     ``forward`` gives the student's logits, ``state_dict`` a plain student's, and ``load_state_dict`` expands one into
     the dynamic teacher. It owns nothing.
 
     Args:
-        dynamic_teacher: a :class:`DynamicTeacher`; the mode of the student in it is the view's.
+        dynamic_teacher: a :class:`DynamicTeacher`; the mode of its student is the view's.
     """
 
-    dynamic_teacher: Any
-
     def __init__(self, dynamic_teacher: nn.Module) -> None:
-        super().__init__()
-        object.__setattr__(self, 'dynamic_teacher', dynamic_teacher)  # a reference, not a submodule
-        self.training = self.dynamic_teacher.student.training
+        super().__init__(dynamic_teacher, 'student')
         # As a part of a task its state comes with the dynamic teacher's.
         self.register_load_state_dict_pre_hook(_take_out)
 
@@ -37,10 +59,6 @@ class StudentView(nn.Module):
             Its logits, shape (B, num_classes).
         """
         return self.dynamic_teacher.forward_student(x)
-
-    def train(self, mode: bool = True) -> 'StudentView':
-        self.dynamic_teacher.student.train(mode)
-        return super().train(mode)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Dict[str, torch.Tensor]:
         """A plain student's ``state_dict``.

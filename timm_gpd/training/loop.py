@@ -14,6 +14,8 @@ from timm.task import TrainingTask
 from timm.utils import dispatch_clip_grad
 
 from ..errors import UsageError
+from ..task import GapPreservingTask
+from ..task.own_norms import OwnNorms
 from .checkpoints import Checkpoints, Position
 from .compute import Compute
 from .data.replay import ReplayedLoader
@@ -37,7 +39,8 @@ class LoopSettings:
     Attributes:
         grad_accum_steps: batches of an update.
         clip_grad: limit that gradients are clipped to, None for none.
-        clip_mode: what is limited: ``'norm'``, ``'value'``, or ``'agc'``, the norm relative to the weights'.
+        clip_mode: what is limited: ``'norm'``, ``'value'``, ``'agc'``, the norm relative to the weights', or
+            ``'own-norm'``, that of student and dynamic teacher each.
         mixup_off_epoch: epoch from which on batches are not mixed, 0 for never.
         recovery_interval: updates between recovery checkpoints, 0 for none.
         on_nan: what follows a loss or gradient that is NaN or infinite, see ``POLICIES`` of ``non_finite``.
@@ -113,6 +116,10 @@ class TrainingLoop:
     def train_from_now_on(self, task: TrainingTask, optimizer: torch.optim.Optimizer, lr_scheduler: Any) -> None:
         """Takes another task, with its optimizer and schedule, between two epochs."""
         self.task, self.optimizer, self.lr_scheduler = task, optimizer, lr_scheduler
+        self.clip_mode, self.own_norms = self.settings.clip_mode, None
+        if self.clip_mode == 'own-norm' and self.settings.clip_grad is not None:
+            self.clip_mode = 'norm'  # of a student alone that is the same
+            self.own_norms = OwnNorms(task) if isinstance(task, GapPreservingTask) else None
 
     def train_epoch(self, position: Position) -> Dict[str, float]:
         """Trains an epoch from a position on, which moves with it, to behind its last batch.
@@ -170,6 +177,8 @@ class TrainingLoop:
             else:
                 raise NonFiniteError(self._name_non_finite(update_terms, epoch, update))
             self.optimizer.zero_grad()
+            if self.own_norms is not None:
+                self.own_norms.forget()
             if self.settings.synchronize_step and self.compute.device.type != 'cpu':
                 torch.accelerator.synchronize(self.compute.device)
             if self.image_log is not None:
@@ -208,7 +217,7 @@ class TrainingLoop:
         Returns:
             Whether all is finite; the same in all processes.
         """
-        limit, mode = self.settings.clip_grad, self.settings.clip_mode
+        limit, mode = self.settings.clip_grad, self.clip_mode
         clipped = None if limit is None else self.task.get_clip_parameters(exclude_head='agc' in mode)
         if self.compute.loss_scaler is not None:
             # It expects gradients to overflow, and skips such updates itself; that leaves the losses.
@@ -225,7 +234,9 @@ class TrainingLoop:
         trained = self.task.get_trainable_module()
         if not are_finite(parameter.grad for parameter in trained.parameters() if parameter.grad is not None):
             return False
-        if limit is not None:
+        if self.own_norms is not None:
+            self.own_norms(limit)
+        elif limit is not None:
             dispatch_clip_grad(clipped, value=limit, mode=mode)
         self.optimizer.step()
         return True

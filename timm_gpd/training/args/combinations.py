@@ -58,6 +58,7 @@ _ONLY_WITH = {
         'task_loss_weight',
         'kd_temperature',
     ),
+    'clip_grad': ('clip_mode',),
     'model_ema': ('model_ema_decay', 'model_ema_warmup', 'model_ema_force_cpu'),
     'amp': ('amp_dtype',),
     'torchcompile': ('torchcompile_mode',),
@@ -126,6 +127,7 @@ def check_train_combinations(values: Mapping[str, Any], parser: argparse.Argumen
     if values['gpd_scale'] == 'balanced' and values['gpd_branches'] > 1:
         raise UsageError('--gpd-scale balanced goes with one branch: leave out --gpd-branches, or take another scale')
     if values['gpd']:
+        _check_own_norms(values)
         _check_method(values, parser)
         _check_gap_control(values)
     if values['dataset'] == 'glyphs':
@@ -262,6 +264,25 @@ def _check_method(values: Mapping[str, Any], parser: argparse.ArgumentParser) ->
         )
     if ratio == 2 and method == 'sandwich':
         _logger.warning('--gpd-method sandwich is --gpd-method joint where --gpd-ratio is 2: no ratio is between')
+
+
+def _check_own_norms(values: Mapping[str, Any]) -> None:
+    if values['clip_mode'] != 'own-norm' or values['clip_grad'] is None:
+        return
+    if values['gpd_branches'] > 1:
+        raise UsageError(
+            '--clip-mode own-norm goes with one branch, as several are no weights of a model that trains plainly: '
+            'leave out --gpd-branches, or take norm'
+        )
+    if values['torchcompile']:
+        raise UsageError(
+            "--clip-mode own-norm needs the student's gradients apart, which a compiler does not keep: leave out "
+            '--torchcompile, or take norm'
+        )
+    if values['amp'] and values['amp_dtype'] == 'float16':
+        raise UsageError(
+            '--clip-mode own-norm does not go with the scaled gradients of float16: take --amp-dtype bfloat16, or norm'
+        )
 
 
 def _check_gap_control(values: Mapping[str, Any]) -> None:

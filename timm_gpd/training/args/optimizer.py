@@ -18,7 +18,12 @@ def add_optimizer(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--momentum', type=float, default=0.9, help='its momentum')
     group.add_argument('--weight-decay', type=float, default=2e-5, help='weight decay')
     group.add_argument('--clip-grad', type=float, default=None, metavar='NORM', help='gradient clipping')
-    group.add_argument('--clip-mode', default='norm', choices=['norm', 'value', 'agc'], help='what is clipped')
+    group.add_argument(
+        '--clip-mode',
+        default='norm',
+        choices=['norm', 'value', 'agc', 'own-norm'],
+        help='what is clipped; "own-norm" is the norm of student and dynamic teacher each',
+    )
     group.add_argument('--layer-decay', type=float, default=None, help='layer-wise learning rate decay')
     group.add_argument('--layer-decay-min-scale', type=float, default=0, help='lower bound of its factors')
     group.add_argument(
