@@ -25,7 +25,7 @@ from timm_gpd.distillers.feature_tap import Tap, stage_indices
 from timm_gpd.losses import ofa_loss
 
 CLASSES = 5
-ALL = 'kd,feature,dkd,reviewkd,dist,ofa,nd,rkd,at'
+ALL = 'kd,feature,dkd,reviewkd,dist,ofa,nd,rkd,at,embed'
 BOTH = {'stages': 'reviewkd', 'embedding': 'nd'}
 
 

@@ -12,7 +12,7 @@ FACES = [
     *(f'timm_gpd.{room}' for room in ('rules', 'losses', 'distillers', 'task', 'task.gap_control', 'teacher')),
     *(
         f'timm_gpd.{room}'
-        for room in ('models.releases', 'models.weights', 'student_folder', 'hub', 'coverage', 'data.glyphs')
+        for room in ('models.releases', 'models.weights', 'student_folder', 'hub', 'coverage', 'rank', 'data.glyphs')
     ),
 ]
 

@@ -35,9 +35,10 @@ MAY_IMPORT = {
     'models': TEACHER,
     'student_folder': set(),
     'data': set(),
-    '': TASK | {'models'},
+    '': TASK | {'models', 'rank'},
     'training': TRAINING,
     'hub': TRAINING,
+    'rank': TRAINING,
     'train': TRAINING,
     'validate': TRAINING,
 }

@@ -41,6 +41,7 @@ FACES = {
         'expand',
         'hand_over',
         'plan_expansion',
+        'rank_students',
         'register_rule',
     ],
     'timm_gpd.rules': ['Rule', 'find_rule', 'register_rule'],
@@ -70,6 +71,7 @@ FACES = {
         'tap_teacher',
     ],
     'timm_gpd.task': ['DistillationTask', 'GapPreservingTask', 'StaticTeacherConfig', 'hand_over'],
+    'timm_gpd.rank': ['RankedStudent', 'Similarity', 'compare_networks', 'rank_students'],
     'timm_gpd.hub': ['convert', 'main', 'pull', 'push'],
     'timm_gpd.coverage': ['main'],
 }

@@ -4,6 +4,7 @@ from . import models
 from .errors import UnsupportedModelError
 from .expansion import plan_expansion
 from .plan import ExpansionPlan
+from .rank import rank_students
 from .rules import Rule, register_rule
 from .task import DistillationTask, GapPreservingTask, StaticTeacherConfig, hand_over
 from .teacher import DynamicTeacher, expand
@@ -19,5 +20,6 @@ __all__ = [
     'expand',
     'hand_over',
     'plan_expansion',
+    'rank_students',
     'register_rule',
 ]

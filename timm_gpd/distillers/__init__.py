@@ -18,7 +18,7 @@ import torch.nn as nn
 from ..errors import InputError
 from ..losses.hyperparameters import check_hyperparameter
 from .base import Distiller
-from .embedding import ND, RSD, Feature
+from .embedding import ND, RSD, Embed, Feature
 from .feature_tap import ModelOutput, Tap, evaluation_mode, example_output
 from .ofa import OFA
 from .plain import AT, DIST, DKD, KD, NKD, RKD, RLD, WTTM
@@ -56,6 +56,7 @@ DISTILLERS: Dict[str, Type[Distiller]] = {
     'nd': ND,
     'rsd': RSD,
     'rkd': RKD,
+    'embed': Embed,
     'at': AT,
     'token': Token,
 }

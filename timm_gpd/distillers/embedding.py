@@ -7,12 +7,12 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
-from ..losses import nd_loss, rsd_loss, target_classes
+from ..losses import embed_loss, nd_loss, rsd_loss, target_classes
 from ..losses.hyperparameters import loss_defaults
 from .base import Distiller
 from .feature_tap import ModelOutput
 
-__all__ = ['ND', 'RSD', 'Feature']
+__all__ = ['ND', 'RSD', 'Embed', 'Feature']
 
 
 class Feature(Distiller):
@@ -27,6 +27,19 @@ class Feature(Distiller):
 
     def forward(self, learner: ModelOutput, teacher: ModelOutput, target: torch.Tensor) -> torch.Tensor:
         return F.mse_loss(self.projection(learner.embedding), teacher.embedding.detach())
+
+
+class Embed(Feature):
+    """Places and distances of embeddings, :func:`timm_gpd.losses.embed_loss`.
+
+    ``reuse_classifier`` is read by the task, see :func:`timm_gpd.task.reused_classifier.with_reused_classifier`.
+    """
+
+    defaults = {**loss_defaults(embed_loss), 'reuse_classifier': False}
+
+    def forward(self, learner: ModelOutput, teacher: ModelOutput, target: torch.Tensor) -> torch.Tensor:
+        distance_weight = self.hyperparameters['distance_weight']
+        return embed_loss(self.projection(learner.embedding), teacher.embedding, distance_weight)
 
 
 class ND(Distiller):

@@ -5,7 +5,7 @@ them. DKD, NKD, RLD and OFA single out one target class: for them probabilities 
 in the code published with OFA-KD for DKD and OFA.
 """
 
-from .embeddings import nd_loss, rkd_loss, rsd_loss
+from .embeddings import embed_loss, nd_loss, rkd_loss, rsd_loss
 from .feature_maps import at_loss, hcl_loss
 from .finite import check_finite
 from .from_dynamic_teacher import GPD_LOSSES, needs_target
@@ -28,6 +28,7 @@ __all__ = [
     'check_finite',
     'dist_loss',
     'dkd_loss',
+    'embed_loss',
     'hcl_loss',
     'kd_loss',
     'nd_loss',

@@ -6,7 +6,43 @@ import torch.nn.functional as F
 from .precision import in_whole_precision
 from .targets import are_indices
 
-__all__ = ['nd_loss', 'rkd_loss', 'rsd_loss']
+__all__ = ['embed_loss', 'nd_loss', 'rkd_loss', 'rsd_loss']
+
+
+def embed_loss(
+    student_embedding: torch.Tensor,
+    teacher_embedding: torch.Tensor,
+    distance_weight: float = 1.0,
+) -> torch.Tensor:
+    """Embeddings where the teacher's are, and as far from each other, after EmbedDistill (arXiv 2301.12005).
+
+    With s and t the embeddings of student and teacher, the mean over images of ``|s_i - t_i|``, which is the paper's,
+    and ``distance_weight`` times the mean over pairs of ``| |s_i - s_j| - |t_i - t_j| |``. Norms are Euclidean and not
+    squared. The second part is at most twice the first, and does not change as all embeddings are moved or turned.
+
+    Args:
+        student_embedding: shape (B, D), projected to the teacher's width.
+        teacher_embedding: shape (B, D). Gradients do not flow into it.
+        distance_weight: weight of the part that compares distances.
+
+    Returns:
+        A scalar of at least 0.
+
+    Raises:
+        ValueError: if widths differ, or there is only one image, which has no distance.
+    """
+    if student_embedding.shape[-1] != teacher_embedding.shape[-1]:
+        raise ValueError(
+            f'embed_loss compares embeddings of one width, but they have {student_embedding.shape[-1]} (student) and '
+            f"{teacher_embedding.shape[-1]} (teacher): project the student's"
+        )
+    if len(student_embedding) < 2:
+        raise ValueError('embed_loss compares the distances of a batch: give it at least 2')
+    with torch.autocast(student_embedding.device.type, enabled=False):
+        student, teacher = (in_whole_precision(e) for e in (student_embedding, teacher_embedding.detach()))
+        places = torch.linalg.vector_norm(student - teacher, dim=-1).mean()
+        gaps = (_distances(student) - _distances(teacher)).abs().sum() / (len(student) * (len(student) - 1))
+    return places + distance_weight * gaps
 
 
 def nd_loss(
@@ -122,8 +158,13 @@ def _normalise_over_batch(features: torch.Tensor) -> torch.Tensor:
 
 def _relative_distances(embedding: torch.Tensor) -> torch.Tensor:
     """Euclidean distances of all pairs, shape (B, B), in units of the mean of those that are not 0."""
-    distances = torch.cdist(embedding, embedding, compute_mode='donot_use_mm_for_euclid_dist')
+    distances = _distances(embedding)
     return distances * (distances > 0).sum() / distances.sum()
+
+
+def _distances(embedding: torch.Tensor) -> torch.Tensor:
+    """Euclidean distances of all pairs, shape (B, B)."""
+    return torch.cdist(embedding, embedding, compute_mode='donot_use_mm_for_euclid_dist')
 
 
 def _angles(embedding: torch.Tensor) -> torch.Tensor:

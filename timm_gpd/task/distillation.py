@@ -13,6 +13,7 @@ from ..expansion.student import unwrap_student
 from .base import BaseTask
 from .given_teacher import GivenTeacher, count_static_teachers, create_static_teacher
 from .learners import Learners, StudentLearner, example_batch
+from .reused_classifier import with_reused_classifier
 from .step_loss import StepLoss, loss_weights
 
 __all__ = ['DistillationTask']
@@ -77,6 +78,7 @@ class DistillationTask(BaseTask):
         self.task_loss_weight, self.distill_loss_weight = loss_weights(task_loss_weight, distill_loss_weight)
         self.criterion = criterion if criterion is not None else nn.CrossEntropyLoss()
         self.static_teacher = create_static_teacher(static_teacher, student, settings, self.device, self.dtype)
+        with_reused_classifier(student, self.static_teacher, settings, in_place=True)
         shape = accepted_input_shape(student) or input_shape(student)
         example = example_batch(student, self.static_teacher, settings, shape, student_feature_dim, teacher_feature_dim)
         self.trainable_module = StudentLearner(

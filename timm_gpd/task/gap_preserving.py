@@ -18,6 +18,7 @@ from .given_teacher import GivenTeacher, count_static_teachers, create_static_te
 from .gpd_loss import GpdLoss, WeightSchedule
 from .learners import example_batch
 from .nested import create_learners, draw_ratios_for
+from .reused_classifier import with_reused_classifier
 from .step_loss import StepLoss, loss_weights
 
 __all__ = ['GapPreservingTask']
@@ -138,6 +139,7 @@ class GapPreservingTask(BaseTask):
         self.static_teacher = None
         if static_teacher is not None:
             self.static_teacher = create_static_teacher(static_teacher, student, distillers, self.device, self.dtype)
+            student = with_reused_classifier(student, self.static_teacher, distillers, in_place=False)
         if noise is None and self.ratios is not None:
             noise = 0.0  # ratios between start exact without it, and tell replicas apart themselves
         dynamic_teacher = expand(student, ratio, num_branches, noise, scale, branches, classifier)
@@ -147,10 +149,8 @@ class GapPreservingTask(BaseTask):
             self.trainable_module = create_learners(method, dynamic_teacher, {}, step_loss, self.gpd_loss)
         else:
             self.settings['distillers'] = distillers
-            shape = dynamic_teacher.plan.input_shape
-            example = example_batch(
-                student, self.static_teacher, distillers, shape, student_feature_dim, teacher_feature_dim
-            )
+            shape, widths = dynamic_teacher.plan.input_shape, (student_feature_dim, teacher_feature_dim)
+            example = example_batch(student, self.static_teacher, distillers, shape, *widths)
             self.trainable_module = create_learners(method, dynamic_teacher, distillers, step_loss, self.gpd_loss)
             self.trainable_module.add_distillers(distillers, *example)
         self.eval_model = StudentView(dynamic_teacher)

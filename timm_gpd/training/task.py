@@ -24,7 +24,7 @@ __all__ = ['check_task', 'create_task', 'get_student', 'get_validation_models']
 
 # Losses that ask nothing of classes: the others compare probabilities of which only one class can be right.
 MULTILABEL_GPD_LOSSES = OF_ONE_LOGIT
-MULTILABEL_DISTILLERS = ('feature', 'reviewkd', 'rkd', 'at')
+MULTILABEL_DISTILLERS = ('feature', 'embed', 'reviewkd', 'rkd', 'at')
 
 
 def check_task(args: argparse.Namespace) -> None:
