@@ -146,6 +146,11 @@ class TestReusedClassifier:
         if kind is GapPreservingTask:
             assert torch.equal(student.fc.weight, own) and student.fc.weight.requires_grad  # which stays as it was
 
+    def test_of_a_teacher_whose_outputs_are_stored(self, tmp_path):
+        student, teacher = small_resnet(), wide_teacher()
+        DistillationTask(student, StaticTeacherConfig(teacher, cache=str(tmp_path)), **REUSE)
+        assert torch.equal(student.fc.weight, teacher.fc.weight) and not student.fc.weight.requires_grad
+
     def test_without_it_the_classifier_is_the_students(self):
         student, teacher = small_resnet(), wide_teacher()
         before = student.fc.weight.clone()

@@ -1,6 +1,6 @@
 """The static teacher's classifier in the student's place, as ``reuse_classifier`` of the loss ``embed`` asks for it."""
 
-from typing import List
+from typing import List, Union
 
 import torch
 import torch.nn as nn
@@ -10,7 +10,8 @@ from ..distillers import DistillSettings, loss_and_teacher
 from ..distillers.feature_tap import model_name
 from ..errors import InputError
 from ..expansion.copies import plain_copy
-from .static_teacher import AnyStaticTeacher, StaticTeacher, StaticTeachers
+from .static_teacher import StaticTeacher, StaticTeachers
+from .stored_teacher import AnyStaticTeacher, StoredTeacher
 
 __all__ = ['with_reused_classifier']
 
@@ -70,9 +71,9 @@ def with_reused_classifier(
 
 def _teacher_of(name: str, static_teacher: AnyStaticTeacher) -> StaticTeacher:
     if isinstance(static_teacher, StaticTeachers):
-        teachers: List[StaticTeacher] = list(static_teacher.teachers)
-        return teachers[loss_and_teacher(name)[1] - 1]
-    return static_teacher
+        teachers: List[Union[StaticTeacher, StoredTeacher]] = list(static_teacher.teachers)
+        static_teacher = teachers[loss_and_teacher(name)[1] - 1]
+    return static_teacher.static if isinstance(static_teacher, StoredTeacher) else static_teacher
 
 
 def _classifier_of(model: nn.Module, owner: str) -> nn.Module:
