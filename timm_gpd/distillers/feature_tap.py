@@ -1,14 +1,22 @@
 """Logits, stages and embedding of a timm model out of one forward pass."""
 
 import contextlib
-from typing import Any, Callable, Iterator, List, Mapping, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, Optional, Tuple
 
 import torch
 import torch.nn as nn
 
 from ..errors import InputError
 
-__all__ = ['ModelOutput', 'Tap', 'evaluation_mode', 'example_output', 'model_name', 'stage_indices']
+__all__ = [
+    'ModelOutput',
+    'Tap',
+    'evaluation_mode',
+    'example_output',
+    'model_name',
+    'stage_indices',
+    'stage_modules',
+]
 
 MAX_STAGES = 4
 # Where an isotropic model's stages end, as shares of its depth: blocks 2, 4, 10 and 12 of 12. These are the proportions
@@ -83,7 +91,7 @@ class Tap(nn.Module):
             self.indices = stage_indices(model)
         if 'embedding' in needs:
             self._require('get_classifier', needs['embedding'])
-            if not self._classifiers():
+            if not self.classifiers():
                 self._fail('no classifier to take an embedding from', needs['embedding'])
 
     def forward(self, x: torch.Tensor) -> ModelOutput:
@@ -160,9 +168,13 @@ class Tap(nn.Module):
             self._fail('features that lead to other logits than its forward does', ', '.join(self.needs.values()))
         return output
 
-    def _classifiers(self) -> List[nn.Module]:
-        """The classifier, or with a distillation token the two whose logits are averaged."""
-        classifier = self.model.get_classifier()
+    def classifiers(self) -> List[nn.Module]:
+        """The classifier, or with a distillation token the two whose logits are averaged.
+
+        Returns:
+            Modules that receive embeddings; none where the model names none.
+        """
+        classifier = self.model.get_classifier() if hasattr(self.model, 'get_classifier') else None
         modules = classifier if isinstance(classifier, (tuple, list, nn.ModuleList)) else [classifier]
         # of some models it is the whole head, pooling included
         return [getattr(module, 'fc', module) for module in modules if isinstance(module, nn.Module)]
@@ -173,7 +185,7 @@ class Tap(nn.Module):
         # update of its BatchNorm statistics
         inputs: List[torch.Tensor] = []
         handles = [
-            module.register_forward_pre_hook(lambda _, args: inputs.append(args[0])) for module in self._classifiers()
+            module.register_forward_pre_hook(lambda _, args: inputs.append(args[0])) for module in self.classifiers()
         ]
         try:
             yield inputs
@@ -221,6 +233,22 @@ def stage_indices(model: nn.Module) -> List[int]:
     if len(last) > 1:
         return sorted(last.values())[-MAX_STAGES:]
     return sorted({max(round(len(reductions) * share) - 1, 0) for share in ISOTROPIC_STAGES})
+
+
+def stage_modules(model: nn.Module) -> Dict[str, int]:
+    """The modules whose outputs are a model's stages, from shallow to deep.
+
+    Args:
+        model: timm model.
+
+    Returns:
+        Channels by the module's name. Stages whose module timm does not name, or calls otherwise, are left out.
+    """
+    if not hasattr(model, 'feature_info'):
+        return {}
+    infos, modules = _feature_dicts(model), dict(model.named_modules())
+    stages = [infos[index] for index in stage_indices(model)]
+    return {info['module']: info['num_chs'] for info in stages if info.get('module') in modules}
 
 
 def model_name(model: nn.Module) -> str:

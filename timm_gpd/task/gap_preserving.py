@@ -152,7 +152,7 @@ class GapPreservingTask(BaseTask):
                 student, self.static_teacher, distillers, shape, student_feature_dim, teacher_feature_dim
             )
             self.trainable_module = create_learners(method, dynamic_teacher, distillers, step_loss, self.gpd_loss)
-            self.trainable_module.add_distillers(distillers, *example)
+            self.trainable_module.add_distillers(distillers, self.static_teacher, *example)
         self.eval_model = StudentView(dynamic_teacher)
         if verbose:
             _log(self, student)

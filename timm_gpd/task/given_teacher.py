@@ -16,6 +16,7 @@ from ..distillers import DistillSettings
 from ..errors import LIBRARY_ERRORS, InputError, first_line, is_bug, one_line
 from ..expansion.images import input_shape
 from ..expansion.student import count_classes
+from .ema_teacher import EmaTeacher, EmaTeacherConfig
 from .static_teacher import AnyStaticTeacher, ClassMap, StaticTeacher, StaticTeachers, classes_in
 
 __all__ = [
@@ -40,6 +41,8 @@ class StaticTeacherConfig:
             probabilities are added up; None where both have the same classes.
         device: where it runs; None for the student's device.
         dtype: its dtype; None for the student's, and of a module for its own.
+        online_modules: whether small modules in it train along with the student, see
+            :mod:`timm_gpd.task.online_modules`; the teacher's own weights stay as they are.
     """
 
     model: Union[str, nn.Module]
@@ -48,10 +51,11 @@ class StaticTeacherConfig:
     class_map: Optional[ClassMap] = None
     device: Union[str, torch.device, None] = None
     dtype: Optional[torch.dtype] = None
+    online_modules: bool = False
 
 
 # What tasks take as a static teacher: one or several, or what another task has made of them.
-OneTeacher = Union[str, nn.Module, StaticTeacherConfig]
+OneTeacher = Union[str, nn.Module, StaticTeacherConfig, EmaTeacherConfig]
 GivenTeacher = Union[OneTeacher, Sequence[OneTeacher]]
 
 
@@ -96,14 +100,21 @@ def create_static_teacher(
         return given
     each: List[OneTeacher] = list(given) if isinstance(given, (list, tuple)) else [given]
     several = len(each) > 1
-    teachers = []
+    teachers: List[StaticTeacher] = []
     for index, one in enumerate(each):
+        number = index + 1 if several else 0
+        if isinstance(one, EmaTeacherConfig):
+            if any(isinstance(teacher, EmaTeacher) for teacher in teachers):
+                raise InputError('two EMA teachers of one student are given: give one')
+            teachers.append(EmaTeacher(one, student, settings, number))
+            continue
         config = _config(one)
         if config.model is student:
             raise InputError('the static teacher is the student itself: give another model, which is frozen')
         teacher = resolve_static_teacher(config, student, device, dtype)
-        number = index + 1 if several else 0
-        teachers.append(StaticTeacher(teacher, student, settings, config.img_size, config.class_map, number))
+        teachers.append(
+            StaticTeacher(teacher, student, settings, config.img_size, config.class_map, number, config.online_modules)
+        )
     return StaticTeachers(teachers) if several else teachers[0]
 
 
