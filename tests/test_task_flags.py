@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 
+from timm_gpd import EmaTeacherConfig
 from timm_gpd.task.gap_control import Switch
 from timm_gpd.training.args import parse_train_args
 from timm_gpd.training.args.parse import train_parser
@@ -59,6 +60,17 @@ FLAGS = {
         lambda task: Path(task.static_teacher.store.folder).parent.name,
         'teacher.pth-outputs',
     ),
+    f'{STATIC} --kd-online-modules': (lambda task: [*task.get_learners().step_loss.online_modules], ['0']),
+    '--ema-teacher': (lambda task: task.ema_teacher.config, EmaTeacherConfig(0.2, 0.99, 42)),
+    '--ema-teacher --ema-teacher-prob 1': (lambda task: task.ema_teacher.config.prob, 1),
+    '--ema-teacher --ema-teacher-momentum 0.5 --seed 7': (
+        lambda task: task.ema_teacher.config,
+        EmaTeacherConfig(0.2, 0.5, 7),
+    ),
+    f'{STATIC} --ema-teacher --kd-distill-type kd@2': (
+        lambda task: [*task.get_teachers()],
+        ['static_', 'ema_teacher_'],
+    ),
     f'{STATIC} --distill-loss-weight 0.5': (lambda task: (task.distill_loss_weight, task.task_loss_weight), (0.5, 1)),
     f'{STATIC} --task-loss-weight 0.25': (lambda task: (task.distill_loss_weight, task.task_loss_weight), (0.75, 0.25)),
 }
@@ -106,7 +118,7 @@ def test_no_flag_is_left_out():
         for action in train_parser()._actions
         if not isinstance(action, Refused)
         for option in action.option_strings
-        if option.startswith(('--gpd', '--kd-')) or option.endswith('-loss-weight')
+        if option.startswith(('--gpd', '--kd-', '--ema-teacher')) or option.endswith('-loss-weight')
     }
     given = {part for flags in FLAGS for part in flags.split() if part.startswith('--')}
     assert len(options) > 20 and options <= given | ELSEWHERE

@@ -6,12 +6,13 @@ from .expansion import plan_expansion
 from .plan import ExpansionPlan
 from .rank import rank_students
 from .rules import Rule, register_rule
-from .task import DistillationTask, GapPreservingTask, StaticTeacherConfig, hand_over
+from .task import DistillationTask, EmaTeacherConfig, GapPreservingTask, StaticTeacherConfig, hand_over
 from .teacher import DynamicTeacher, expand
 
 __all__ = [
     'DistillationTask',
     'DynamicTeacher',
+    'EmaTeacherConfig',
     'ExpansionPlan',
     'GapPreservingTask',
     'Rule',

@@ -19,7 +19,7 @@ from ..errors import InputError
 from ..losses.hyperparameters import check_hyperparameter
 from .base import Distiller
 from .embedding import ND, RSD, Embed, Feature
-from .feature_tap import ModelOutput, Tap, evaluation_mode, example_output
+from .feature_tap import ModelOutput, Tap, evaluation_mode, example_output, stage_modules
 from .ofa import OFA
 from .plain import AT, DIST, DKD, KD, NKD, RKD, RLD, WTTM
 from .reviewkd import ReviewKD
@@ -37,6 +37,7 @@ __all__ = [
     'evaluation_mode',
     'example_output',
     'loss_and_teacher',
+    'stage_modules',
     'tap_learner',
     'tap_teacher',
 ]

@@ -1,14 +1,22 @@
 """Logits, stages and embedding of a timm model out of one forward pass."""
 
 import contextlib
-from typing import Any, Callable, Iterator, List, Mapping, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, Optional, Tuple
 
 import torch
 import torch.nn as nn
 
 from ..errors import InputError
 
-__all__ = ['ModelOutput', 'Tap', 'evaluation_mode', 'example_output', 'model_name', 'stage_indices']
+__all__ = [
+    'ModelOutput',
+    'Tap',
+    'evaluation_mode',
+    'example_output',
+    'model_name',
+    'stage_indices',
+    'stage_modules',
+]
 
 MAX_STAGES = 4
 # Where an isotropic model's stages end, as shares of its depth: blocks 2, 4, 10 and 12 of 12. These are the proportions
@@ -83,8 +91,8 @@ class Tap(nn.Module):
             self.indices = stage_indices(model)
         if 'embedding' in needs:
             self._require('get_classifier', needs['embedding'])
-            self.classifiers = self._classifiers()
-            if not self.classifiers:
+            self.classifier_places = self._classifier_places()
+            if not self.classifier_places:
                 self._fail('no classifier to take an embedding from', needs['embedding'])
 
     def forward(self, x: torch.Tensor) -> ModelOutput:
@@ -162,9 +170,17 @@ class Tap(nn.Module):
             self._fail('features that lead to other logits than its forward does', ', '.join(self.needs.values()))
         return output
 
-    def _classifiers(self) -> List[Tuple[str, str]]:
-        """Where the classifier is, or with a distillation token the two whose logits are averaged: owners and names."""
-        classifier = self.model.get_classifier()
+    def classifiers(self) -> List[nn.Module]:
+        """The classifier, or with a distillation token the two whose logits are averaged.
+
+        Returns:
+            Modules that receive embeddings; none where the model names none.
+        """
+        return [getattr(self.model.get_submodule(owner), name) for owner, name in self._classifier_places()]
+
+    def _classifier_places(self) -> List[Tuple[str, str]]:
+        """Where they are: names of their owners, and theirs in them."""
+        classifier = self.model.get_classifier() if hasattr(self.model, 'get_classifier') else None
         modules = classifier if isinstance(classifier, (tuple, list, nn.ModuleList)) else [classifier]
         # of some models it is the whole head, pooling included
         wanted = [getattr(module, 'fc', module) for module in modules if isinstance(module, nn.Module)]
@@ -183,7 +199,7 @@ class Tap(nn.Module):
         update of its BatchNorm statistics, and a compiler follows no hook that is registered on the way.
         """
         inputs: List[torch.Tensor] = []
-        owners = [(self.model.get_submodule(path), name) for path, name in self.classifiers]
+        owners = [(self.model.get_submodule(path), name) for path, name in self.classifier_places]
         classifiers = [getattr(owner, name) for owner, name in owners]
         try:
             for (owner, name), classifier in zip(owners, classifiers):
@@ -245,6 +261,22 @@ def stage_indices(model: nn.Module) -> List[int]:
     if len(last) > 1:
         return sorted(last.values())[-MAX_STAGES:]
     return sorted({max(round(len(reductions) * share) - 1, 0) for share in ISOTROPIC_STAGES})
+
+
+def stage_modules(model: nn.Module) -> Dict[str, int]:
+    """The modules whose outputs are a model's stages, from shallow to deep.
+
+    Args:
+        model: timm model.
+
+    Returns:
+        Channels by the module's name. Stages whose module timm does not name, or calls otherwise, are left out.
+    """
+    if not hasattr(model, 'feature_info'):
+        return {}
+    infos, modules = _feature_dicts(model), dict(model.named_modules())
+    stages = [infos[index] for index in stage_indices(model)]
+    return {info['module']: info['num_chs'] for info in stages if info.get('module') in modules}
 
 
 def model_name(model: nn.Module) -> str:

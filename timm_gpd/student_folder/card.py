@@ -35,6 +35,13 @@ _OF_THE_MACHINE = (
     'workers',
 )
 _PAPER = 'https://arxiv.org/abs/2410.04140'
+# By the prefix of their metrics.
+_MODELS = {
+    '': 'student',
+    'teacher_': 'dynamic teacher',
+    'static_': 'static teacher',
+    'ema_teacher_': 'EMA teacher',
+}
 _CITATION = """@inproceedings{guo2025gap,
   title={Gap Preserving Distillation by Building Bidirectional Mappings with A Dynamic Teacher},
   author={Guo, Yong and Zhang, Shulian and Pan, Haolin and Liu, Jing and Zhang, Yulun and Chen, Jian},
@@ -75,7 +82,7 @@ def model_card(
     lines += [f'- **{key}:** {value}' for key, value in _details(student, recipe).items()]
     if metrics:
         lines += ['', '## Results', '', '| validation | top-1 (%) | top-5 (%) |', '|---|---|---|']
-        for prefix, label in (('', 'student'), ('teacher_', 'dynamic teacher'), ('static_', 'static teacher')):
+        for prefix, label in _MODELS.items():
             if f'{prefix}top1' in metrics:
                 cells = [f'{metrics[key]:.2f}' if key in metrics else '' for key in (f'{prefix}top1', f'{prefix}top5')]
                 lines.append(f'| {label} | {cells[0]} | {cells[1]} |')
@@ -145,7 +152,8 @@ def _method(recipe: Dict[str, Any]) -> str:
             f'Trained by {gpd} with a dynamic teacher of ratio {recipe["gpd_ratio"]}, with which it shares its '
             'parameters and from which it was read without post-training.'
         )
-    return 'Trained by distillation.' if recipe.get('kd_model_name') else 'Trained on its own.'
+    is_taught = recipe.get('kd_model_name') or recipe.get('ema_teacher')
+    return 'Trained by distillation.' if is_taught else 'Trained on its own.'
 
 
 def _details(student: nn.Module, recipe: Dict[str, Any]) -> Dict[str, str]:

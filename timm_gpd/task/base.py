@@ -9,7 +9,9 @@ from timm.utils import unwrap_model
 
 from ..errors import InputError
 from ..private_torch import trace_backward
+from .ema_teacher import EmaTeacher
 from .learners import Learners
+from .static_teacher import StaticTeacher, StaticTeachers
 from .stored_teacher import AnyStaticTeacher
 
 __all__ = ['BaseTask']
@@ -32,6 +34,12 @@ class BaseTask(TrainingTask):
         """The static teacher, under the name that timm's distillation tasks use."""
         return self.static_teacher
 
+    @property
+    def ema_teacher(self) -> Optional[EmaTeacher]:
+        """The teacher that follows the student, if there is one: it, or one of several."""
+        teachers = [] if self.static_teacher is None else self.static_teacher.members
+        return next((teacher for teacher in teachers if isinstance(teacher, EmaTeacher)), None)
+
     def begin_update(self, update: int, progress: float) -> None:
         """Where training stands, for what depends on it. The training loop says so before every batch.
 
@@ -39,6 +47,18 @@ class BaseTask(TrainingTask):
             update: number of the update that the batch is of, from 0 over the whole run, resumed or not.
             progress: the share of the schedule that is done, from 0 to 1.
         """
+        if self.ema_teacher is not None:
+            self.ema_teacher.begin_update(update, progress)
+
+    def update_ema(self, step: Optional[int] = None) -> None:
+        """What follows the optimizer's step: the moving average and the EMA teacher move. timm's loop calls it.
+
+        Args:
+            step: number of the update that was made, from 1, by which the moving average warms up.
+        """
+        super().update_ema(step)
+        if self.ema_teacher is not None:
+            self.ema_teacher.follow(self.get_student())
 
     def get_learners(self, ema: bool = False) -> Learners:
         """What is trained, without wrappers.
@@ -74,6 +94,17 @@ class BaseTask(TrainingTask):
         """
         return {'': self.get_student(ema)}
 
+    def get_teachers(self) -> Dict[str, AnyStaticTeacher]:
+        """The static teachers and the EMA teacher, whose accuracy tells what the student learns from.
+
+        Returns:
+            Teachers by the prefix of their metrics; several static ones as one.
+        """
+        members = [] if self.static_teacher is None else self.static_teacher.members
+        static = [teacher for teacher in members if teacher.prefix == StaticTeacher.prefix]
+        found: Dict[str, AnyStaticTeacher] = {teacher.prefix: teacher for teacher in members}
+        return {**found, StaticTeacher.prefix: StaticTeachers(static)} if len(static) > 1 else found
+
     def get_state_modules(self, ema: bool = False) -> Dict[str, nn.Module]:
         """What a checkpoint's ``task_state`` holds besides the settings.
 
@@ -81,7 +112,7 @@ class BaseTask(TrainingTask):
             ema: take it from the moving average.
 
         Returns:
-            Modules by name: those that are trained and are no part of the student.
+            Modules by name: those that are trained, or follow what is, and are no part of the student.
 
         Raises:
             AttributeError: if the moving average is asked for before :meth:`setup_ema`.
@@ -90,6 +121,10 @@ class BaseTask(TrainingTask):
         modules = {'distillers': step_loss.distillers} if self.static_teacher is not None else {}
         if isinstance(step_loss.criterion, nn.Module) and any(True for _ in step_loss.criterion.parameters()):
             modules['criterion'] = step_loss.criterion
+        if step_loss.online_modules:
+            modules['online_modules'] = step_loss.online_modules
+        if self.ema_teacher is not None and not ema:
+            modules['ema_teacher'] = self.ema_teacher.model
         return modules
 
     def get_task_state(self, module: Optional[nn.Module] = None, ema: bool = False) -> Dict[str, Any]:
@@ -166,7 +201,15 @@ class BaseTask(TrainingTask):
 
         Returns:
             The model that is validated, which is not compiled.
+
+        Raises:
+            InputError: if a static teacher has online modules.
         """
+        if self.get_learners().step_loss.online_modules:
+            raise InputError(
+                'online modules are hooked into a static teacher, which a compiler cannot follow: leave out compile(), '
+                'or the modules'
+            )
         trace_backward()
         self.get_trainable_module().compile(backend=backend, mode=mode, **compile_kwargs)
         if self.static_teacher is not None:

@@ -32,7 +32,8 @@ class DistillationTask(BaseTask):
             task.
         static_teacher: timm model name (created with pretrained weights), timm DistillationTeacher or module, or a
             :class:`timm_gpd.StaticTeacherConfig` of one, which tells how to run it; or a list of several. A module is
-            used as it is, not copied: it is moved to ``device`` and frozen.
+            used as it is, not copied: it is moved to ``device`` and frozen. A :class:`timm_gpd.EmaTeacherConfig` stands
+            for a moving average of the student, alone or in the list.
         criterion: task loss of logits and targets (default: cross-entropy).
         distill_type: names of losses, separated by commas, keys of ``timm_gpd.distillers.DISTILLERS``. Of several
             teachers ``dkd`` is from the mean of their probabilities, and ``dkd@2`` from the second.
@@ -84,7 +85,7 @@ class DistillationTask(BaseTask):
         self.trainable_module = StudentLearner(
             student, settings, StepLoss(self.criterion, self.task_loss_weight, self.distill_loss_weight)
         )
-        self.trainable_module.add_distillers(settings, *example)
+        self.trainable_module.add_distillers(settings, self.static_teacher, *example)
         if verbose:
             _logger.info(
                 f'DistillationTask: task_loss_weight={self.task_loss_weight}, '

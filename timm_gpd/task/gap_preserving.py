@@ -152,7 +152,7 @@ class GapPreservingTask(BaseTask):
             shape, widths = dynamic_teacher.plan.input_shape, (student_feature_dim, teacher_feature_dim)
             example = example_batch(student, self.static_teacher, distillers, shape, *widths)
             self.trainable_module = create_learners(method, dynamic_teacher, distillers, step_loss, self.gpd_loss)
-            self.trainable_module.add_distillers(distillers, *example)
+            self.trainable_module.add_distillers(distillers, self.static_teacher, *example)
         self.eval_model = StudentView(dynamic_teacher)
         if verbose:
             _log(self, student)

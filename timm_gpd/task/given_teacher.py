@@ -16,6 +16,7 @@ from ..distillers import DistillSettings
 from ..errors import LIBRARY_ERRORS, InputError, first_line, is_bug, one_line
 from ..expansion.images import input_shape
 from ..expansion.student import count_classes
+from .ema_teacher import EmaTeacher, EmaTeacherConfig
 from .static_teacher import ClassMap, StaticTeacher, StaticTeachers, classes_in
 from .stored_teacher import AnyStaticTeacher, StoredTeacher
 
@@ -43,6 +44,8 @@ class StaticTeacherConfig:
         dtype: its dtype; None for the student's, and of a module for its own.
         cache: folder in which its outputs are stored, and found again, see
             :class:`timm_gpd.task.stored_teacher.StoredTeacher`; None for nowhere.
+        online_modules: whether small modules in it train along with the student, see
+            :mod:`timm_gpd.task.online_modules`; the teacher's own weights stay as they are.
     """
 
     model: Union[str, nn.Module]
@@ -52,10 +55,11 @@ class StaticTeacherConfig:
     device: Union[str, torch.device, None] = None
     dtype: Optional[torch.dtype] = None
     cache: Optional[str] = None
+    online_modules: bool = False
 
 
 # What tasks take as a static teacher: one or several, or what another task has made of them.
-OneTeacher = Union[str, nn.Module, StaticTeacherConfig]
+OneTeacher = Union[str, nn.Module, StaticTeacherConfig, EmaTeacherConfig]
 GivenTeacher = Union[OneTeacher, Sequence[OneTeacher]]
 
 
@@ -102,12 +106,19 @@ def create_static_teacher(
     several = len(each) > 1
     teachers: List[nn.Module] = []
     for index, one in enumerate(each):
+        number = index + 1 if several else 0
+        if isinstance(one, EmaTeacherConfig):
+            if any(isinstance(teacher, EmaTeacher) for teacher in teachers):
+                raise InputError('two EMA teachers of one student are given: give one')
+            teachers.append(EmaTeacher(one, student, settings, number))
+            continue
         config = _config(one)
         if config.model is student:
             raise InputError('the static teacher is the student itself: give another model, which is frozen')
         teacher = resolve_static_teacher(config, student, device, dtype)
-        number = index + 1 if several else 0
-        static = StaticTeacher(teacher, student, settings, config.img_size, config.class_map, number)
+        static = StaticTeacher(
+            teacher, student, settings, config.img_size, config.class_map, number, config.online_modules
+        )
         teachers.append(static if config.cache is None else StoredTeacher(static, config.cache))
     return StaticTeachers(teachers) if several else teachers[0]
 

@@ -46,11 +46,18 @@ class Learners(nn.Module):
         """Every learner's output for images of shape (B, in_chans, H, W)."""
         raise NotImplementedError
 
-    def add_distillers(self, settings: DistillSettings, x: torch.Tensor, static_output: ModelOutput) -> None:
-        """Gives every learner its losses from the static teacher.
+    def add_distillers(
+        self,
+        settings: DistillSettings,
+        static_teacher: AnyStaticTeacher,
+        x: torch.Tensor,
+        static_output: ModelOutput,
+    ) -> None:
+        """Gives every learner its losses from the static teacher, and what trains of that.
 
         Args:
             settings: losses, from :func:`timm_gpd.distillers.distill_settings`.
+            static_teacher: the static teacher.
             x: example images, shape (B, in_chans, H, W), whose outputs tell widths and sizes.
             static_output: what the static teacher made of them.
         """
@@ -58,6 +65,9 @@ class Learners(nn.Module):
         self.step_loss.distillers.update(
             {name: Distillers(settings, output, static_output).to(x) for name, output in outputs.items()}
         )
+        for teacher in static_teacher.members:
+            if teacher.online_modules is not None:
+                self.step_loss.online_modules[str(teacher.number)] = teacher.online_modules
 
     # -- what timm asks of what is trained --------------------------------------------------------------------------
 
@@ -241,7 +251,9 @@ def example_batch(
     if 'token' in tap.needs:
         _check_token(student, shape)
     static_teacher.verify(x)
-    static_output = static_teacher(x)
+    for teacher in static_teacher.members:
+        teacher.add_online_modules(x)
+    static_output = static_teacher(x).detach()
     _check_width('student', student_feature_dim, [output])
     _check_width('static teacher', teacher_feature_dim, static_output.each or [static_output])
     return x, static_output

@@ -10,6 +10,7 @@ from ..distillers import DistillSettings, loss_and_teacher
 from ..distillers.feature_tap import model_name
 from ..errors import InputError
 from ..expansion.copies import plain_copy
+from .ema_teacher import EmaTeacher
 from .static_teacher import StaticTeacher, StaticTeachers
 from .stored_teacher import AnyStaticTeacher, StoredTeacher
 
@@ -36,7 +37,8 @@ def with_reused_classifier(
         gradients.
 
     Raises:
-        InputError: if two losses ask for it, there is a class map, or the classifiers are of different shapes.
+        InputError: if two losses ask for it, the teacher is the student's average, there is a class map, or the
+            classifiers are of different shapes.
     """
     asking = [name for name, arguments in settings.items() if arguments.get('reuse_classifier')]
     if not asking:
@@ -46,6 +48,8 @@ def with_reused_classifier(
             f'{" and ".join(asking)} would both give the student a classifier: set reuse_classifier of one'
         )
     teacher = _teacher_of(asking[0], static_teacher)
+    if isinstance(teacher, EmaTeacher):
+        raise InputError("reuse_classifier: the EMA teacher's classifier is the student's own: name another teacher")
     if teacher.class_indices.numel():
         raise InputError(
             'reuse_classifier: the static teacher has other classes, with a class map: leave one of them out'

@@ -2,6 +2,7 @@
 
 import logging
 import math
+from contextlib import nullcontext
 from numbers import Integral
 from typing import List, Optional, Sequence, Union
 
@@ -15,6 +16,7 @@ from ..distillers import DistillSettings, ModelOutput, tap_teacher
 from ..distillers.feature_tap import model_name
 from ..errors import LIBRARY_ERRORS, InputError, NamedError, first_line, is_bug
 from ..expansion.images import has_record, input_shape
+from .online_modules import OnlineModules
 
 __all__ = ['ClassMap', 'StaticTeacher', 'StaticTeachers', 'classes_in']
 
@@ -42,10 +44,18 @@ class StaticTeacher(nn.Module):
         class_map: of every class of the student the teacher's class, or several, whose probabilities are added up;
             None where both have the same classes.
         number: which of several teachers it is, from 1; 0 for the only one.
+        with_online_modules: whether it gets modules that adapt it to the student, by :meth:`add_online_modules`.
 
     Raises:
         InputError: if the teacher does not offer what the losses need, or its images have other channels.
+
+    Attributes:
+        prefix: of the names of its metrics.
+        online_modules: what trains along with the student, or None.
     """
+
+    prefix = 'static_'
+    online_modules: Optional[OnlineModules]
 
     def __init__(
         self,
@@ -55,9 +65,11 @@ class StaticTeacher(nn.Module):
         img_size: Optional[int] = None,
         class_map: Optional[ClassMap] = None,
         number: int = 0,
+        with_online_modules: bool = False,
     ) -> None:
         super().__init__()
-        self.teacher, self.img_size = teacher, img_size
+        self.teacher, self.img_size, self.number = teacher, img_size, number
+        self.with_online_modules, self.online_modules = with_online_modules, None
         model = unwrap_model(teacher.model)
         student_channels = self.channels = input_shape(student)[0]
         if has_record(model) or any(isinstance(module, nn.Conv2d) for module in model.modules()):
@@ -87,10 +99,38 @@ class StaticTeacher(nn.Module):
         self.tap = tap_teacher(teacher.model, settings, number)
         self.train(False)
 
-    @torch.no_grad()
     def forward(self, x: torch.Tensor) -> ModelOutput:
-        """Output for images of shape (B, in_chans, H, W), normalised for the student."""
-        return self._for_student(self.tap(self._for_teacher(x)), x)
+        """Output for images of shape (B, in_chans, H, W), normalised for the student.
+
+        It has a history where there are online modules, which get gradients by it.
+        """
+        online = self.online_modules
+        with torch.set_grad_enabled(torch.is_grad_enabled() and online is not None):
+            images = self._for_teacher(x.detach())
+            with nullcontext() if online is None else online.inserted(self.tap):
+                return self._for_student(self.tap(images), x)
+
+    @property
+    def adapts(self) -> bool:
+        """Whether it changes as the student trains."""
+        return self.online_modules is not None
+
+    @property
+    def members(self) -> List['StaticTeacher']:
+        """The teachers that this is: itself."""
+        return [self]
+
+    def add_online_modules(self, x: torch.Tensor) -> None:
+        """Makes the online modules, of the student's dtype and device, if it is to have some and has none yet.
+
+        Args:
+            x: images, shape (B, in_chans, H, W), normalised for the student.
+
+        Raises:
+            InputError: if the teacher has no classifier that a head could stand beside.
+        """
+        if self.with_online_modules and self.online_modules is None:
+            self.online_modules = OnlineModules(self.tap, self._for_teacher(x)).to(x)
 
     @torch.no_grad()
     def verify(self, x: torch.Tensor) -> None:
@@ -161,12 +201,21 @@ class StaticTeachers(nn.Module):
     def __len__(self) -> int:
         return len(self.teachers)
 
-    @torch.no_grad()
     def forward(self, x: torch.Tensor) -> ModelOutput:
         """Output for images of shape (B, in_chans, H, W): logits of their mean probabilities, and that of each."""
         outputs = [teacher(x) for teacher in self.teachers]
         log_probabilities = torch.stack([output.logits.log_softmax(-1) for output in outputs])
         return ModelOutput(log_probabilities.logsumexp(0) - math.log(len(outputs)), each=tuple(outputs))
+
+    @property
+    def adapts(self) -> bool:
+        """Whether one of them changes as the student trains."""
+        return any(teacher.adapts for teacher in self.teachers)
+
+    @property
+    def members(self) -> List[StaticTeacher]:
+        """The teachers that this is."""
+        return list(self.teachers)
 
     def verify(self, x: torch.Tensor) -> None:
         """Checks every teacher, see :meth:`StaticTeacher.verify`."""

@@ -7,6 +7,7 @@ import torch.nn as nn
 
 from ..distillers import Distillers, ModelOutput
 from ..errors import InputError, check_number
+from .online_modules import online_terms
 
 __all__ = ['StepLoss', 'loss_weights']
 
@@ -19,6 +20,10 @@ class StepLoss(nn.Module):
         task_weight: weight a.
         distill_weight: weight b.
         distillers: losses from the static teacher, by learner; none where there is no static teacher.
+
+    Attributes:
+        online_modules: those of static teachers that adapt, by the teacher's number, 0 for the only one. They train on
+            the student's images, and their loss is added to the student's.
     """
 
     def __init__(
@@ -33,6 +38,7 @@ class StepLoss(nn.Module):
             raise InputError(f'criterion must be a loss of logits and targets, but is {criterion!r}')
         self.distillers = nn.ModuleDict(distillers or {})
         self.criterion = criterion
+        self.online_modules = nn.ModuleDict()
         self.task_weight, self.distill_weight = task_weight, distill_weight
 
     def forward(
@@ -52,7 +58,8 @@ class StepLoss(nn.Module):
 
         Returns:
             ``loss``; ``output``, logits of shape (B, num_classes); and the terms without a and b: ``task_loss``, and
-            ``kd/<loss>`` for every loss from the static teacher.
+            ``kd/<loss>`` for every loss from the static teacher. Where static teachers adapt, also the student's
+            ``online_task_loss`` and ``online_kd_loss``, which are theirs.
 
         Raises:
             InputError: if the model returned more than logits.
@@ -65,11 +72,22 @@ class StepLoss(nn.Module):
         task_loss = self.criterion(output.logits, target)
         terms = {}
         if static_output is not None:
-            terms = {
-                f'kd/{name}': term for name, term in self.distillers[learner](output, static_output, target).items()
-            }
+            taught = self.distillers[learner](output, static_output.detach(), target)
+            terms = {f'kd/{name}': term for name, term in taught.items()}
         loss = self.task_weight * task_loss + self.distill_weight * sum(terms.values())
+        if static_output is not None and learner == 'student' and self.online_modules:
+            online = self._online_terms(output, static_output, target)
+            loss, terms = loss + sum(online.values()), {**terms, **online}
         return {'loss': loss, 'output': output.logits, 'task_loss': task_loss, **terms}
+
+    def _online_terms(
+        self, output: ModelOutput, static_output: ModelOutput, target: torch.Tensor
+    ) -> Dict[str, torch.Tensor]:
+        """Sums over the teachers that adapt."""
+        numbers = [int(number) for number in self.online_modules]
+        teachers = [static_output.each[number - 1] if number else static_output for number in numbers]
+        found = [online_terms(each.logits, output.logits, target, self.criterion) for each in teachers]
+        return {name: torch.stack([terms[name] for terms in found]).sum() for name in found[0]}
 
     def parameters_of(self, learner: str) -> Iterator[nn.Parameter]:
         """What the loss of one learner computes with: parameters of the criterion and of its distillers.

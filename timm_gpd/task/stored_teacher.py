@@ -18,6 +18,7 @@ from timm.utils import unwrap_model
 
 from ..distillers import ModelOutput
 from ..distillers.feature_tap import model_name
+from ..errors import InputError
 from .output_store import KEY_BYTES, OutputStore
 from .static_teacher import StaticTeacher, StaticTeachers
 
@@ -39,16 +40,24 @@ class StoredTeacher(nn.Module):
         folder: of the stores.
 
     Attributes:
+        prefix: of the names of its metrics, as of any static teacher.
+        online_modules: none, as it does not adapt.
         read: how many images were read.
         computed: how many the teacher has computed.
         bytes_per_image: what the store takes for one image, 0 before the first.
 
     Raises:
-        InputError: if the folder cannot be used.
+        InputError: if the folder cannot be used, or the teacher is to adapt.
     """
+
+    prefix = StaticTeacher.prefix
+    online_modules: None = None
+    adapts = False
 
     def __init__(self, static: StaticTeacher, folder: str) -> None:
         super().__init__()
+        if static.with_online_modules:
+            raise InputError('online modules change what a teacher says: leave out its cache, or them')
         self.static, self.img_size = static, static.img_size
         description, digest = _describe(static)
         self.store = OutputStore(os.path.join(folder, digest), description)
@@ -82,6 +91,14 @@ class StoredTeacher(nn.Module):
         if not self.store.read(self._keys(x)).found.all():
             self._wake()
             self.static.verify(x)
+
+    @property
+    def members(self) -> List['StoredTeacher']:
+        """The teachers that this is: itself."""
+        return [self]
+
+    def add_online_modules(self, x: torch.Tensor) -> None:
+        """Adds none, see :meth:`StaticTeacher.add_online_modules`."""
 
     def train(self, mode: bool = True) -> 'StoredTeacher':
         return super().train(False)

@@ -19,7 +19,7 @@ from timm.task import (
 from timm.utils import AverageMeter
 
 from .compute import Compute
-from .task import get_validation_models
+from .task import get_teachers, get_validation_models
 
 __all__ = ['Evaluation', 'EvaluatorFactory', 'evaluator_of', 'validate']
 
@@ -46,10 +46,10 @@ def evaluator_of(args: argparse.Namespace, device: torch.device) -> EvaluatorFac
 
 
 class Evaluation:
-    """Validates what a task trains: student, dynamic teacher, their gap, and the static teacher.
+    """Validates what a task trains: student, dynamic teacher, their gap, and the other teachers.
 
     Args:
-        task: the task; its static teacher, if any, is validated once, here.
+        task: the task; its static teacher, if any, is validated once, here, unless it adapts.
         loader: batches of images (B, in_chans, H, W) and targets; None finds nothing.
         compute: device and precision.
         log_interval: batches between log lines.
@@ -70,13 +70,16 @@ class Evaluation:
         self.create_evaluator = create_evaluator or partial(ClassificationEvaluator, compute.device)
         self.ranking = self.create_evaluator().default_metric
         self.static: Dict[str, float] = {}
-        static_teacher = getattr(task, 'teacher', None)  # as timm's distillation tasks call it
-        if static_teacher is not None and loader is not None:
-            name = f'static_{self.ranking}'
-            self.static = {name: self._validate({'static_': static_teacher})[name]}
+        frozen = {prefix: each for prefix, each in get_teachers(task).items() if not _adapts(each)}
+        if frozen and loader is not None:
+            self.static = self._of_teachers(frozen, self._validate(frozen))
 
     def _validate(self, models: Dict[str, nn.Module]) -> Dict[str, float]:
         return validate(models, self.loader, self.compute, self.log_interval, self.create_evaluator)
+
+    def _of_teachers(self, teachers: Dict[str, nn.Module], metrics: Dict[str, float]) -> Dict[str, float]:
+        """Of each the one metric that is reported."""
+        return {f'{prefix}{self.ranking}': metrics[f'{prefix}{self.ranking}'] for prefix in teachers}
 
     def __call__(self) -> Dict[str, float]:
         """Validates the models as they are now.
@@ -84,15 +87,23 @@ class Evaluation:
         Returns:
             What :func:`validate` gives: the student's metrics without prefix, the dynamic teacher's with ``teacher_``.
             ``gap`` is the dynamic teacher's top-1, or mAP of several labels, minus the student's, and ``static_top1``
-            or ``static_map`` the static teacher's, in percent.
+            or ``static_map`` the static teacher's, ``ema_teacher_top1`` the EMA teacher's, in percent.
         """
         if self.loader is None:
             return {}
-        metrics = self._validate(get_validation_models(self.task, ema=self.ema and self.task.has_ema()))
+        models = get_validation_models(self.task, ema=self.ema and self.task.has_ema())
+        adapting = {prefix: each for prefix, each in get_teachers(self.task).items() if _adapts(each)}
+        found = self._validate({**models, **adapting})
+        of_teachers = self._of_teachers(adapting, found)
+        metrics = {name: value for name, value in found.items() if not name.startswith(tuple(adapting))}
         if f'teacher_{self.ranking}' in metrics:
             metrics['gap'] = metrics[f'teacher_{self.ranking}'] - metrics[self.ranking]
-        metrics.update(self.static)
+        metrics.update({**self.static, **of_teachers})
         return metrics
+
+
+def _adapts(teacher: nn.Module) -> bool:
+    return bool(getattr(teacher, 'adapts', False))  # timm's own teachers do not
 
 
 @torch.inference_mode()

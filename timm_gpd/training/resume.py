@@ -70,6 +70,14 @@ def resume_run(
             f'{"with" if args.gpd else "without"}: resume it as it was, or start from its student with '
             '--initial-checkpoint'
         )
+    for name, flag in (('ema_teacher', 'ema_teacher'), ('online_modules', 'kd_online_modules')):
+        was_there = name in (checkpoint.get('task_state') or {})
+        if was_there != getattr(args, flag):
+            raise UsageError(
+                f'{path} is of a run {"with" if was_there else "without"} {flag_of(flag)}, and this one is '
+                f'{"without" if was_there else "with"}: resume it as it was, or start from its student with '
+                '--initial-checkpoint'
+            )
     before = vars(checkpoint.get('args') or argparse.Namespace())
     if before.get('opt', args.opt) != args.opt and not args.no_resume_opt:
         raise UsageError(

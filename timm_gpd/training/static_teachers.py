@@ -1,13 +1,13 @@
 """The static teachers that a command names."""
 
 import argparse
-from typing import List, Optional
+from typing import List, Optional, Union
 
 import torch
 
 from ..command_line import flag_of
 from ..errors import UsageError
-from ..task import StaticTeacherConfig
+from ..task import EmaTeacherConfig, StaticTeacherConfig
 from ..task.static_teacher import ClassMap
 
 __all__ = ['read_static_teachers']
@@ -15,22 +15,25 @@ __all__ = ['read_static_teachers']
 _OF_ONE = ('kd_model_path', 'kd_img_size', 'kd_class_map', 'kd_dtype', 'kd_device')
 
 
-def read_static_teachers(args: argparse.Namespace) -> List[StaticTeacherConfig]:
-    """What ``--kd-model-name`` and the flags of each teacher say.
+def read_static_teachers(args: argparse.Namespace) -> List[Union[StaticTeacherConfig, EmaTeacherConfig]]:
+    """What ``--kd-model-name``, the flags of each teacher and ``--ema-teacher`` say.
 
     Args:
         args: arguments of ``train.py``.
 
     Returns:
-        One for every name; none where there are none.
+        One for every name, and last the moving average; none where there are none.
 
     Raises:
         UsageError: if names and values of another flag do not match, or a value is none.
     """
+    average: List[Union[StaticTeacherConfig, EmaTeacherConfig]] = []
+    if args.ema_teacher:
+        average.append(EmaTeacherConfig(args.ema_teacher_prob, args.ema_teacher_momentum, args.seed))
     if not args.kd_model_name:
         if args.kd_model_path:
             raise UsageError('--kd-model-path needs --kd-model-name, the architecture of that checkpoint')
-        return []
+        return average
     names = args.kd_model_name.split(',')
     if '' in names:
         raise UsageError(f'--kd-model-name {args.kd_model_name} has a name that is empty: leave out that comma')
@@ -44,9 +47,10 @@ def read_static_teachers(args: argparse.Namespace) -> List[StaticTeacherConfig]:
             device=_read_device(of_each['kd_device'][index]),
             dtype=_read_dtype(of_each['kd_dtype'][index]),
             cache=args.kd_cache,
+            online_modules=args.kd_online_modules,
         )
         for index, name in enumerate(names)
-    ]
+    ] + average
 
 
 def _values(argument: str, value: Optional[str], count: int) -> List[Optional[str]]:

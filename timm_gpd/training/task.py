@@ -20,7 +20,7 @@ from .criterion import create_criterion
 from .static_teachers import read_static_teachers
 from .student import recorded_classes
 
-__all__ = ['check_task', 'create_task', 'get_student', 'get_validation_models']
+__all__ = ['check_task', 'create_task', 'get_student', 'get_teachers', 'get_validation_models']
 
 # Losses that ask nothing of classes: the others compare probabilities of which only one class can be right.
 MULTILABEL_GPD_LOSSES = OF_ONE_LOGIT
@@ -65,7 +65,7 @@ def check_task(args: argparse.Namespace) -> None:
     for name in distillers if teachers else ():
         if _loss_of(name) not in MULTILABEL_DISTILLERS:
             raise UsageError(f'--kd-distill-type {name} {reason} of {", ".join(MULTILABEL_DISTILLERS)}')
-    if len(teachers) > 1:
+    if len(teachers) - args.ema_teacher > 1:
         raise UsageError(
             'several of --kd-model-name are validated by the mean of their probabilities of classes that exclude each '
             'other, and with --task multilabel they do not: give one'
@@ -112,7 +112,7 @@ def create_task(
         teacher_feature_dim=args.kd_teacher_feature_dim,
     )
     static: Any = static_teacher if static_teacher is not None else read_static_teachers(args) or None
-    with usage_errors('check --kd-model-name, --kd-model-path and --kd-distill-type' if args.kd_model_name else ''):
+    with usage_errors(_what_to_check(args)):
         if args.gpd if is_joint is None else is_joint:
             return GapPreservingTask(
                 student,
@@ -141,13 +141,19 @@ def create_task(
     return ClassificationTask(student, **common)
 
 
+def _what_to_check(args: argparse.Namespace) -> str:
+    if args.kd_model_name:
+        return 'check --kd-model-name, --kd-model-path and --kd-distill-type'
+    return 'check --ema-teacher and --kd-distill-type' if args.ema_teacher else ''
+
+
 def _create_gap_control(args: argparse.Namespace) -> Optional[GapControl]:
     if args.gpd_switch:
         return Switch()
     return None if args.gpd_gap_target is None else GapTarget(args.gpd_gap_target, args.gpd_gap_scales)
 
 
-# timm's own tasks lack the two methods by which those of this package answer these questions.
+# timm's own tasks lack the methods by which those of this package answer these questions.
 
 
 def get_student(task: TrainingTask, ema: bool = False) -> nn.Module:
@@ -166,6 +172,22 @@ def get_student(task: TrainingTask, ema: bool = False) -> nn.Module:
         if isinstance(module, SplitBatchNorm2d):
             del module.aux_bn  # of training alone; without it the tensors are those of a model that was not split
     return student
+
+
+def get_teachers(task: TrainingTask) -> Dict[str, nn.Module]:
+    """The teachers beside the dynamic one.
+
+    Args:
+        task: one of this package's tasks or of timm's.
+
+    Returns:
+        Teachers by the prefix of their metrics: ``'static_'`` the static one, ``'ema_teacher_'`` the EMA teacher.
+    """
+    ask: Any = getattr(task, 'get_teachers', None)
+    if ask is not None:
+        return ask()
+    teacher = getattr(task, 'teacher', None)  # of timm's distillation tasks
+    return {} if teacher is None else {'static_': teacher}
 
 
 def get_validation_models(task: TrainingTask, ema: bool = False) -> Dict[str, nn.Module]:

@@ -127,6 +127,8 @@ FLAGS: Mapping[str, Callable[[Any], Optional[str]]] = {
     'gpd_epochs': what_is_wrong,
     'gpd_between': COUNT_OR_NONE,
     'gpd_gap_target': POSITIVE,
+    'ema_teacher_prob': Numbers(0, 1, above=True),
+    'ema_teacher_momentum': RATE,
     'kd_model_name': Each(Names('models', list_models, _is_model)),
     'kd_model_path': PATH,
     'kd_img_size': Each(Numbers(1), int),

@@ -3,7 +3,7 @@
 import argparse
 import logging
 import os
-from typing import Any, List, Mapping, Tuple
+from typing import Any, Dict, List, Mapping, Tuple, Union
 
 import torch.nn as nn
 
@@ -23,8 +23,8 @@ _logger = logging.getLogger('train')
 
 METRICS = ('loss', 'top1', 'top5')
 MULTILABEL_METRICS = ('loss', 'map', 'micro_f1', 'macro_f1', 'sample_f1')
-# Flags that only another one gives a meaning, by that one.
-_ONLY_WITH = {
+# Flags that only another one gives a meaning, by that one, or by those of which one does.
+_ONLY_WITH: Dict[Union[str, Tuple[str, ...]], Tuple[str, ...]] = {
     'gpd': (
         'gpd_ratio',
         'gpd_branches',
@@ -43,12 +43,9 @@ _ONLY_WITH = {
         'gpd_gap_target',
     ),
     'gpd_gap_target': ('gpd_gap_scales',),
-    'kd_model_name': (
-        'kd_img_size',
-        'kd_class_map',
-        'kd_dtype',
-        'kd_device',
-        'kd_cache',
+    'kd_model_name': ('kd_img_size', 'kd_class_map', 'kd_dtype', 'kd_device', 'kd_cache'),
+    'ema_teacher': ('ema_teacher_prob', 'ema_teacher_momentum'),
+    ('kd_model_name', 'ema_teacher'): (
         'kd_distill_type',
         'kd_token_distill_type',
         'kd_student_feature_dim',
@@ -130,6 +127,7 @@ def check_train_combinations(values: Mapping[str, Any], parser: argparse.Argumen
         _check_own_norms(values)
         _check_method(values, parser)
         _check_gap_control(values)
+    _check_adapting_teachers(values)
     if values['dataset'] == 'glyphs':
         idle = [name for name in _IDLE_OF_GLYPHS if values[name] != parser.get_default(name)]
         if idle:
@@ -148,9 +146,12 @@ def check_train_combinations(values: Mapping[str, Any], parser: argparse.Argumen
     if values['eval_metric'] not in metrics:
         raise UsageError(f'--eval-metric {values["eval_metric"]} is unknown: this run has {", ".join(metrics)}')
     for switch, names in _ONLY_WITH.items():
-        idle = [name for name in names if not values[switch] and values[name] != parser.get_default(name)]
+        switches = (switch,) if isinstance(switch, str) else switch
+        is_on = any(values[name] for name in switches)
+        idle = [name for name in names if not is_on and values[name] != parser.get_default(name)]
         if idle:
-            _logger.warning(f'{", ".join(flag_of(name) for name in idle)} does nothing without {flag_of(switch)}')
+            needed = ' or '.join(map(flag_of, switches))
+            _logger.warning(f'{", ".join(flag_of(name) for name in idle)} does nothing without {needed}')
 
 
 def check_validate_combinations(values: Mapping[str, Any]) -> None:
@@ -305,6 +306,27 @@ def _check_gap_control(values: Mapping[str, Any]) -> None:
         raise UsageError('--gpd-gap-scales distillation scales --gpd-weight, which is 0: raise it')
 
 
+def _check_adapting_teachers(values: Mapping[str, Any]) -> None:
+    if values['ema_teacher'] and values['gpd'] and values['gpd_method'] == 'netaug':
+        raise UsageError('--gpd-method netaug distils nothing: leave out --ema-teacher, or take another method')
+    if not values['kd_online_modules']:
+        return
+    if not values['kd_model_name']:
+        raise UsageError('--kd-online-modules are added to a static teacher: give --kd-model-name')
+    if values['torchcompile']:
+        raise UsageError(
+            '--kd-online-modules are hooked into the static teacher, which a compiler cannot follow: leave out '
+            '--torchcompile'
+        )
+    if values['kd_cache']:
+        raise UsageError('--kd-online-modules change what the static teacher says: leave them out, or --kd-cache')
+    if values['task'] == 'multilabel':
+        raise UsageError(
+            '--kd-online-modules compare probabilities of classes that exclude each other, and with --task multilabel '
+            'they do not: leave it out'
+        )
+
+
 def _metrics(values: Mapping[str, Any]) -> Tuple[str, ...]:
     names = MULTILABEL_METRICS if values['task'] == 'multilabel' else METRICS
     ranking = names[1]  # what the gap is the difference of
@@ -313,4 +335,6 @@ def _metrics(values: Mapping[str, Any]) -> Tuple[str, ...]:
         found += [*(f'teacher_{name}' for name in names), 'gap']
     if values['kd_model_name']:
         found.append(f'static_{ranking}')
+    if values['ema_teacher']:
+        found.append(f'ema_teacher_{ranking}')
     return tuple(found)

@@ -7,6 +7,7 @@ from ...command_line import Parser
 from ...errors import UsageError
 from ...models.variants import plain_name
 from ...version import __version__
+from .adapting_teachers import add_adapting_teachers
 from .arguments import Arguments
 from .augmentation import add_augmentation, add_image_sizes
 from .checks import check_flags
@@ -38,6 +39,7 @@ def train_parser() -> argparse.ArgumentParser:
     parser.add_argument('--version', action='version', version=__version__)
     add_gpd(parser)
     add_static_teacher(parser)
+    add_adapting_teachers(parser)
     add_train_data(parser)
     add_train_model(parser)
     add_loss(parser)

@@ -13,11 +13,17 @@ from ...task import GapPreservingTask
 from ...task.stored_teacher import stored_teachers
 from ...teacher.functional import call_with_parameters
 from ..student import InputConfig
-from ..task import get_validation_models
+from ..task import get_teachers, get_validation_models
 
 __all__ = ['ModelSize', 'count_macs', 'describe', 'expected_cost', 'measure_models']
 
-NAMES = {'': 'student', 'teacher_': 'dynamic teacher'}
+NAMES = {
+    '': 'student',
+    'teacher_': 'dynamic teacher',
+    'static_': 'static teacher',
+    'ema_teacher_': 'EMA teacher',
+}
+TAUGHT_BY = ('static teacher', 'EMA teacher')
 
 
 class ModelSize(NamedTuple):
@@ -70,7 +76,8 @@ def measure_models(task: TrainingTask, input_config: InputConfig) -> Dict[str, M
         input_config: what images the student takes.
 
     Returns:
-        By name: ``'student'``, and where there are, ``'dynamic teacher'``, ratios between and ``'static teacher'``.
+        By name: ``'student'``, and where there are, ``'dynamic teacher'``, ratios between, ``'static teacher'`` and
+        ``'EMA teacher'``.
     """
     models = {NAMES[prefix]: model for prefix, model in get_validation_models(task).items()}
     image = _blank_image(models['student'], input_config)
@@ -84,18 +91,18 @@ def measure_models(task: TrainingTask, input_config: InputConfig) -> Dict[str, M
         view = teacher.at_ratio(ratio)
         count = sum(tensor.numel() for tensor in view.computed_parameters(torch.contiguous_format).values())
         sizes[f'ratio {ratio}'] = ModelSize(count, count_macs(view, image), share)
-    static: Optional[nn.Module] = getattr(task, 'teacher', None)  # as timm's distillation tasks call it
-    if static is not None:
+    for prefix, teacher in get_teachers(task).items():
         # One with a store computes only what is not there, which nobody knows before.
-        sizes['static teacher'] = ModelSize(_count(static), 0 if stored_teachers(static) else count_macs(static, image))
+        sizes[NAMES[prefix]] = ModelSize(_count(teacher), 0 if stored_teachers(teacher) else count_macs(teacher, image))
     return sizes
 
 
 def expected_cost(sizes: Dict[str, ModelSize]) -> float:
     """A step's cost over a plain step of the student, expected from multiply-accumulates.
 
-    The backward pass of a model has twice those of its forward pass. Student and wider models run both, the static
-    teacher its forward pass. Merging branches, losses and distillers are not counted.
+    The backward pass of a model has twice those of its forward pass. Student and wider models run both, static and EMA
+    teachers their forward pass. Merging branches, losses and distillers are not counted, nor is the backward pass of a
+    static teacher with online modules, at most as many as its forward pass.
 
     Args:
         sizes: from :func:`measure_models`.
@@ -103,8 +110,7 @@ def expected_cost(sizes: Dict[str, ModelSize]) -> float:
     Returns:
         The ratio, 1 for plain training.
     """
-    passes = {'static teacher': 1}
-    step = sum(passes.get(name, 3) * size.share * size.macs for name, size in sizes.items())
+    step = sum((1 if name in TAUGHT_BY else 3) * size.share * size.macs for name, size in sizes.items())
     return step / max(3 * sizes['student'].macs, 1)
 
 
@@ -138,7 +144,7 @@ def describe(
     )
     joint = len(range(num_epochs)[slice(joint_epochs.start, joint_epochs.stop)]) if joint_epochs else num_epochs
     if 'dynamic teacher' in sizes and joint < num_epochs:
-        alone = {name: size for name, size in sizes.items() if name in ('student', 'static teacher')}
+        alone = {name: size for name, size in sizes.items() if name in ('student', *TAUGHT_BY)}
         cost = (joint * expected_cost(sizes) + (num_epochs - joint) * expected_cost(alone)) / num_epochs
         lines.append(
             f'That is in {joint} of {num_epochs} epochs, and in the others {expected_cost(alone):.1f} x: '
@@ -149,8 +155,8 @@ def describe(
 
 def _what_they_are(task: TrainingTask, sizes: Dict[str, ModelSize]) -> str:
     parts = ['shared by student and dynamic teacher, branches included'] if 'dynamic teacher' in sizes else []
-    if 'static teacher' in sizes:
-        parts.append('those of the losses from the static teacher included')
+    if any(name in sizes for name in TAUGHT_BY):
+        parts.append('those of the losses from other teachers included')
     return f', {", ".join(parts)}' if parts else ''
 
 

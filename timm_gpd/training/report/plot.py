@@ -18,6 +18,7 @@ COLORS = {
     'student': 'tab:blue',
     'dynamic teacher': 'tab:orange',
     'static teacher': 'tab:gray',
+    'EMA teacher': 'tab:purple',
     'gap': 'tab:green',
     'paused': 'tab:red',
     'factor': 'tab:red',
@@ -65,7 +66,7 @@ class GapPlot:
 
 
 def draw_gap(rows: Sequence[Dict[str, str]], path: str, title: str = '') -> Any:
-    """Draws top-1 of student, dynamic teacher and static teacher, and below it the gap where there is one.
+    """Draws top-1 of the student and its teachers, and below it the gap where there is one.
 
     Below the gap is what controls it, if anything does: the share of paused steps, or the factor for a target.
 
@@ -89,8 +90,9 @@ def draw_gap(rows: Sequence[Dict[str, str]], path: str, title: str = '') -> Any:
 
     epochs = [int(row['epoch']) for row in rows]
     metric = next(metric for metric in METRICS if rows[0].get(f'eval_{metric}'))
-    student, teacher, static, gap = (
-        _column(rows, f'eval_{name}') for name in (metric, f'teacher_{metric}', f'static_{metric}', 'gap')
+    student, teacher, static, average, gap = (
+        _column(rows, f'eval_{name}')
+        for name in (metric, f'teacher_{metric}', f'static_{metric}', f'ema_teacher_{metric}', 'gap')
     )
     controls = [name for name in CONTROLS if gap and _column(rows, name)]
     best = max(range(len(rows)), key=lambda index: (student[index], index))
@@ -102,11 +104,15 @@ def draw_gap(rows: Sequence[Dict[str, str]], path: str, title: str = '') -> Any:
     _curve(top, epochs, student, best, 'student', f'best in epoch {epochs[best]}')
     if teacher:
         _curve(top, epochs, teacher, best, 'dynamic teacher', 'then')
-    if static:
+    if average:
+        _curve(top, epochs, average, best, 'EMA teacher', 'then')
+    if len(set(static)) > 1:  # it adapts
+        _curve(top, epochs, static, best, 'static teacher', 'then')
+    elif static:
         label = f'static teacher: {static[-1]:.2f}'
         top.axhline(static[-1], color=COLORS['static teacher'], linestyle='--', label=label)
     top.set(ylabel=f'{METRICS[metric]} (%)', title=title)
-    _show_last_epochs(top, [curve for curve in (student, teacher, static) if curve], best)
+    _show_last_epochs(top, [curve for curve in (student, teacher, static, average) if curve], best)
     if gap:
         panels[1].axhline(0, color='black', linewidth=0.8)
         _curve(panels[1], epochs, gap, best, 'gap', 'then')
