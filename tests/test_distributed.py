@@ -7,6 +7,7 @@ import timm
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+import torch.nn as nn
 from timm.task import TrainingTask
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -41,6 +42,8 @@ TASKS = {
 WITH_STATE = 'with state'
 # The same, and the dynamic teacher's loss, with distillers that no other loss has, is always left out.
 PAUSED = 'with state, paused'
+# One whose student has parameters that no logits depend on, which DDP is told to look for.
+UNUSED = 'unused parameters'
 # The first of them, each parameter in two shards: fully_shard of all that is trained.
 SHARDED = 'sharded'
 
@@ -55,6 +58,17 @@ def make_static_teacher():
     teacher = timm.create_model('test_vit', num_classes=10, in_chans=1, img_size=32)
     teacher.pretrained_cfg.update(mean=(0.3,), std=(0.2,))
     return teacher
+
+
+class PartlyUnused(nn.Module):
+    """A head is left from pretraining."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.pretraining_head, self.fc = nn.Conv2d(1, 8, 3), nn.Linear(8, 8), nn.Linear(8, 10)
+
+    def forward(self, x):
+        return self.fc(self.stem(x).relu().mean((2, 3)))
 
 
 class AlwaysPaused(Switch):
@@ -80,6 +94,8 @@ def make_clipped():
 
 def make_task(name):
     torch.manual_seed(0)
+    if name == UNUSED:
+        return GapPreservingTask(PartlyUnused(), classifier='fc', verbose=False).double().train()
     if name not in (WITH_STATE, PAUSED):
         return TASKS[name]().double().train()
     student = timm.create_model('test_resnet', **TINY_RESNET)
@@ -114,6 +130,7 @@ def train(task: TrainingTask, part: slice):
             {
                 name.removeprefix('module.'): whole(parameter.grad).clone()
                 for name, parameter in model.named_parameters()
+                if parameter.grad is not None
             }
         )
         optimizer.step()
@@ -130,7 +147,7 @@ def train_half(rank, names, folder):
     dist.init_process_group('gloo', init_method=f'file://{folder}/store', rank=rank, world_size=2)
     for name in names:
         task = make_task(name)
-        task.prepare_distributed()
+        task.prepare_distributed(**({'find_unused_parameters': True} if name == UNUSED else {}))
         torch.save(train(task, slice(4 * rank, 4 * rank + 4)), f'{folder}/{name} {rank}.pt')
     task = make_task('gpd')
     fully_shard(task.get_trainable_module(), mesh=init_device_mesh('cpu', (2,)))
@@ -142,16 +159,19 @@ def train_half(rank, names, folder):
 def halves(tmp_path_factory):
     """Folder of what two processes found for every task: starting them takes longer than they run."""
     folder = tmp_path_factory.mktemp('distributed')
-    mp.start_processes(train_half, args=([*TASKS, WITH_STATE, PAUSED], str(folder)), nprocs=2, start_method='fork')
+    mp.start_processes(
+        train_half, args=([*TASKS, WITH_STATE, PAUSED, UNUSED], str(folder)), nprocs=2, start_method='fork'
+    )
     return folder
 
 
-@pytest.mark.parametrize('name', [*TASKS, SHARDED])
+@pytest.mark.parametrize('name', [*TASKS, SHARDED, UNUSED])
 def test_two_processes_train_as_one(halves, name):
     task = 'gpd' if name == SHARDED else name
     expected = train(make_task(task), slice(None))
     ranks = [torch.load(halves / f'{name} {rank}.pt') for rank in range(2)]
     for step, gradients in enumerate(expected):
+        assert not any('pretraining_head' in parameter for parameter in gradients)
         for parameter, gradient in gradients.items():
             for rank in ranks:
                 torch.testing.assert_close(

@@ -7,11 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
+
+from timm_gpd.version import __version__
 
 ROOT = Path(__file__).parents[1]
 DISTRIBUTIONS = {'PIL': 'pillow', 'sklearn': 'scikit-learn', 'yaml': 'pyyaml'}  # where the name differs
 FOLDERS = ['', 'tests', 'benchmarks']  # whose modules import one another by name alone
-NOT_IMPORTED = {'pytest-xdist', 'pytest-randomly', 'ruff', 'mypy'}  # run, not imported
+NOT_IMPORTED = {'build', 'pytest-xdist', 'pytest-randomly', 'ruff', 'setuptools', 'mypy'}  # run, not imported
 
 SETUP = configparser.ConfigParser()
 SETUP.read(ROOT / 'setup.cfg')
@@ -72,6 +75,15 @@ def test_extras_hold_what_their_files_import(extra, patterns):
 def test_every_required_package_has_a_lowest_version():
     lines = [line for line in SETUP['options']['install_requires'].split('\n') if line.strip()]
     assert [line for line in lines if not re.fullmatch(r'[\w-]+>=[\d.]+', line)] == []
+
+
+def test_the_citation_is_of_this_version():
+    citation = yaml.safe_load((ROOT / 'CITATION.cff').read_text())
+    assert citation['version'] == __version__ and f'## {__version__}' in (ROOT / 'CHANGELOG.md').read_text()
+    paper = citation['references'][0]
+    readme = (ROOT / 'README.md').read_text()
+    assert paper['title'] in readme and paper['url'] in readme
+    assert all(f'{author["family-names"]}, {author["given-names"]}' in readme for author in paper['authors'])
 
 
 def test_every_folder_is_found_as_a_package():

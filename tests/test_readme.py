@@ -1,19 +1,16 @@
-"""What the README and the documents promise: their code runs, their flags are those of the programs."""
+"""What the README promises, and that flags of documents are those of the programs."""
 
-import ast
 import re
-import shlex
 from pathlib import Path
 
 import pytest
 import torch
 
-from timm_gpd.training.args import parse_train_args, parse_validate_args
+from timm_gpd.training.args import parse_train_args
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / 'README.md'
 DOCUMENTS = [README, *sorted((ROOT / 'docs').glob('*.md'))]
-PARSERS = {'train.py': parse_train_args, 'validate.py': parse_validate_args}
 
 
 def code_blocks(document, language):
@@ -33,14 +30,6 @@ def test_the_readmes_python_runs(capsys):
     student = namespace['teacher'].extract_student()
     assert type(student) is type(namespace['student'])
     assert student.state_dict().keys() == namespace['student'].state_dict().keys()
-
-
-@pytest.mark.parametrize('document', DOCUMENTS, ids=lambda path: path.name)
-def test_what_documents_import_is_there(document):
-    for block in code_blocks(document, 'python'):
-        for statement in ast.walk(ast.parse(block)):
-            if isinstance(statement, (ast.Import, ast.ImportFrom)):
-                exec(ast.unparse(statement), {})
 
 
 def flag_rows(document):
@@ -71,28 +60,7 @@ def test_flags_of_the_tables_are_the_parsers(document):
             assert same_value(default, defaults[names[0]]), f'{document.name}: {flag} is {defaults[names[0]]!r}'
 
 
-def commands(document):
-    for block in code_blocks(document, 'sh'):
-        for line in block.replace('\\\n', ' ').splitlines():
-            match = re.match(r'(?:\S*/)?python (train|validate)\.py (.*)', line)
-            if match:
-                yield f'{match.group(1)}.py', shlex.split(match.group(2), comments=True)
-
-
-@pytest.mark.parametrize(
-    'program, arguments',
-    [
-        pytest.param(*command, id=f'{path.name}-{index}')
-        for path in DOCUMENTS
-        for index, command in enumerate(commands(path))
-    ],
-)
-def test_commands_are_understood(program, arguments, monkeypatch):
-    monkeypatch.chdir(ROOT)  # configurations are named from there
-    given = PARSERS[program](arguments)
-    assert given.data_dir in ('imagenet', 'data/glyphs') or '--data-dir' not in arguments
-
-
 def test_the_readme_shows_its_commands():
-    assert {program for program, _ in commands(README)} == PARSERS.keys()
+    commands = '\n'.join(code_blocks(README, 'sh'))
+    assert all(f'python {program}' in commands for program in ('train.py', 'validate.py', 'benchmarks/digits.py'))
     assert len(list(flag_rows(README))) >= 7
