@@ -176,7 +176,7 @@ class GapPreservingTask(BaseTask):
         student, teacher = self.trainable_module(input, target, static_output, *drawn, **control.arguments())
         loss = student.pop('loss') + teacher.pop('loss')
         if self.gpd_loss is not None:
-            student['gpd_loss'] = self.gpd_loss(student['output'], teacher['output'], target)
+            student['gpd_loss'] = self.gpd_loss.of_step(student, teacher, target)
             loss = loss + self.gpd_weight * control.distillation_factor() * student['gpd_loss']
         student.update(control.observe(student, teacher))
         loss = loss + teacher.pop('gradients')

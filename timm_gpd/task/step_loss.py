@@ -51,8 +51,8 @@ class StepLoss(nn.Module):
             static_output: what the static teacher made of the images.
 
         Returns:
-            ``loss``; ``output``, logits of shape (B, num_classes); and the terms without a and b: ``task_loss``, and
-            ``kd/<loss>`` for every loss from the static teacher.
+            ``loss``; ``output``, logits of shape (B, num_classes); the terms without a and b: ``task_loss``, and
+            ``kd/<loss>`` for every loss from the static teacher; and of several views ``output_<view>``, their logits.
 
         Raises:
             InputError: if the model returned more than logits.
@@ -69,7 +69,8 @@ class StepLoss(nn.Module):
                 f'kd/{name}': term for name, term in self.distillers[learner](output, static_output, target).items()
             }
         loss = self.task_weight * task_loss + self.distill_weight * sum(terms.values())
-        return {'loss': loss, 'output': output.logits, 'task_loss': task_loss, **terms}
+        views = {f'output_{view}': logits for view, logits in (output.views or {}).items()}
+        return {'loss': loss, 'output': output.logits, 'task_loss': task_loss, **terms, **views}
 
     def parameters_of(self, learner: str) -> Iterator[nn.Parameter]:
         """What the loss of one learner computes with: parameters of the criterion and of its distillers.

@@ -1,0 +1,91 @@
+"""What attacks a model that is validated: the package's own attack, or another package's."""
+
+import argparse
+from functools import partial
+from importlib import import_module
+from typing import Any, Callable, Optional
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from ..errors import UsageError, usage_errors
+from ..task import Attack, create_attack
+from .student import InputConfig
+
+__all__ = ['Attacker', 'create_attacker']
+
+# Perturbs images, shape (B, in_chans, H, W), normalised, for a model and class indices, shape (B,).
+Attacker = Callable[[nn.Module, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def create_attacker(args: argparse.Namespace, model: nn.Module, config: InputConfig) -> Optional[Attacker]:
+    """What ``--adv`` and ``--adv-package`` name.
+
+    Args:
+        args: arguments of ``validate.py``.
+        model: timm model, which may tell how its images are normalised.
+        config: how they are.
+
+    Returns:
+        The attacker; None without ``--adv``.
+
+    Raises:
+        UsageError: if neither the arguments nor the model tell, or the package is not installed.
+    """
+    if not args.adv:
+        return None
+    with usage_errors('here --mean and --std'):
+        create_attack(model, mean=args.mean, std=args.std)  # refuses what timm would take ImageNet's numbers for
+    attack = Attack(args.adv, tuple(config.mean), tuple(config.std), args.adv_eps, args.adv_step, args.adv_steps)
+    if args.adv_package is None:
+        return lambda model, images, target: attack(
+            lambda x: F.cross_entropy(model(x), target, reduction='sum'), images
+        )
+    try:
+        package: Any = import_module(args.adv_package)
+    except ImportError:
+        raise UsageError(f'--adv-package {args.adv_package} is not installed: install it, or leave that out')
+    return _Foreign(attack, package)
+
+
+class _Foreign:
+    """Another package's attack, which takes pixels from 0 to 1 and a model of them."""
+
+    def __init__(self, attack: Attack, package: Any) -> None:
+        self.attack, self.package = attack, package
+
+    def __call__(self, model: nn.Module, images: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        pixels = self.attack.pixels(images).clamp(0, 1)
+        of_pixels = _OfPixels(model, self.attack).eval()
+        if hasattr(self.package, 'AutoAttack') and not hasattr(self.package, 'PGD'):
+            found = self._standard_ensemble(of_pixels, pixels, target)
+        else:
+            found = self._same_kind(of_pixels)(pixels, target)
+        return self.attack.normalize(images, found)
+
+    def _same_kind(self, of_pixels: nn.Module) -> Any:
+        if self.attack.kind == 'fgsm':
+            return self.package.FGSM(of_pixels, eps=self.attack.eps)
+        return self.package.PGD(
+            of_pixels, eps=self.attack.eps, alpha=self.attack.step, steps=self.attack.steps, random_start=True
+        )
+
+    def _standard_ensemble(self, of_pixels: nn.Module, pixels: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        attack = self.package.AutoAttack(
+            of_pixels, norm='Linf', eps=self.attack.eps, version='standard', verbose=False, device=pixels.device
+        )
+        return attack.run_standard_evaluation(pixels, target, bs=len(pixels))
+
+
+class _OfPixels(nn.Module):
+    def __init__(self, model: nn.Module, attack: Attack) -> None:
+        super().__init__()
+        self.model, self.attack = model, attack
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self.model(self.attack.normalize(pixels, pixels))
+
+
+def _cross_entropy(model: nn.Module, target: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(model(images), target, reduction='sum')
