@@ -88,9 +88,10 @@ class StaticTeacher(nn.Module):
         self.train(False)
 
     @torch.no_grad()
-    def forward(self, x: torch.Tensor) -> ModelOutput:
-        """Output for images of shape (B, in_chans, H, W), normalised for the student."""
-        return self._for_student(self.tap(self._for_teacher(x)), x)
+    def forward(self, x: torch.Tensor, in_views: bool = False) -> ModelOutput:
+        """Output for images of shape (B, in_chans, H, W), normalised for the student, or for views of such images."""
+        run = self.tap if in_views else self.tap.run
+        return self._for_student(run(self._for_teacher(x)), x)
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """Logits, shape (B, num_classes), for images of shape (B, in_chans, H, W), differentiable in them."""
@@ -166,9 +167,9 @@ class StaticTeachers(nn.Module):
         return len(self.teachers)
 
     @torch.no_grad()
-    def forward(self, x: torch.Tensor) -> ModelOutput:
-        """Output for images of shape (B, in_chans, H, W): logits of their mean probabilities, and that of each."""
-        outputs = [teacher(x) for teacher in self.teachers]
+    def forward(self, x: torch.Tensor, in_views: bool = False) -> ModelOutput:
+        """Output for images of shape (B, in_chans, H, W), or for views of such: logits of the mean probabilities."""
+        outputs = [teacher(x, in_views) for teacher in self.teachers]
         views = {view: _mean([output.views[view] for output in outputs]) for view in outputs[0].views or ()}
         return ModelOutput(_mean([output.logits for output in outputs]), each=tuple(outputs), views=views or None)
 

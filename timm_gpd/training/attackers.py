@@ -9,8 +9,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from ..errors import UsageError, usage_errors
-from ..task import Attack, create_attack
+from ..errors import UsageError
+from ..task import Attack
 from .student import InputConfig
 
 __all__ = ['Attacker', 'create_attacker']
@@ -35,13 +35,16 @@ def create_attacker(args: argparse.Namespace, model: nn.Module, config: InputCon
     """
     if not args.adv:
         return None
-    with usage_errors('here --mean and --std'):
-        create_attack(model, mean=args.mean, std=args.std)  # refuses what timm would take ImageNet's numbers for
+    known = getattr(model, 'pretrained_cfg', None) or {}
+    for key in ('mean', 'std'):  # timm's loader takes ImageNet's where nobody says
+        if getattr(args, key) is None and known.get(key) is None:
+            raise UsageError(
+                f'{args.model} does not say by which {key} its images are normalised, and --adv attacks pixels from 0 '
+                f'to 1: give --{key}'
+            )
     attack = Attack(args.adv, tuple(config.mean), tuple(config.std), args.adv_eps, args.adv_step, args.adv_steps)
     if args.adv_package is None:
-        return lambda model, images, target: attack(
-            lambda x: F.cross_entropy(model(x), target, reduction='sum'), images
-        )
+        return partial(_attack, attack)
     try:
         package: Any = import_module(args.adv_package)
     except ImportError:
@@ -87,5 +90,5 @@ class _OfPixels(nn.Module):
         return self.model(self.attack.normalize(pixels, pixels))
 
 
-def _cross_entropy(model: nn.Module, target: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
-    return F.cross_entropy(model(images), target, reduction='sum')
+def _attack(attack: Attack, model: nn.Module, images: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    return attack(lambda x: F.cross_entropy(model(x), target, reduction='sum'), images)
