@@ -4,6 +4,8 @@ import pytest
 import timm
 import torch
 
+from timm_gpd.private_torch import pre_hooks_of
+from timm_gpd.task.adversary import Adversary
 from timm_gpd.task.gap_control import Switch
 from timm_gpd.training.args import parse_train_args
 from timm_gpd.training.args.parse import train_parser
@@ -24,6 +26,10 @@ def replicas_are_equal(teacher):
     )
 
 
+def attack_of(task):
+    return next((hook.attack for hook in pre_hooks_of(task) if isinstance(hook, Adversary)), None)
+
+
 # With --gpd: where a flag's value is found in the task, and the value. Without the flag another one is there, or none.
 FLAGS = {
     '--gpd-ratio 3': (lambda task: task.get_dynamic_teacher().plan.ratio, 3),
@@ -42,6 +48,11 @@ FLAGS = {
     '--gpd-switch': (lambda task: isinstance(task.gap_control, Switch), True),
     '--gpd-gap-target 0.3': (lambda task: (task.gap_control.target, task.gap_control.scales), (0.3, 'teacher')),
     '--gpd-gap-target 0.3 --gpd-gap-scales distillation': (lambda task: task.gap_control.scales, 'distillation'),
+    '--adv pgd': (lambda task: attack_of(task).kind, 'pgd'),
+    '--adv pgd --adv-eps 4/255': (lambda task: attack_of(task).eps, 4 / 255),
+    '--adv pgd --adv-step 1/255': (lambda task: attack_of(task).step, 1 / 255),
+    '--adv pgd --adv-steps 3': (lambda task: attack_of(task).steps, 3),
+    '--adv pgd --gpd-loss dgad': (lambda task: task.gpd_loss.name, 'dgad'),
     STATIC: (lambda task: task.settings['distillers'], {'logit': {'temperature': 4}}),
     f'{STATIC} --kd-temperature 2': (lambda task: task.settings['distillers'], {'logit': {'temperature': 2}}),
     f'{STATIC} --kd-distill-type dkd,nd --kd-loss-args beta=7': (
@@ -100,7 +111,7 @@ def test_no_flag_is_left_out():
         for action in train_parser()._actions
         if not isinstance(action, Refused)
         for option in action.option_strings
-        if option.startswith(('--gpd', '--kd-')) or option.endswith('-loss-weight')
+        if option.startswith(('--gpd', '--kd-', '--adv')) or option.endswith('-loss-weight')
     }
     given = {part for flags in FLAGS for part in flags.split() if part.startswith('--')}
     assert len(options) > 20 and options <= given | ELSEWHERE
