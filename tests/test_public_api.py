@@ -69,7 +69,15 @@ FACES = {
         'tap_learner',
         'tap_teacher',
     ],
-    'timm_gpd.task': ['DistillationTask', 'GapPreservingTask', 'StaticTeacherConfig', 'hand_over'],
+    'timm_gpd.task': [
+        'Attack',
+        'DistillationTask',
+        'GapPreservingTask',
+        'StaticTeacherConfig',
+        'create_attack',
+        'hand_over',
+        'setup_adversary',
+    ],
     'timm_gpd.hub': ['convert', 'main', 'pull', 'push'],
     'timm_gpd.coverage': ['main'],
 }

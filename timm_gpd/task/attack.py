@@ -62,8 +62,9 @@ class Attack:
         """
         images = images.detach()
         eps, step = self._scaled(self.eps, images), self._scaled(self.step, images)
-        low = torch.maximum(images - eps, torch.minimum(self.normalize(images, 0.0), images))
-        high = torch.minimum(images + eps, torch.maximum(self.normalize(images, 1.0), images))
+        black, white = self.normalize(images.new_zeros(())), self.normalize(images.new_ones(()))
+        low = torch.maximum(images - eps, torch.minimum(black, images))
+        high = torch.minimum(images + eps, torch.maximum(white, images))
         found, steps = images, 1
         if self.kind == 'pgd':
             found, steps = torch.clamp(images + (2 * torch.rand_like(images) - 1) * eps, low, high), self.steps
@@ -75,17 +76,16 @@ class Attack:
             found = torch.clamp(found, low, high)
         return found
 
-    def normalize(self, images: torch.Tensor, pixels: 'torch.Tensor | float') -> torch.Tensor:
+    def normalize(self, pixels: torch.Tensor) -> torch.Tensor:
         """Pixels from 0 to 1 as models get them.
 
         Args:
-            images: tells dtype and device.
-            pixels: shape (B, in_chans, H, W), or a number.
+            pixels: shape (B, in_chans, H, W), or a scalar.
 
         Returns:
-            The same, normalised; of a number shape (1, channels, 1, 1).
+            The same, normalised; of a scalar shape (1, channels, 1, 1).
         """
-        return (pixels - self._per_channel(self.mean, images)) / self._per_channel(self.std, images)
+        return (pixels - self._per_channel(self.mean, pixels)) / self._per_channel(self.std, pixels)
 
     def pixels(self, images: torch.Tensor) -> torch.Tensor:
         """Pixels of normalised images.

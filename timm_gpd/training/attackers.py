@@ -65,7 +65,7 @@ class _Foreign:
             found = self._standard_ensemble(of_pixels, pixels, target)
         else:
             found = self._same_kind(of_pixels)(pixels, target)
-        return self.attack.normalize(images, found)
+        return self.attack.normalize(found)
 
     def _same_kind(self, of_pixels: nn.Module) -> Any:
         if self.attack.kind == 'fgsm':
@@ -87,7 +87,7 @@ class _OfPixels(nn.Module):
         self.model, self.attack = model, attack
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        return self.model(self.attack.normalize(pixels, pixels))
+        return self.model(self.attack.normalize(pixels))
 
 
 def _attack(attack: Attack, model: nn.Module, images: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
