@@ -6,7 +6,7 @@ import functools
 import json
 import math
 import sys
-from types import SimpleNamespace
+from types import ModuleType
 
 import pytest
 import timm
@@ -544,7 +544,9 @@ class StandIn:
 @pytest.mark.parametrize('name', ['torchattacks', 'autoattack'])
 def test_other_packages_attack_pixels(name, monkeypatch):
     classes = dict(PGD=StandIn, FGSM=StandIn) if name == 'torchattacks' else {}
-    monkeypatch.setitem(sys.modules, name, SimpleNamespace(AutoAttack=StandIn, **classes))
+    package = ModuleType(name)
+    vars(package).update(AutoAttack=StandIn, **classes)
+    monkeypatch.setitem(sys.modules, name, package)
     args = parse_validate_args(['--adv', 'fgsm', '--adv-package', name, '--model', 'test_resnet'])
     model, (images, target) = student().eval(), batch()
     config = InputConfig((1, 32, 32), interpolation='', crop_pct=1.0, **GREY)

@@ -49,36 +49,34 @@ def create_attacker(args: argparse.Namespace, model: nn.Module, config: InputCon
         package: Any = import_module(args.adv_package)
     except ImportError:
         raise UsageError(f'--adv-package {args.adv_package} is not installed: install it, or leave that out')
-    return _Foreign(attack, package)
+    return partial(_attack_by, package, args.seed, attack)
 
 
-class _Foreign:
-    """Another package's attack, which takes pixels from 0 to 1 and a model of them."""
-
-    def __init__(self, attack: Attack, package: Any) -> None:
-        self.attack, self.package = attack, package
-
-    def __call__(self, model: nn.Module, images: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        pixels = self.attack.pixels(images).clamp(0, 1)
-        of_pixels = _OfPixels(model, self.attack).eval()
-        if hasattr(self.package, 'AutoAttack') and not hasattr(self.package, 'PGD'):
-            found = self._standard_ensemble(of_pixels, pixels, target)
-        else:
-            found = self._same_kind(of_pixels)(pixels, target)
-        return self.attack.normalize(found)
-
-    def _same_kind(self, of_pixels: nn.Module) -> Any:
-        if self.attack.kind == 'fgsm':
-            return self.package.FGSM(of_pixels, eps=self.attack.eps)
-        return self.package.PGD(
-            of_pixels, eps=self.attack.eps, alpha=self.attack.step, steps=self.attack.steps, random_start=True
+def _attack_by(
+    package: Any,
+    seed: int,
+    attack: Attack,
+    model: nn.Module,
+    images: torch.Tensor,
+    target: torch.Tensor,
+) -> torch.Tensor:
+    """By a package that takes pixels from 0 to 1, and a model of them."""
+    pixels, of_pixels = attack.pixels(images).clamp(0, 1), _OfPixels(model, attack).eval()
+    if package.__name__ == 'autoattack':
+        ensemble = package.AutoAttack(
+            of_pixels,
+            norm='Linf',
+            eps=attack.eps,
+            seed=seed,
+            verbose=False,
+            version='standard',
+            device=pixels.device,
         )
-
-    def _standard_ensemble(self, of_pixels: nn.Module, pixels: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        attack = self.package.AutoAttack(
-            of_pixels, norm='Linf', eps=self.attack.eps, version='standard', verbose=False, device=pixels.device
-        )
-        return attack.run_standard_evaluation(pixels, target, bs=len(pixels))
+        return attack.normalize(ensemble.run_standard_evaluation(pixels, target, bs=len(pixels)))
+    if attack.kind == 'fgsm':
+        return attack.normalize(package.FGSM(of_pixels, eps=attack.eps)(pixels, target))
+    pgd = package.PGD(of_pixels, eps=attack.eps, alpha=attack.step, steps=attack.steps, random_start=True)
+    return attack.normalize(pgd(pixels, target))
 
 
 class _OfPixels(nn.Module):
