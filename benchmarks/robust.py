@@ -31,7 +31,6 @@ from tqdm import tqdm
 from machine import processor_name
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 
 TEACHER = 'static teacher'
 ATTACK = ['--adv', 'pgd', '--adv-eps', '16/255', '--adv-step', '8/255', '--adv-steps', '3']
@@ -128,6 +127,7 @@ def train_and_attack(way: str, seed: int, epochs: int, output: Path) -> Record:
 
 def run_commands(commands: List[List[str]]) -> int:
     """Runs programs of the project one after another in this process. Returns the exit code."""
+    sys.path.insert(0, str(ROOT))
     for command in commands:
         sys.argv = command
         try:

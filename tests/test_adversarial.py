@@ -28,6 +28,9 @@ from timm_gpd.training.args.adversarial import fraction
 from timm_gpd.training.attackers import create_attacker
 from timm_gpd.training.student import InputConfig
 
+sys.path.insert(0, f'{ROOT}/benchmarks')
+import robust
+
 GREY = dict(mean=(0.5,), std=(0.25,))
 KINDS = [dict(kind='fgsm'), dict(kind='pgd', steps=4), dict(kind='pgd', step=0.5, steps=2)]
 
@@ -552,7 +555,8 @@ def test_other_packages_attack_pixels(name, monkeypatch):
     config = InputConfig((1, 32, 32), interpolation='', crop_pct=1.0, **GREY)
     other = create_attacker(args, model, config)(model, images, target)
     ours = create_attacker(argparse.Namespace(**{**vars(args), 'adv_package': None}), model, config)
-    assert (other - ours(model, images, target)).abs().max() < 1e-5
+    # Where a gradient is next to nothing its sign is chance.
+    assert ((other - ours(model, images, target)).abs() < 1e-5).double().mean() > 0.999
 
 
 def test_pgd_of_torchattacks_agrees():
@@ -573,10 +577,7 @@ def test_pgd_of_torchattacks_agrees():
     assert losses[0].item() == pytest.approx(losses[1].item(), rel=0.01)
 
 
-def test_the_benchmark_makes_a_table(monkeypatch):
-    monkeypatch.syspath_prepend(f'{ROOT}/benchmarks')
-    import robust
-
+def test_the_benchmark_makes_a_table():
     def record(way, seed, robust_top1):
         return dict(way=way, seed=seed, top1=90.0 + seed, robust_top1=robust_top1, processor_seconds=10.0)
 
