@@ -16,6 +16,7 @@ import json
 import os
 import platform
 import runpy
+import shutil
 import statistics
 import subprocess
 import sys
@@ -78,10 +79,15 @@ def measure(path: Path, seeds: int, epochs: int, jobs: int, output: Path) -> Non
     with tqdm(total=seeds * len(WAYS) - len(found), unit='run', disable=None) as progress:
         for seed in range(seeds):
             for ways in ([TEACHER], [way for way in WAYS if way != TEACHER]):
-                missing = [(way, seed) for way in ways if (way, seed) not in found]
+                missing = [(way, seed) for way in ways if (way, seed) not in found or must_be_there(way, seed, output)]
                 with ThreadPoolExecutor(jobs) as pool:
                     for _ in pool.map(run, missing):
                         progress.update()
+
+
+def must_be_there(way: str, seed: int, output: Path) -> bool:
+    """Whether a static teacher has a line, and its weights are elsewhere."""
+    return way == TEACHER and not (output / f'{way}-{seed}' / 'student').is_dir()
 
 
 def train_and_attack(way: str, seed: int, epochs: int, output: Path) -> Record:
@@ -89,6 +95,7 @@ def train_and_attack(way: str, seed: int, epochs: int, output: Path) -> Record:
     name = f'{way}-{seed}'
     data = ['--data-dir', str(output / 'data'), '--seed', str(seed), '--digits-train-size', '1297']
     student = output / name / 'student'
+    shutil.rmtree(output / name, ignore_errors=True)  # of a run that was interrupted
     flags = [flag.format(teacher=output / f'{TEACHER}-{seed}' / 'student') for flag in WAYS[way]]
     train = ['train.py', '--config', str(ROOT / 'configs' / 'digits.yaml'), *data, '--epochs', str(epochs)]
     train += ['--warmup-epochs', '1', '--val-split', '', '--output', str(output), '--experiment', name, *flags]
