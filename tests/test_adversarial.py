@@ -17,7 +17,6 @@ from timm_gpd.private_torch import pre_hooks_of
 from timm_gpd.task import Attack, create_attack, setup_adversary
 from timm_gpd.task.adversary import Adversary
 
-
 GREY = dict(mean=(0.5,), std=(0.25,))
 KINDS = [dict(kind='fgsm'), dict(kind='pgd', steps=4), dict(kind='pgd', step=0.5, steps=2)]
 
