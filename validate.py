@@ -21,6 +21,7 @@ from timm_gpd.command_line import run_program
 from timm_gpd.errors import UsageError, one_line, usage_errors
 from timm_gpd.training.args import Arguments, parse_validate_args
 from timm_gpd.training.args.checks import check_model_name
+from timm_gpd.training.attackers import create_attacker
 from timm_gpd.training.compute import Compute, create_compute, fast_norm
 from timm_gpd.training.cpu import tune_process_for
 from timm_gpd.training.data.datasets import resolve_data
@@ -146,6 +147,7 @@ def validate_model(args: argparse.Namespace, compute: Compute, processes: Proces
             input_config = dataclasses.replace(input_config, crop_pct=1.0)
             with usage_errors('the size that it pools over does not fit: leave out --test-pool', RuntimeError):
                 model.eval()(torch.zeros(1, *input_config.input_size))
+    attacker = create_attacker(args, model, input_config)
     valid_labels = read_valid_labels(args.valid_labels, num_classes)
     loader = create_eval_loader(
         args, source, input_config, len(valid_labels) if valid_labels else num_classes, compute.device
@@ -161,7 +163,7 @@ def validate_model(args: argparse.Namespace, compute: Compute, processes: Proces
             average=args.metrics_avg,
         )
     compute.place(model)
-    metrics = validate({'': _prepare(model, args)}, loader, compute, args.log_interval, create_evaluator)
+    metrics = validate({'': _prepare(model, args)}, loader, compute, args.log_interval, create_evaluator, attacker)
     report_bad_images(processes, None, loader)
     results: Dict[str, Any] = OrderedDict(model=args.model)
     if args.checkpoint:

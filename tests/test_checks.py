@@ -10,6 +10,7 @@ import torch
 
 from timm_gpd.errors import UsageError
 from timm_gpd.training.args import parse_train_args, parse_validate_args, train_parser, validate_parser
+from timm_gpd.training.args.adversarial import fraction
 from timm_gpd.training.args.checks import FLAGS, check_flags
 from timm_gpd.training.args.combinations import check_batch_norm
 from timm_gpd.training.args.refused import Refused
@@ -50,7 +51,7 @@ def refusal(program, *arguments):
 def test_every_flag_is_in_the_table_and_nothing_else():
     assert {action.dest for _, action in ACTIONS.values()} == set(FLAGS)
     for program, action in ACTIONS.values():
-        number = action.type in (int, float)
+        number = action.type in (int, float, fraction)
         assert isinstance(FLAGS[action.dest], Numbers) == number, f'{program} {action.dest}'
 
 

@@ -1,12 +1,13 @@
 """What the README promises, and that flags of documents are those of the programs."""
 
 import re
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
 import torch
 
-from timm_gpd.training.args import parse_train_args
+from timm_gpd.training.args import parse_train_args, parse_validate_args
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / 'README.md'
@@ -44,14 +45,14 @@ def same_value(said, default):
     if default is None or default is False:
         return said in ('none', 'off')
     try:
-        return float(said) == float(default)
+        return float(Fraction(said)) == float(default)  # 8/255, too
     except ValueError:
         return said == default
 
 
 @pytest.mark.parametrize('document', [path for path in DOCUMENTS if any(flag_rows(path))], ids=lambda path: path.name)
 def test_flags_of_the_tables_are_the_parsers(document):
-    defaults = vars(parse_train_args([]))
+    defaults = {**vars(parse_validate_args([])), **vars(parse_train_args([]))}
     for flag, default, mentioned in flag_rows(document):
         names = [name.lstrip('-').replace('-', '_') for name in (flag, *mentioned)]
         assert [name for name in names if name not in defaults] == [], f'{document.name}: {flag}'

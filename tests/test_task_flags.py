@@ -7,14 +7,19 @@ import timm
 import torch
 
 from timm_gpd import EmaTeacherConfig
+from timm_gpd.private_torch import pre_hooks_of
+from timm_gpd.task.adversary import Adversary
 from timm_gpd.task.gap_control import Switch
 from timm_gpd.training.args import parse_train_args
 from timm_gpd.training.args.parse import train_parser
 from timm_gpd.training.args.refused import Refused
-from timm_gpd.training.student import create_student
+from timm_gpd.training.student import create_student, resolve_input, set_input
 from timm_gpd.training.task import create_task
 
-SMALL = '--model test_resnet --model-kwargs channels=[8,8,8,8] stem_width=4 --num-classes 3 --in-chans 1 --img-size 32'
+SMALL = (
+    '--model test_resnet --model-kwargs channels=[8,8,8,8] stem_width=4 --num-classes 3 --in-chans 1 --img-size 32 '
+    '--mean 0.5 --std 0.5'
+)
 STATIC = '--kd-model-name test_resnet --kd-model-path {teacher}'
 
 
@@ -25,6 +30,10 @@ def replicas_are_equal(teacher):
         torch.equal(stored[name], tensor_map.replicate(tensor_map.first_replica(stored[name])))
         for name, tensor_map in maps.items()
     )
+
+
+def attack_of(task):
+    return next((hook.attack for hook in pre_hooks_of(task) if isinstance(hook, Adversary)), None)
 
 
 # With --gpd: where a flag's value is found in the task, and the value. Without the flag another one is there, or none.
@@ -45,6 +54,11 @@ FLAGS = {
     '--gpd-switch': (lambda task: isinstance(task.gap_control, Switch), True),
     '--gpd-gap-target 0.3': (lambda task: (task.gap_control.target, task.gap_control.scales), (0.3, 'teacher')),
     '--gpd-gap-target 0.3 --gpd-gap-scales distillation': (lambda task: task.gap_control.scales, 'distillation'),
+    '--adv pgd': (lambda task: attack_of(task).kind, 'pgd'),
+    '--adv pgd --adv-eps 4/255': (lambda task: attack_of(task).eps, 4 / 255),
+    '--adv pgd --adv-step 1/255': (lambda task: attack_of(task).step, 1 / 255),
+    '--adv pgd --adv-steps 3': (lambda task: attack_of(task).steps, 3),
+    '--adv pgd --gpd-loss dgad': (lambda task: task.gpd_loss.name, 'dgad'),
     STATIC: (lambda task: task.settings['distillers'], {'logit': {'temperature': 4}}),
     f'{STATIC} --kd-temperature 2': (lambda task: task.settings['distillers'], {'logit': {'temperature': 2}}),
     f'{STATIC} --kd-distill-type dkd,nd --kd-loss-args beta=7': (
@@ -97,7 +111,9 @@ def teacher(tmp_path_factory):
 
 def create(flags):
     args = parse_train_args([*SMALL.split(), '--gpd', *flags.split()])
-    return create_task(args, create_student(args), torch.device('cpu'))
+    student = create_student(args)
+    set_input(student, resolve_input(args, student))
+    return create_task(args, student, torch.device('cpu'))
 
 
 @pytest.mark.parametrize('flags', FLAGS)
@@ -118,7 +134,7 @@ def test_no_flag_is_left_out():
         for action in train_parser()._actions
         if not isinstance(action, Refused)
         for option in action.option_strings
-        if option.startswith(('--gpd', '--kd-', '--ema-teacher')) or option.endswith('-loss-weight')
+        if option.startswith(('--gpd', '--kd-', '--ema-teacher', '--adv')) or option.endswith('-loss-weight')
     }
     given = {part for flags in FLAGS for part in flags.split() if part.startswith('--')}
     assert len(options) > 20 and options <= given | ELSEWHERE

@@ -17,6 +17,7 @@ import torch.nn as nn
 
 from ..errors import InputError
 from ..losses.hyperparameters import check_hyperparameter
+from .adversarial import DGAD, IGDM, AdaAD, AdversarialDistiller
 from .base import Distiller
 from .embedding import ND, RSD, Embed, Feature
 from .feature_tap import ModelOutput, Tap, evaluation_mode, example_output, stage_modules
@@ -26,8 +27,10 @@ from .reviewkd import ReviewKD
 from .token import TOKEN_KINDS, Token
 
 __all__ = [
+    'ADVERSARIAL_DISTILLERS',
     'DISTILLERS',
     'DistillSettings',
+    'AdversarialDistiller',
     'Distiller',
     'Distillers',
     'ModelOutput',
@@ -61,6 +64,9 @@ DISTILLERS: Dict[str, Type[Distiller]] = {
     'at': AT,
     'token': Token,
 }
+# The same of an adversarial step.
+ADVERSARIAL_DISTILLERS: Dict[str, Type[Distiller]] = {'adaad': AdaAD, 'dgad': DGAD, 'igdm': IGDM}
+_ALL = {**DISTILLERS, **ADVERSARIAL_DISTILLERS}
 
 # Hyperparameters of every loss to use, by its name, which may tell whose it is: ``dkd@2`` is the second teacher's.
 DistillSettings = Dict[str, Dict[str, Any]]
@@ -226,8 +232,8 @@ def _needs(kind: str, settings: DistillSettings) -> Dict[str, str]:
 
 def _check_name(name: str, num_teachers: int) -> None:
     loss, separator, number = name.partition('@')
-    if loss not in DISTILLERS:
-        raise InputError(f'{name!r} is not a distillation loss: choose of {", ".join(DISTILLERS)}')
+    if loss not in _ALL:
+        raise InputError(f'{name!r} is not a distillation loss: choose of {", ".join(_ALL)}')
     if separator and num_teachers == 1:
         raise InputError(f'{name} tells several static teachers apart, and there is one: it is {loss}')
     known = [str(index + 1) for index in range(num_teachers)]
@@ -235,7 +241,7 @@ def _check_name(name: str, num_teachers: int) -> None:
         raise InputError(
             f'{name} is of none of the {num_teachers} static teachers: they are numbers {", ".join(known)}'
         )
-    if num_teachers > 1 and not separator and DISTILLERS[loss].teacher_needs:
+    if num_teachers > 1 and not separator and _ALL[loss].teacher_needs:
         raise InputError(
             f'{loss} compares features, of which {num_teachers} static teachers have no mean: say of which one, '
             f'as in {loss}@1'
@@ -243,7 +249,7 @@ def _check_name(name: str, num_teachers: int) -> None:
 
 
 def _loss(name: str) -> Type[Distiller]:
-    return DISTILLERS[loss_and_teacher(name)[0]]
+    return _ALL[loss_and_teacher(name)[0]]
 
 
 def _teachers_own(name: str, teacher: ModelOutput) -> ModelOutput:

@@ -34,6 +34,8 @@ class ModelOutput(NamedTuple):
         token: logits of the distillation token, shape (B, num_classes), apart from which ``logits`` are then; None
             if they were not asked for, and in evaluation mode, in which ``logits`` are the mean of both.
         each: of several static teachers, what each of them computed; ``logits`` are then of their mean probabilities.
+        views: logits by view, each of shape (B, num_classes), where the batch was shown in several; all else is of the
+            perturbed one then. None where it was not.
     """
 
     logits: torch.Tensor
@@ -41,6 +43,7 @@ class ModelOutput(NamedTuple):
     embedding: Optional[torch.Tensor] = None
     token: Optional[torch.Tensor] = None
     each: Tuple['ModelOutput', ...] = ()
+    views: Optional[Dict[str, torch.Tensor]] = None
 
     def detach(self) -> 'ModelOutput':
         """Cuts the output off from the graph that it was computed in.
@@ -48,12 +51,24 @@ class ModelOutput(NamedTuple):
         Returns:
             The same tensors without their history.
         """
+        return self.apply(torch.Tensor.detach)
+
+    def apply(self, function: Callable[[torch.Tensor], torch.Tensor]) -> 'ModelOutput':
+        """Makes another output of every tensor.
+
+        Args:
+            function: what to make of a tensor.
+
+        Returns:
+            The output of these.
+        """
         return ModelOutput(
-            self.logits.detach(),
-            tuple(stage.detach() for stage in self.stages),
-            None if self.embedding is None else self.embedding.detach(),
-            None if self.token is None else self.token.detach(),
-            tuple(output.detach() for output in self.each),
+            function(self.logits),
+            tuple(map(function, self.stages)),
+            None if self.embedding is None else function(self.embedding),
+            None if self.token is None else function(self.token),
+            tuple(output.apply(function) for output in self.each),
+            None if self.views is None else {view: function(logits) for view, logits in self.views.items()},
         )
 
 
@@ -69,6 +84,9 @@ class Tap(nn.Module):
         needs: of ``'stages'``, ``'embedding'`` and ``'token'``, those that are asked for, each with the names of the
             losses that need it.
 
+    Attributes:
+        views: the views of a batch that images hold, one behind the other; empty where there is but the batch itself.
+
     Raises:
         ValueError: if the model does not offer what is needed.
     """
@@ -76,6 +94,7 @@ class Tap(nn.Module):
     def __init__(self, model: nn.Module, needs: Mapping[str, str]) -> None:
         super().__init__()
         self.model = model
+        self.views: Tuple[str, ...] = ()
         self.needs = dict(needs)
         if 'token' in needs:
             self._require('set_distilled_training', needs['token'])
@@ -96,7 +115,24 @@ class Tap(nn.Module):
                 self._fail('no classifier to take an embedding from', needs['embedding'])
 
     def forward(self, x: torch.Tensor) -> ModelOutput:
-        """Runs the model.
+        """Runs the model, once for every view: batch norm sees each by itself.
+
+        Args:
+            x: images, shape (B, in_chans, H, W), or of several views (B * views, in_chans, H, W).
+
+        Returns:
+            Logits, and what was asked for; of the perturbed images where there are views.
+
+        Raises:
+            ValueError: see :meth:`run`.
+        """
+        if not self.views:
+            return self.run(x)
+        outputs = dict(zip(self.views, [self.run(images) for images in x.chunk(len(self.views))]))
+        return outputs['perturbed']._replace(views={view: output.logits for view, output in outputs.items()})
+
+    def run(self, x: torch.Tensor) -> ModelOutput:
+        """Runs the model once, whatever the views.
 
         Args:
             x: images, shape (B, in_chans, H, W).

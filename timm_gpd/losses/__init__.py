@@ -5,6 +5,7 @@ them. DKD, NKD, RLD and OFA single out one target class: for them probabilities 
 in the code published with OFA-KD for DKD and OFA.
 """
 
+from .adversarial import ADVERSARIAL_LOSSES, adaad_loss, dgad_loss, igdm_loss, swap_logits
 from .embeddings import embed_loss, nd_loss, rkd_loss, rsd_loss
 from .feature_maps import at_loss, hcl_loss
 from .finite import check_finite
@@ -23,13 +24,17 @@ from .logits import (
 from .targets import target_classes
 
 __all__ = [
+    'ADVERSARIAL_LOSSES',
     'GPD_LOSSES',
+    'adaad_loss',
     'at_loss',
     'check_finite',
+    'dgad_loss',
     'dist_loss',
     'dkd_loss',
     'embed_loss',
     'hcl_loss',
+    'igdm_loss',
     'kd_loss',
     'nd_loss',
     'needs_target',
@@ -40,6 +45,7 @@ __all__ = [
     'rsd_loss',
     'soft_target_cross_entropy',
     'standardize_logits',
+    'swap_logits',
     'target_classes',
     'wttm_loss',
 ]

@@ -103,7 +103,7 @@ class DistillationTask(BaseTask):
             ``loss``; ``output``, the student's logits, shape (B, num_classes); ``task_loss``, and ``kd/<loss>`` for
             every distillation loss.
         """
-        return self.trainable_module(input, target, self.static_teacher(input))
+        return self.trainable_module(input, target, self.static_teacher(input, in_views=True))
 
     def get_eval_model(self, module: Optional[nn.Module] = None, ema: bool = False) -> Optional[nn.Module]:
         """What is validated: the student, without distillers.

@@ -170,13 +170,13 @@ class GapPreservingTask(BaseTask):
             teacher ``kd/<loss>`` and ``teacher_kd/<loss>`` for every distillation loss. What is the dynamic teacher's
             is there to be read: its backward pass has run, and a loss on it raises a RuntimeError in ``backward()``.
         """
-        static_output = None if self.static_teacher is None else self.static_teacher(input)
+        static_output = None if self.static_teacher is None else self.static_teacher(input, in_views=True)
         drawn = () if self.ratios is None else (self.ratios.draw(),)
         control = self.gap_control
         student, teacher = self.trainable_module(input, target, static_output, *drawn, **control.arguments())
         loss = student.pop('loss') + teacher.pop('loss')
         if self.gpd_loss is not None:
-            student['gpd_loss'] = self.gpd_loss(student['output'], teacher['output'], target)
+            student['gpd_loss'] = self.gpd_loss.of_step(student, teacher, target)
             loss = loss + self.gpd_weight * control.distillation_factor() * student['gpd_loss']
         student.update(control.observe(student, teacher))
         loss = loss + teacher.pop('gradients')

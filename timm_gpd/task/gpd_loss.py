@@ -1,12 +1,13 @@
 """What the student learns from its dynamic teacher, and how much of the loss that is."""
 
 import math
-from typing import Any, Dict, Mapping, Optional
+from typing import Any, Callable, Dict, Mapping, Optional
 
 import torch
 
 from ..errors import InputError, check_number
-from ..losses import GPD_LOSSES, needs_target
+from ..losses import ADVERSARIAL_LOSSES, GPD_LOSSES, needs_target
+from ..losses.adversarial import VIEWS_OF
 from ..losses.hyperparameters import check_hyperparameter, loss_defaults
 
 __all__ = ['OF_ONE_LOGIT', 'WEIGHT_SCHEDULES', 'GpdLoss', 'WeightSchedule']
@@ -19,7 +20,7 @@ class GpdLoss:
     """A loss of two logits, with its hyperparameters.
 
     Args:
-        name: a key of ``timm_gpd.losses.GPD_LOSSES``.
+        name: a key of ``timm_gpd.losses.GPD_LOSSES``, or with an adversary of ``ADVERSARIAL_LOSSES``.
         hyperparameters: those that differ from its defaults.
         num_classes: of the student, where that is known.
 
@@ -33,9 +34,10 @@ class GpdLoss:
         hyperparameters: Optional[Mapping[str, Any]] = None,
         num_classes: Optional[int] = None,
     ) -> None:
-        if name not in GPD_LOSSES:
-            raise InputError(f'gpd_loss must be one of {", ".join(GPD_LOSSES)}, but is {name!r}')
-        self.name, self.function = name, GPD_LOSSES[name]
+        known_losses: Dict[str, Callable[..., torch.Tensor]] = {**GPD_LOSSES, **ADVERSARIAL_LOSSES}
+        if name not in known_losses:
+            raise InputError(f'gpd_loss must be one of {", ".join(known_losses)}, but is {name!r}')
+        self.name, self.function, self.views = name, known_losses[name], VIEWS_OF.get(name, ())
         self.needs_target = needs_target(self.function)
         self._check_classes(num_classes)
         self.hyperparameters: Dict[str, Any] = {}
@@ -63,14 +65,44 @@ class GpdLoss:
             A scalar.
 
         Raises:
-            ValueError: if the loss needs a target and cannot use this one, or there are too few classes for it.
+            ValueError: if the loss needs a target and cannot use this one, there are too few classes for it, or it
+                compares views of images.
         """
+        if self.views:
+            raise InputError(
+                f'gpd_loss {self.name} compares images that an attack has perturbed, and there is none: '
+                'call setup_adversary(task, attack)'
+            )
         self._check_classes(student_logits.shape[-1])
         if not self.needs_target:
             return self.function(student_logits, teacher_logits, **self.hyperparameters)
         if target is None:
             raise ValueError(f'gpd_loss {self.name} needs the target as its third argument')
         return self.function(student_logits, teacher_logits, target, **self.hyperparameters)
+
+    def of_step(
+        self,
+        student: Mapping[str, torch.Tensor],
+        teacher: Mapping[str, torch.Tensor],
+        target: torch.Tensor,
+    ) -> torch.Tensor:
+        """The loss of what a step gave.
+
+        Args:
+            student: from :meth:`StepLoss.forward`.
+            teacher: the same of the dynamic teacher.
+            target: see :meth:`__call__`.
+
+        Returns:
+            A scalar.
+
+        Raises:
+            ValueError: see :meth:`__call__`.
+        """
+        if not self.views or 'output_perturbed' not in student:
+            return self(student['output'], teacher['output'], target)
+        views = [{view: result[f'output_{view}'] for view in self.views} for result in (student, teacher)]
+        return self.function(*views, *([target] if self.needs_target else []), **self.hyperparameters)
 
     def _check_classes(self, num_classes: Optional[int]) -> None:
         if num_classes == 1 and self.name not in OF_ONE_LOGIT:

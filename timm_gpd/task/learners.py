@@ -173,8 +173,9 @@ class JointLearners(Learners):
             raise InputError(
                 "a compiler keeps none of the student's gradients, by whose norm it is clipped: leave out compile()"
             )
+        views = max(len(self.taps['student'].views), 1)
         with evaluation_mode(self.model), torch.enable_grad():
-            logits = self.run(x)['dynamic_teacher'].logits
+            logits = self.run(x.repeat(views, 1, 1, 1))['dynamic_teacher'].logits
         self.knows_all_sources = not reaches_others(logits, self.model.parameters())
 
     def _teacher_loss(

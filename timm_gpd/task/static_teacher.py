@@ -99,16 +99,20 @@ class StaticTeacher(nn.Module):
         self.tap = tap_teacher(teacher.model, settings, number)
         self.train(False)
 
-    def forward(self, x: torch.Tensor) -> ModelOutput:
-        """Output for images of shape (B, in_chans, H, W), normalised for the student.
+    def forward(self, x: torch.Tensor, in_views: bool = False) -> ModelOutput:
+        """Output for images of shape (B, in_chans, H, W), normalised for the student, or for views of such images.
 
         It has a history where there are online modules, which get gradients by it.
         """
-        online = self.online_modules
+        online, run = self.online_modules, self.tap if in_views else self.tap.run
         with torch.set_grad_enabled(torch.is_grad_enabled() and online is not None):
             images = self._for_teacher(x.detach())
             with nullcontext() if online is None else online.inserted(self.tap):
-                return self._for_student(self.tap(images), x)
+                return self._for_student(run(images), x)
+
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
+        """Logits, shape (B, num_classes), for images of shape (B, in_chans, H, W), differentiable in them."""
+        return self._for_student(self.tap.run(self._for_teacher(x)), x).logits
 
     @property
     def adapts(self) -> bool:
@@ -176,13 +180,13 @@ class StaticTeacher(nn.Module):
     def _for_student(self, output: ModelOutput, x: torch.Tensor) -> ModelOutput:
         like = next((p for p in self.teacher.model.parameters() if p.is_floating_point()), x)
         if like.device != x.device or like.dtype != x.dtype:  # else it is as autocast has made it
-            output = ModelOutput(
-                output.logits.to(x.device, x.dtype),
-                tuple(stage.to(x.device, x.dtype) for stage in output.stages),
-                None if output.embedding is None else output.embedding.to(x.device, x.dtype),
-            )
+            output = output.apply(lambda tensor: tensor.to(x.device, x.dtype))
         if self.class_indices.numel():
-            output = output._replace(logits=_map_classes(output.logits, self.class_indices))
+            output = output._replace(
+                logits=_map_classes(output.logits, self.class_indices),
+                views={view: _map_classes(logits, self.class_indices) for view, logits in (output.views or {}).items()}
+                or None,
+            )
         return output
 
 
@@ -201,11 +205,15 @@ class StaticTeachers(nn.Module):
     def __len__(self) -> int:
         return len(self.teachers)
 
-    def forward(self, x: torch.Tensor) -> ModelOutput:
-        """Output for images of shape (B, in_chans, H, W): logits of their mean probabilities, and that of each."""
-        outputs = [teacher(x) for teacher in self.teachers]
-        log_probabilities = torch.stack([output.logits.log_softmax(-1) for output in outputs])
-        return ModelOutput(log_probabilities.logsumexp(0) - math.log(len(outputs)), each=tuple(outputs))
+    def forward(self, x: torch.Tensor, in_views: bool = False) -> ModelOutput:
+        """Output for images of shape (B, in_chans, H, W), or for views of such: logits of the mean probabilities."""
+        outputs = [teacher(x, in_views) for teacher in self.teachers]
+        views = {view: _mean([output.views[view] for output in outputs]) for view in outputs[0].views or ()}
+        return ModelOutput(_mean([output.logits for output in outputs]), each=tuple(outputs), views=views or None)
+
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
+        """Those of their mean probabilities, see :meth:`StaticTeacher.logits`."""
+        return _mean([teacher.logits(x) for teacher in self.teachers])
 
     @property
     def adapts(self) -> bool:
@@ -242,6 +250,11 @@ def _class_indices(class_map: Optional[ClassMap], device: torch.device) -> torch
     rows: List[List[int]] = [classes_in(row) for row in ([] if class_map is None else class_map)]
     width = max(map(len, rows), default=0)
     return torch.tensor([row + [-1] * (width - len(row)) for row in rows], dtype=torch.long, device=device)
+
+
+def _mean(logits: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Logits of the mean of several models' probabilities."""
+    return torch.stack([each.log_softmax(-1) for each in logits]).logsumexp(0) - math.log(len(logits))
 
 
 def _map_classes(logits: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:

@@ -57,9 +57,9 @@ class StepLoss(nn.Module):
             static_output: what the static teacher made of the images.
 
         Returns:
-            ``loss``; ``output``, logits of shape (B, num_classes); and the terms without a and b: ``task_loss``, and
-            ``kd/<loss>`` for every loss from the static teacher. Where static teachers adapt, also the student's
-            ``online_task_loss`` and ``online_kd_loss``, which are theirs.
+            ``loss``; ``output``, logits of shape (B, num_classes); the terms without a and b: ``task_loss``, and
+            ``kd/<loss>`` for every loss from the static teacher; and of several views ``output_<view>``, their logits.
+            Where static teachers adapt, also the student's ``online_task_loss`` and ``online_kd_loss``, theirs.
 
         Raises:
             InputError: if the model returned more than logits.
@@ -78,7 +78,8 @@ class StepLoss(nn.Module):
         if static_output is not None and learner == 'student' and self.online_modules:
             online = self._online_terms(output, static_output, target)
             loss, terms = loss + sum(online.values()), {**terms, **online}
-        return {'loss': loss, 'output': output.logits, 'task_loss': task_loss, **terms}
+        views = {f'output_{view}': logits for view, logits in (output.views or {}).items()}
+        return {'loss': loss, 'output': output.logits, 'task_loss': task_loss, **terms, **views}
 
     def _online_terms(
         self, output: ModelOutput, static_output: ModelOutput, target: torch.Tensor

@@ -69,8 +69,8 @@ class StoredTeacher(nn.Module):
         self._weights: Dict[Tuple[int, torch.device], torch.Tensor] = {}
 
     @torch.no_grad()
-    def forward(self, x: torch.Tensor) -> ModelOutput:
-        """Output for images of shape (B, in_chans, H, W), normalised for the student."""
+    def forward(self, x: torch.Tensor, in_views: bool = False) -> ModelOutput:
+        """Output for images of shape (B, in_chans, H, W), normalised for the student; views of such do not go."""
         keys = self._keys(x)
         kind, rows, found = self.store.read(keys)
         if found.all():

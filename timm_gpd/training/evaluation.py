@@ -18,6 +18,7 @@ from timm.task import (
 )
 from timm.utils import AverageMeter
 
+from .attackers import Attacker
 from .compute import Compute
 from .task import get_teachers, get_validation_models
 
@@ -113,6 +114,7 @@ def validate(
     compute: Compute,
     log_interval: int,
     create_evaluator: Optional[EvaluatorFactory] = None,
+    attacker: Optional[Attacker] = None,
 ) -> Dict[str, float]:
     """Validates several models in one pass over the images, of which each process has its part.
 
@@ -122,14 +124,16 @@ def validate(
         compute: device and precision.
         log_interval: batches between log lines, which are of this process's part.
         create_evaluator: gives what computes the metrics, see :func:`evaluator_of` (default: of images of one class).
+        attacker: also validates each model on images that this has perturbed against it.
 
     Returns:
         For every prefix ``loss``, and in percent ``top1`` and ``top5`` or what else the evaluator computes, over the
-        images of all processes.
+        images of all processes; on perturbed images with ``robust_`` before these names.
     """
     limit = evaluation_sample_limit(loader)
     create_evaluator = create_evaluator or partial(ClassificationEvaluator, compute.device)
-    evaluators = {prefix: create_evaluator(max_samples=limit) for prefix in models}
+    kinds = [''] if attacker is None else ['', 'robust_']
+    evaluators = {prefix + kind: create_evaluator(max_samples=limit) for prefix in models for kind in kinds}
     batch_time = AverageMeter()
     for model in models.values():
         model.eval()
@@ -137,9 +141,14 @@ def validate(
     for index, (images, target) in enumerate(loader):
         images, target = compute.prepare(images, target)
         for prefix, model in models.items():
-            with compute.autocast():
-                output = model(images)
-            evaluators[prefix].update(output[0] if isinstance(output, (tuple, list)) else output, target)
+            for kind in kinds:
+                shown = images
+                if kind and attacker is not None:
+                    with torch.inference_mode(False), compute.autocast():
+                        shown = attacker(model, images.clone(), target.clone())
+                with compute.autocast():
+                    output = model(shown)
+                evaluators[prefix + kind].update(output[0] if isinstance(output, (tuple, list)) else output, target)
         batch_time.update(time.time() - end)
         end = time.time()
         if index % log_interval == 0 or index == len(loader) - 1:

@@ -12,7 +12,7 @@ from timm.utils import unwrap_model
 
 from ..distillers import distill_settings, loss_and_teacher
 from ..errors import UsageError, usage_errors
-from ..task import DistillationTask, GapPreservingTask
+from ..task import DistillationTask, GapPreservingTask, create_attack, setup_adversary
 from ..task.gap_control import GapControl, GapTarget, Switch
 from ..task.gpd_loss import OF_ONE_LOGIT, GpdLoss
 from ..task.stored_teacher import AnyStaticTeacher
@@ -93,11 +93,25 @@ def create_task(
         static_teacher: that of another task, instead of the one that the arguments name.
 
     Returns:
-        One of timm's training tasks. Its static teacher, where there is one, is frozen.
+        One of timm's training tasks. Its static teacher, where there is one, is frozen. With ``--adv`` it trains on
+        perturbed images.
 
     Raises:
         UsageError: if the student cannot be widened, or the static teacher does not fit it.
     """
+    task = _create_task(args, student, device, is_joint, static_teacher)
+    if args.adv:
+        setup_adversary(task, create_attack(student, args.adv, args.adv_eps, args.adv_step, args.adv_steps))
+    return task
+
+
+def _create_task(
+    args: argparse.Namespace,
+    student: nn.Module,
+    device: torch.device,
+    is_joint: Optional[bool],
+    static_teacher: Optional[AnyStaticTeacher],
+) -> TrainingTask:
     criterion = create_criterion(args, recorded_classes(student)).to(device)
     dtype = next(student.parameters()).dtype
     common: Dict[str, Any] = dict(criterion=criterion, device=device, dtype=dtype)

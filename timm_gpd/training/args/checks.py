@@ -143,6 +143,10 @@ FLAGS: Mapping[str, Callable[[Any], Optional[str]]] = {
     'kd_temperature': POSITIVE,
     'distill_loss_weight': AT_LEAST_0,
     'task_loss_weight': AT_LEAST_0,
+    # Attack
+    'adv_eps': Numbers(0, 1, above=True),
+    'adv_step': Numbers(0, 1, above=True),
+    'adv_steps': COUNT,
     # Loss
     'smoothing': RATE,
     'bce_target_thresh': SHARE,

@@ -8,7 +8,9 @@ from typing import Any, Dict, List, Mapping, Tuple, Union
 import torch.nn as nn
 
 from ...command_line import flag_of
+from ...distillers import ADVERSARIAL_DISTILLERS, loss_and_teacher
 from ...errors import UsageError
+from ...losses.adversarial import VIEWS_OF
 from ...private_torch import BatchNorm
 
 __all__ = [
@@ -43,6 +45,7 @@ _ONLY_WITH: Dict[Union[str, Tuple[str, ...]], Tuple[str, ...]] = {
         'gpd_gap_target',
     ),
     'gpd_gap_target': ('gpd_gap_scales',),
+    'adv': ('adv_eps', 'adv_step', 'adv_steps'),
     'kd_model_name': ('kd_img_size', 'kd_class_map', 'kd_dtype', 'kd_device', 'kd_cache'),
     'ema_teacher': ('ema_teacher_prob', 'ema_teacher_momentum'),
     ('kd_model_name', 'ema_teacher'): (
@@ -128,6 +131,7 @@ def check_train_combinations(values: Mapping[str, Any], parser: argparse.Argumen
         _check_method(values, parser)
         _check_gap_control(values)
     _check_adapting_teachers(values)
+    _check_adversary(values, parser)
     if values['dataset'] == 'glyphs':
         idle = [name for name in _IDLE_OF_GLYPHS if values[name] != parser.get_default(name)]
         if idle:
@@ -154,16 +158,23 @@ def check_train_combinations(values: Mapping[str, Any], parser: argparse.Argumen
             _logger.warning(f'{", ".join(flag_of(name) for name in idle)} does nothing without {needed}')
 
 
-def check_validate_combinations(values: Mapping[str, Any]) -> None:
+def check_validate_combinations(values: Mapping[str, Any], parser: argparse.ArgumentParser) -> None:
     """Checks the arguments of ``validate.py`` against one another.
 
     Args:
         values: by argument, each right by itself.
+        parser: knows the defaults.
 
     Raises:
-        UsageError: if two of them contradict each other.
+        UsageError: if two of them contradict each other. What has no effect is warned about.
     """
     _check_images(values)
+    _check_attack(values, parser)
+    for name in ('real_labels', 'valid_labels'):
+        if values['adv'] and values[name]:
+            raise UsageError(f'--adv attacks the labels that images have, and {flag_of(name)} are others: leave it out')
+    if values['adv_package'] and not values['adv']:
+        raise UsageError('--adv-package says who attacks: add --adv')
     for name in ('use_ema', 'use_teacher'):
         if values[name] and not values['checkpoint']:
             raise UsageError(f'{flag_of(name)} chooses among the models of a checkpoint: give --checkpoint')
@@ -325,6 +336,48 @@ def _check_adapting_teachers(values: Mapping[str, Any]) -> None:
             '--kd-online-modules compare probabilities of classes that exclude each other, and with --task multilabel '
             'they do not: leave it out'
         )
+
+
+def _check_attack(values: Mapping[str, Any], parser: argparse.ArgumentParser) -> None:
+    if not values['adv']:
+        return
+    if values['task'] == 'multilabel':
+        raise UsageError('--adv is for images of one class: leave out --task multilabel')
+    if values['model_dtype'] not in (None, 'float32'):
+        raise UsageError(
+            f'--adv takes steps that are small for --model-dtype {values["model_dtype"]}: take --amp instead'
+        )
+    for name in ('adv_step', 'adv_steps'):
+        if values['adv'] == 'fgsm' and values[name] != parser.get_default(name):
+            _logger.warning(f'{flag_of(name)} does nothing with --adv fgsm, which takes one step of --adv-eps')
+
+
+def _check_adversary(values: Mapping[str, Any], parser: argparse.ArgumentParser) -> None:
+    _check_attack(values, parser)
+    names = values['kd_distill_type'].split(',') if values['kd_model_name'] else []
+    losses = {'--kd-distill-type': [loss_and_teacher(name.strip())[0] for name in names]}
+    if values['gpd'] and values['gpd_method'] != 'netaug':
+        losses['--gpd-loss'] = [values['gpd_loss']]
+    found = [(flag, name) for flag, given in losses.items() for name in given if name in ADVERSARIAL_DISTILLERS]
+    if not values['adv']:
+        for flag, name in found:
+            raise UsageError(f'{flag} {name} compares images that an attack has perturbed: add --adv pgd')
+        return
+    if values['kd_cache']:
+        raise UsageError('--kd-cache finds images that come again, and perturbed ones do not: leave it out, or --adv')
+    if values['kd_online_modules']:
+        raise UsageError('--adv does not see the modules of --kd-online-modules: leave out one of them')
+    if values['aug_splits']:
+        raise UsageError('--adv perturbs one view of an image, and --aug-splits makes several: leave out one of them')
+    mixed = values['mixup'] > 0 or values['cutmix'] > 0 or values['cutmix_minmax'] is not None
+    for flag, name in found:
+        if name == 'dgad' and mixed:
+            raise UsageError(f'{flag} dgad asks which class an image is of, and --mixup and --cutmix make it of two')
+        if values['gpd'] and values['gpd_method'] != 'joint' and (flag == '--gpd-loss' or len(VIEWS_OF[name]) > 1):
+            raise UsageError(
+                f'{flag} {name} compares views of images, of which --gpd-method {values["gpd_method"]} trains ratios '
+                'on one: take --gpd-method joint, or another loss'
+            )
 
 
 def _metrics(values: Mapping[str, Any]) -> Tuple[str, ...]:

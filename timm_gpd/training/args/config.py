@@ -9,6 +9,7 @@ import yaml
 from timm.utils import ParseKwargs
 
 from ...errors import UsageError
+from .adversarial import fraction
 from .refused import Refused
 
 __all__ = ['read_config']
@@ -100,4 +101,9 @@ def _scalar(value: Any, action: argparse.Action) -> Any:
     return found
 
 
-_NAMES = {int: 'an integer', float: 'a number', str: 'a name or a text'}
+_NAMES = {
+    int: 'an integer',
+    float: 'a number',
+    fraction: 'a number, or one over another',
+    str: 'a name or a text',
+}

@@ -4,8 +4,8 @@ import argparse
 
 from timm.utils import ParseKwargs
 
-from ...distillers import DISTILLERS, TOKEN_KINDS
-from ...losses import GPD_LOSSES
+from ...distillers import ADVERSARIAL_DISTILLERS, DISTILLERS, TOKEN_KINDS
+from ...losses import ADVERSARIAL_LOSSES, GPD_LOSSES
 from ...task.gap_control import GAP_SCALES
 from ...task.gpd_loss import WEIGHT_SCHEDULES
 from ...task.nested import METHODS
@@ -41,7 +41,10 @@ def add_gpd(parser: argparse.ArgumentParser) -> None:
         help="factor, from 0 to 1, of the gradient that wider models' losses give to the student's own entries",
     )
     group.add_argument(
-        '--gpd-loss', default='sce', choices=list(GPD_LOSSES), help='how the student learns from the dynamic teacher'
+        '--gpd-loss',
+        default='sce',
+        choices=[*GPD_LOSSES, *ADVERSARIAL_LOSSES],
+        help=f'how the student learns from the dynamic teacher; with --adv also {", ".join(ADVERSARIAL_LOSSES)}',
     )
     group.add_argument(
         '--gpd-loss-args',
@@ -130,7 +133,8 @@ def add_static_teacher(parser: argparse.ArgumentParser) -> None:
         '--kd-distill-type',
         default='logit',
         metavar='NAMES',
-        help=f'losses, separated by commas: {", ".join(DISTILLERS)}; of several teachers "dkd" is from the mean of '
+        help=f'losses, separated by commas: {", ".join(DISTILLERS)}, and with --adv '
+        f'{", ".join(ADVERSARIAL_DISTILLERS)}; of several teachers "dkd" is from the mean of '
         'their probabilities, and "dkd@2" from the second',
     )
     group.add_argument(

@@ -8,6 +8,7 @@ from ...errors import UsageError
 from ...models.variants import plain_name
 from ...version import __version__
 from .adapting_teachers import add_adapting_teachers
+from .adversarial import add_adversary, add_attack
 from .arguments import Arguments
 from .augmentation import add_augmentation, add_image_sizes
 from .checks import check_flags
@@ -40,6 +41,7 @@ def train_parser() -> argparse.ArgumentParser:
     add_gpd(parser)
     add_static_teacher(parser)
     add_adapting_teachers(parser)
+    add_adversary(parser)
     add_train_data(parser)
     add_train_model(parser)
     add_loss(parser)
@@ -60,6 +62,7 @@ def validate_parser() -> argparse.ArgumentParser:
     parser.add_argument('--version', action='version', version=__version__)
     add_validate_data(parser)
     add_validate_model(parser)
+    add_attack(parser)
     add_device(parser)
     add_results(parser)
     add_refused(parser, VALIDATE_REFUSED)
@@ -141,5 +144,5 @@ def parse_validate_args(argv: Optional[List[str]] = None) -> Arguments:
     parser = validate_parser()
     values = vars(_parse(parser, argv))
     check_flags({**values, 'model': None}, parser)  # it may be many models
-    check_validate_combinations(values)
+    check_validate_combinations(values, parser)
     return Arguments(**{**values, 'data_dir': values['data_dir'] or values['data']})
