@@ -10,6 +10,7 @@ A task states its losses once, taps the models, and builds one :class:`Distiller
     terms = distillers(output, teacher_tap(x), target)             # {'dkd': ..., 'nd': ...}
 """
 
+from collections import ChainMap
 from typing import Any, Dict, List, Mapping, Optional, Tuple, Type
 
 import torch
@@ -66,7 +67,7 @@ DISTILLERS: Dict[str, Type[Distiller]] = {
 }
 # The same of an adversarial step.
 ADVERSARIAL_DISTILLERS: Dict[str, Type[Distiller]] = {'adaad': AdaAD, 'dgad': DGAD, 'igdm': IGDM}
-_ALL = {**DISTILLERS, **ADVERSARIAL_DISTILLERS}
+_ALL = ChainMap(DISTILLERS, ADVERSARIAL_DISTILLERS)  # a view, as users add their own
 
 # Hyperparameters of every loss to use, by its name, which may tell whose it is: ``dkd@2`` is the second teacher's.
 DistillSettings = Dict[str, Dict[str, Any]]
