@@ -5,15 +5,30 @@ import os
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import load_file
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
 
 import programs
 from programs import ROOT, run, summary
 
 RUNS = os.path.join(ROOT, 'tests', 'fixtures', 'flat_layout')
+
+
+def write_digits_as_then(folder):
+    """Where no image was for testing: a folder that is there is used as it is, by a run that goes on, too."""
+    digits = load_digits()
+    parts = train_test_split(np.arange(len(digits.target)), train_size=50, stratify=digits.target, random_state=42)
+    for split, indices in zip(('train', 'validation'), parts):
+        for index in indices:
+            path = folder / split / str(digits.target[index]) / f'{index:04d}.png'
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.round(digits.images[index] * (255 / 16)).astype(np.uint8)).save(path)
 
 
 @pytest.mark.parametrize('name', ['gpd', 'full'])
@@ -25,6 +40,7 @@ def test_a_run_from_before_the_package_had_rooms_goes_on(tmp_path, monkeypatch, 
     (folder / 'last.pth.tar').write_bytes(lzma.decompress((folder / 'last.pth.tar.xz').read_bytes()))
     expected = summary(folder)
     (folder / 'summary.csv').unlink()
+    write_digits_as_then(tmp_path / 'data' / 'digits-50-42')
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(programs, 'VALIDATION', 2000)  # all of them, as then
 
