@@ -12,7 +12,8 @@ import yaml
 from timm_gpd.version import __version__
 
 ROOT = Path(__file__).parents[1]
-DISTRIBUTIONS = {'PIL': 'pillow', 'sklearn': 'scikit-learn', 'yaml': 'pyyaml'}  # where the name differs
+# Where the name differs, or one comes with the other.
+DISTRIBUTIONS = {'PIL': 'pillow', 'sklearn': 'scikit-learn', 'scipy': 'scikit-learn', 'yaml': 'pyyaml'}
 FOLDERS = ['', 'tests', 'benchmarks']  # whose modules import one another by name alone
 NOT_IMPORTED = {'build', 'pytest-xdist', 'pytest-randomly', 'ruff', 'setuptools', 'mypy'}  # run, not imported
 
