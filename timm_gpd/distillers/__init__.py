@@ -234,7 +234,9 @@ def _needs(kind: str, settings: DistillSettings) -> Dict[str, str]:
 def _check_name(name: str, num_teachers: int) -> None:
     loss, separator, number = name.partition('@')
     if loss not in _ALL:
-        raise InputError(f'{name!r} is not a distillation loss: choose of {", ".join([*DISTILLERS, *ADVERSARIAL_DISTILLERS])}')
+        raise InputError(
+            f'{name!r} is not a distillation loss: choose of {", ".join([*DISTILLERS, *ADVERSARIAL_DISTILLERS])}'
+        )
     if separator and num_teachers == 1:
         raise InputError(f'{name} tells several static teachers apart, and there is one: it is {loss}')
     known = [str(index + 1) for index in range(num_teachers)]
