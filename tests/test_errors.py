@@ -142,7 +142,7 @@ def test_validation_of_a_dynamic_teacher(tmp_path):
             '--batch-size',
             '64',
             '--digits-train-size',
-            '1500',
+            '800',
             '--checkpoint',
             tmp_path / 'student.pth',
             '--model-kwargs',
