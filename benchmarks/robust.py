@@ -5,7 +5,7 @@
     python benchmarks/robust.py report --results robust.jsonl             # the table
 
 For every seed a static teacher, half as wide again, is trained adversarially first, on the student's images. Every run
-is ``train.py`` and then ``validate.py --adv pgd --adv-steps 20`` on the other 500 images, in a process of its own, and
+is ``train.py`` and then ``validate.py --adv pgd --adv-steps 20`` on the 899 of the test split, in a process of its own, and
 one line of JSON in ``--results``: what it was, what came out, its processor time, the commands, commit and versions.
 Processes are forked, as importing torch takes longer than a short run. Lines that are there are not run again. Exit
 codes: 0 done, 1 a run failed.
@@ -93,14 +93,14 @@ def must_be_there(way: str, seed: int, output: Path) -> bool:
 def train_and_attack(way: str, seed: int, epochs: int, output: Path) -> Record:
     """One run, in a process of its own and on one core."""
     name = f'{way}-{seed}'
-    data = ['--data-dir', str(output / 'data'), '--seed', str(seed), '--digits-train-size', '1297']
+    data = ['--data-dir', str(output / 'data'), '--seed', str(seed), '--digits-train-size', '888']
     student = output / name / 'student'
     shutil.rmtree(output / name, ignore_errors=True)  # of a run that was interrupted
     flags = [flag.format(teacher=output / f'{TEACHER}-{seed}' / 'student') for flag in WAYS[way]]
     train = ['train.py', '--config', str(ROOT / 'configs' / 'digits.yaml'), *data, '--epochs', str(epochs)]
     train += ['--warmup-epochs', '1', '--val-split', '', '--output', str(output), '--experiment', name, *flags]
     validate = ['validate.py', '--model', f'local-dir:{student}', '--pretrained', '--dataset', 'digits', *data]
-    validate += ['--device', 'cpu', '--workers', '0', '--batch-size', '500', *JUDGE]
+    validate += ['--split', 'test', '--device', 'cpu', '--workers', '0', '--batch-size', '500', *JUDGE]
     with tempfile.TemporaryFile('w+') as out:
         child = os.fork()
         if not child:
