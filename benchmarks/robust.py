@@ -5,7 +5,7 @@
     python benchmarks/robust.py report --results robust.jsonl             # the table
 
 For every seed a static teacher, half as wide again, is trained adversarially first, on the student's images. Every run
-is ``train.py`` and then ``validate.py --adv pgd --adv-steps 20`` on the 899 of the test split, in a process of its own, and
+is ``train.py`` and then ``validate.py --adv pgd --adv-steps 20`` on the 899 test images, in a process of its own, and
 one line of JSON in ``--results``: what it was, what came out, its processor time, the commands, commit and versions.
 Processes are forked, as importing torch takes longer than a short run. Lines that are there are not run again. Exit
 codes: 0 done, 1 a run failed.
