@@ -91,7 +91,10 @@ def test_without_a_checkpoint_weights_are_the_pretrained_ones(averaged, monkeypa
         ('--model resnet19', '--model resnet19 is unknown: models of names like it are'),
         ('--model test_resnet --checkpoint {plain} --use-ema', 'holds no averaged weights'),
         ('--model test_resnet --checkpoint {plain} --use-teacher', 'holds no dynamic teacher'),
-        ('--model local-dir:{run}/student --split test', "no folder of the split 'test': it has train, validation"),
+        (
+            '--model local-dir:{run}/student --split other',
+            "no folder of the split 'other': it has test, train, validation",
+        ),
         ('--model local-dir:{run}/student --valid-labels {labels}', "line 2 of {labels} is '12', and no index of 10"),
         ('--model local-dir:{run}/student --real-labels {labels}', 'check --real-labels and --data-dir'),
         ('--model local-dir:{run}/student --results-file {tmp}/no/file', 'cannot be written'),
