@@ -93,7 +93,7 @@ def test_without_a_checkpoint_weights_are_the_pretrained_ones(averaged, monkeypa
         ('--model test_resnet --checkpoint {plain} --use-teacher', 'holds no dynamic teacher'),
         (
             '--model local-dir:{run}/student --split other',
-            "no folder of the split 'other': it has test, train, validation",
+            "no folder of the split 'other': it has test, train",
         ),
         ('--model local-dir:{run}/student --valid-labels {labels}', "line 2 of {labels} is '12', and no index of 10"),
         ('--model local-dir:{run}/student --real-labels {labels}', 'check --real-labels and --data-dir'),
