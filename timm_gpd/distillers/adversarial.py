@@ -1,42 +1,45 @@
 """Losses of an adversarial step, between what two models make of several views of the same images."""
 
-from typing import Callable, Tuple
+from typing import Dict, Tuple
 
 import torch
 
 from ..errors import InputError
-from ..losses import adaad_loss, dgad_loss, igdm_loss, needs_target
+from ..losses import adaad_loss, dgad_loss, igdm_loss
 from ..losses.adversarial import VIEWS_OF
-from ..losses.hyperparameters import loss_defaults
-from .base import Distiller
 from .feature_tap import ModelOutput
+from .plain import LogitsDistiller
 
 __all__ = ['DGAD', 'IGDM', 'AdaAD', 'AdversarialDistiller']
 
 
-class AdversarialDistiller(Distiller):
+class AdversarialDistiller(LogitsDistiller):
     """A function of logits by view, and of the target if it asks for it.
 
     Attributes:
-        loss: the function; what it has defaults of are the hyperparameters.
         views: the views that it reads.
     """
 
-    loss: Callable[..., torch.Tensor]
     views: Tuple[str, ...]
 
-    def __init_subclass__(cls) -> None:
-        super().__init_subclass__()
-        cls.defaults, cls.needs_target = loss_defaults(cls.loss), needs_target(cls.loss)
+    def compared(self, output: ModelOutput) -> Dict[str, torch.Tensor]:
+        """What of a model's output the function takes.
 
-    def forward(self, learner: ModelOutput, teacher: ModelOutput, target: torch.Tensor) -> torch.Tensor:
-        if learner.views is None:
+        Args:
+            output: the learner's or the teacher's.
+
+        Returns:
+            Logits by view, each of shape (B, num_classes).
+
+        Raises:
+            InputError: if no attack has perturbed the images.
+        """
+        if output.views is None:
             raise InputError(
                 f'{type(self).__name__} compares images that an attack has perturbed, and there is none: '
                 'call setup_adversary(task, attack)'
             )
-        rest = (target,) if self.needs_target else ()
-        return self.loss(learner.views, teacher.views, *rest, **self.hyperparameters)
+        return output.views
 
 
 class AdaAD(AdversarialDistiller):

@@ -1,6 +1,6 @@
 """Losses that compare two models as they are, without parameters."""
 
-from typing import Callable
+from typing import Any, Callable
 
 import torch
 
@@ -9,7 +9,7 @@ from ..losses.hyperparameters import loss_defaults
 from .base import Distiller, deepest_pairs
 from .feature_tap import ModelOutput
 
-__all__ = ['AT', 'DIST', 'DKD', 'KD', 'NKD', 'RKD', 'RLD', 'WTTM']
+__all__ = ['AT', 'DIST', 'DKD', 'KD', 'NKD', 'RKD', 'RLD', 'WTTM', 'LogitsDistiller']
 
 
 class LogitsDistiller(Distiller):
@@ -23,11 +23,23 @@ class LogitsDistiller(Distiller):
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        cls.defaults, cls.needs_target = loss_defaults(cls.loss), needs_target(cls.loss)
+        if 'loss' in vars(cls):  # else a base of others
+            cls.defaults, cls.needs_target = loss_defaults(cls.loss), needs_target(cls.loss)
 
     def forward(self, learner: ModelOutput, teacher: ModelOutput, target: torch.Tensor) -> torch.Tensor:
         rest = (target,) if self.needs_target else ()
-        return self.loss(learner.logits, teacher.logits, *rest, **self.hyperparameters)
+        return self.loss(self.compared(learner), self.compared(teacher), *rest, **self.hyperparameters)
+
+    def compared(self, output: ModelOutput) -> Any:
+        """What of a model's output the function takes.
+
+        Args:
+            output: the learner's or the teacher's.
+
+        Returns:
+            The logits, shape (B, num_classes).
+        """
+        return output.logits
 
 
 class KD(LogitsDistiller):

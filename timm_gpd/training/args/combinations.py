@@ -369,9 +369,8 @@ def _check_adversary(values: Mapping[str, Any], parser: argparse.ArgumentParser)
         raise UsageError('--adv does not see the modules of --kd-online-modules: leave out one of them')
     if values['aug_splits']:
         raise UsageError('--adv perturbs one view of an image, and --aug-splits makes several: leave out one of them')
-    mixed = values['mixup'] > 0 or values['cutmix'] > 0 or values['cutmix_minmax'] is not None
     for flag, name in found:
-        if name == 'dgad' and mixed:
+        if name == 'dgad' and _mixes(values):
             raise UsageError(f'{flag} dgad asks which class an image is of, and --mixup and --cutmix make it of two')
         if values['gpd'] and values['gpd_method'] != 'joint' and (flag == '--gpd-loss' or len(VIEWS_OF[name]) > 1):
             raise UsageError(
