@@ -31,13 +31,7 @@ def embed_loss(
     Raises:
         ValueError: if widths differ, or there is only one image, which has no distance.
     """
-    if student_embedding.shape[-1] != teacher_embedding.shape[-1]:
-        raise ValueError(
-            f'embed_loss compares embeddings of one width, but they have {student_embedding.shape[-1]} (student) and '
-            f"{teacher_embedding.shape[-1]} (teacher): project the student's"
-        )
-    if len(student_embedding) < 2:
-        raise ValueError('embed_loss compares the distances of a batch: give it at least 2')
+    _check_pair(student_embedding, teacher_embedding, 'embed_loss', 'embeddings', 'compares the distances of a batch')
     with torch.autocast(student_embedding.device.type, enabled=False):
         student, teacher = (in_whole_precision(e) for e in (student_embedding, teacher_embedding.detach()))
         places = torch.linalg.vector_norm(student - teacher, dim=-1).mean()
@@ -133,13 +127,7 @@ def rsd_loss(student_features: torch.Tensor, teacher_features: torch.Tensor, kap
     Raises:
         ValueError: if widths differ, or there is only one image, which has no deviation.
     """
-    if student_features.shape[-1] != teacher_features.shape[-1]:
-        raise ValueError(
-            f'rsd_loss compares features of one width, but they have {student_features.shape[-1]} (student) and '
-            f"{teacher_features.shape[-1]} (teacher): project the student's"
-        )
-    if len(student_features) < 2:
-        raise ValueError('rsd_loss normalises over the images of a batch: give it at least 2')
+    _check_pair(student_features, teacher_features, 'rsd_loss', 'features', 'normalises over the images of a batch')
     with torch.autocast(student_features.device.type, enabled=False):
         student, teacher = (
             _normalise_over_batch(in_whole_precision(features))
@@ -171,3 +159,14 @@ def _angles(embedding: torch.Tensor) -> torch.Tensor:
     """Cosines of the angles at i between the directions to j and to k, shape (B, B, B)."""
     directions = F.normalize(embedding.unsqueeze(0) - embedding.unsqueeze(1), dim=2)
     return directions @ directions.transpose(1, 2)
+
+
+def _check_pair(student: torch.Tensor, teacher: torch.Tensor, loss: str, what: str, needs_several: str) -> None:
+    """Refuses other widths, and a batch of one image, in the words of a loss."""
+    if student.shape[-1] != teacher.shape[-1]:
+        raise ValueError(
+            f'{loss} compares {what} of one width, but they have {student.shape[-1]} (student) and '
+            f"{teacher.shape[-1]} (teacher): project the student's"
+        )
+    if len(student) < 2:
+        raise ValueError(f'{loss} {needs_several}: give it at least 2')
