@@ -9,7 +9,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..version import __version__
 
-__all__ = ['CARD', 'card_of_repo', 'model_card']
+__all__ = ['CARD', 'MODEL_NAMES', 'card_of_repo', 'model_card']
 
 CARD = 'README.md'
 
@@ -35,8 +35,8 @@ _OF_THE_MACHINE = (
     'workers',
 )
 _PAPER = 'https://arxiv.org/abs/2410.04140'
-# By the prefix of their metrics.
-_MODELS = {
+# What people call the models of a run, by the prefix of their metrics.
+MODEL_NAMES = {
     '': 'student',
     'teacher_': 'dynamic teacher',
     'static_': 'static teacher',
@@ -82,7 +82,7 @@ def model_card(
     lines += [f'- **{key}:** {value}' for key, value in _details(student, recipe).items()]
     if metrics:
         lines += ['', '## Results', '', '| validation | top-1 (%) | top-5 (%) |', '|---|---|---|']
-        for prefix, label in _MODELS.items():
+        for prefix, label in MODEL_NAMES.items():
             if f'{prefix}top1' in metrics:
                 cells = [f'{metrics[key]:.2f}' if key in metrics else '' for key in (f'{prefix}top1', f'{prefix}top5')]
                 lines.append(f'| {label} | {cells[0]} | {cells[1]} |')

@@ -9,6 +9,7 @@ from timm.utils import unwrap_model
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from ...student_folder.card import MODEL_NAMES
 from ...task import GapPreservingTask
 from ...task.stored_teacher import stored_teachers
 from ...teacher.functional import call_with_parameters
@@ -17,12 +18,6 @@ from ..task import get_teachers, get_validation_models
 
 __all__ = ['ModelSize', 'count_macs', 'describe', 'expected_cost', 'measure_models']
 
-NAMES = {
-    '': 'student',
-    'teacher_': 'dynamic teacher',
-    'static_': 'static teacher',
-    'ema_teacher_': 'EMA teacher',
-}
 TAUGHT_BY = ('static teacher', 'EMA teacher')
 
 
@@ -79,7 +74,7 @@ def measure_models(task: TrainingTask, input_config: InputConfig) -> Dict[str, M
         By name: ``'student'``, and where there are, ``'dynamic teacher'``, ratios between, ``'static teacher'`` and
         ``'EMA teacher'``.
     """
-    models = {NAMES[prefix]: model for prefix, model in get_validation_models(task).items()}
+    models = {MODEL_NAMES[prefix]: model for prefix, model in get_validation_models(task).items()}
     image = _blank_image(models['student'], input_config)
     sizes = {name: ModelSize(_count(model), count_macs(model, image)) for name, model in models.items()}
     drawn = task.ratios if isinstance(task, GapPreservingTask) else None
@@ -93,7 +88,8 @@ def measure_models(task: TrainingTask, input_config: InputConfig) -> Dict[str, M
         sizes[f'ratio {ratio}'] = ModelSize(count, count_macs(view, image), share)
     for prefix, teacher in get_teachers(task).items():
         # One with a store computes only what is not there, which nobody knows before.
-        sizes[NAMES[prefix]] = ModelSize(_count(teacher), 0 if stored_teachers(teacher) else count_macs(teacher, image))
+        macs = 0 if stored_teachers(teacher) else count_macs(teacher, image)
+        sizes[MODEL_NAMES[prefix]] = ModelSize(_count(teacher), macs)
     return sizes
 
 
